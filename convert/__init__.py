@@ -1,0 +1,1 @@
+"""PyTorch checkpoints to ours and back, and the export of packed models."""

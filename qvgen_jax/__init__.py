@@ -1,0 +1,1 @@
+"""QVGen in JAX: quantization-aware training of low-bit video diffusion transformers."""

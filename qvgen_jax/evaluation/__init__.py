@@ -1,0 +1,1 @@
+"""Judging videos and reporting what was found."""

@@ -1,0 +1,1 @@
+"""Quantizers, the gated low-rank branch, and the linear layers made of them."""
