@@ -1,0 +1,76 @@
+"""A product of codes with the gradient of fake quantization: training runs what inference runs."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens
+from kernels.quantized_matmul import quantized_matmul
+from qvgen_jax.quant.weights import dequantize_weight
+
+
+class QuantizedWeight(NamedTuple):
+    """A kernel in integers: signed codes `[in, out]`, scale and zero point `[out]`, levels `[]`."""
+
+    codes: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array
+    levels: jax.Array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def codes_matmul(
+    values: jax.Array,
+    kernel: jax.Array,
+    tokens: QuantizedTokens,
+    weight: QuantizedWeight,
+    product_dtype: jnp.dtype,
+) -> jax.Array:
+    """`quantized_matmul(tokens, weight)`, differentiated as `values @ kernel`.
+
+    `values` and `kernel` are the fake-quantized operands: they only receive the gradient. Nothing
+    reads their own values, so the compiler never materialises them; the backward pass rebuilds them
+    from the codes, in the dtype of `values`.
+
+    Args:
+        values: `[..., in]`, what the tokens stand for, in the compute dtype.
+        kernel: `[in, out]`, what the weight stands for.
+        tokens: the integers of `values`.
+        weight: the integers of `kernel`.
+        product_dtype: see `quantized_matmul`.
+
+    Returns:
+        float32 `[..., out]` (float64 for a float64 product).
+    """
+    del values, kernel
+    return _product(tokens, weight, product_dtype)
+
+
+def _product(tokens, weight, product_dtype):
+    wide = jnp.float64 if jnp.dtype(product_dtype) == jnp.float64 else jnp.float32
+    return quantized_matmul(tokens, *weight, product_dtype=product_dtype, out_dtype=wide)
+
+
+def _forward(values, kernel, tokens, weight, product_dtype):
+    # Empty arrays carry the dtypes the gradients must have, at no cost.
+    like = jnp.zeros((0,), values.dtype), jnp.zeros((0,), kernel.dtype)
+    return _product(tokens, weight, product_dtype), (tokens, weight, like)
+
+
+def _backward(product_dtype, residuals, cotangent):
+    del product_dtype
+    tokens, weight, (like_values, like_kernel) = residuals
+    compute = like_values.dtype
+    cotangent = cotangent.astype(compute)
+    values = dequantize_tokens(tokens).astype(compute)
+    kernel = dequantize_weight(*weight).astype(compute)
+    accumulate = jnp.promote_types(compute, jnp.float32)
+    d_values = jnp.matmul(cotangent, kernel.T, preferred_element_type=accumulate)
+    rows, columns = values.reshape(-1, values.shape[-1]), cotangent.reshape(-1, kernel.shape[1])
+    d_kernel = jnp.matmul(rows.T, columns, preferred_element_type=accumulate)
+    return d_values.astype(compute), d_kernel.astype(like_kernel.dtype), None, None
+
+
+codes_matmul.defvjp(_forward, _backward)

@@ -1,0 +1,106 @@
+"""What is quantized and how: one frozen object shared by training, packing and inference."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+
+from qvgen_jax.errors import UserError
+from qvgen_jax.quant.clips import CLIP_INDEX_MODES
+
+PRODUCT_DTYPES = ("int8", "bfloat16", "float32", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """The quantization of one transformer. Layers have the names that `quantizable` lists.
+
+    Attributes:
+        weight_bits: 2 to 8, for every layer not in `bits`.
+        act_bits: the same for activations.
+        bits: layer name to (weight bits, activation bits), where a layer differs.
+        rank: of the low-rank branch at step 0; 0 for none.
+        buckets: learned clip pairs per layer.
+        clip_index: how a timestep chooses its pair, see `qvgen_jax.quant.clips`.
+        single_clip: layers with one clip pair. Those that see only text belong here, so that they
+            can be computed once per prompt; the release keeps `buckets` for them too.
+        full_precision: layers that stay as they are.
+        include_zero: widen each token's range to contain 0; the release does not.
+        initial_clip: the sigmoid of every clip at step 0.
+        clip_twice: apply `initial_clip` as a constant on top of the learned clips, as the release.
+        range_dtype: what a token's range is computed in: `float32`, or `tensor` for its own dtype.
+        product_dtype: what the codes are multiplied in: int8, bfloat16, float32 (or float64).
+    """
+
+    weight_bits: int = 4
+    act_bits: int = 4
+    bits: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    rank: int = 32
+    buckets: int = 50
+    clip_index: str = "bucket"
+    single_clip: tuple[str, ...] = ()
+    full_precision: tuple[str, ...] = ()
+    include_zero: bool = True
+    initial_clip: float = 0.95
+    clip_twice: bool = False
+    range_dtype: str = "float32"
+    product_dtype: str = "int8"
+
+    def __post_init__(self):
+        pairs = {"the default": (self.weight_bits, self.act_bits), **self.bits}
+        for name, pair in pairs.items():
+            if len(pair) != 2 or not all(isinstance(b, int) and 2 <= b <= 8 for b in pair):
+                raise UserError(
+                    f"bits={pair!r} of {name}; expected (weight bits, activation bits), 2 to 8 each"
+                )
+        for field, value, known in (
+            ("clip_index", self.clip_index, CLIP_INDEX_MODES),
+            ("range_dtype", self.range_dtype, ("float32", "tensor")),
+            ("product_dtype", self.product_dtype, PRODUCT_DTYPES),
+        ):
+            if value not in known:
+                raise UserError(f"{field}={value!r}; expected one of {', '.join(known)}")
+        if self.rank < 0 or self.buckets < 1 or not 0 < self.initial_clip < 1:
+            raise UserError(
+                f"rank={self.rank}, buckets={self.buckets}, initial_clip={self.initial_clip}; "
+                "expected rank >= 0, buckets >= 1 and a clip between 0 and 1"
+            )
+
+    @classmethod
+    def released(cls, **changes) -> "QuantConfig":
+        """The behaviour of QVGen's released code, changed where `changes` say so."""
+        behaviour = {
+            "clip_index": "t_mod_50",
+            "include_zero": False,
+            "clip_twice": True,
+            "range_dtype": "tensor",
+        }
+        return cls(**{**behaviour, **changes})
+
+    @property
+    def clip_ratio(self) -> float:
+        """The constant on top of the learned clips."""
+        return self.initial_clip if self.clip_twice else 1.0
+
+    def bits_of(self, name: str) -> tuple[int, int]:
+        """(weight bits, activation bits) of a layer."""
+        return tuple(self.bits.get(name, (self.weight_bits, self.act_bits)))
+
+    def buckets_of(self, name: str) -> int:
+        """How many clip pairs a layer has."""
+        return 1 if name in self.single_clip else self.buckets
+
+    def quantized(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The layers of a model that this config quantizes, in the model's order.
+
+        Raises:
+            UserError: the config names a layer that the model does not have.
+        """
+        names = tuple(names)
+        for name in (*self.bits, *self.single_clip, *self.full_precision):
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+                raise UserError(
+                    f"the quantization config names {name!r}, which is no quantizable layer of "
+                    f"this model; the nearest is {near[0] if near else None!r}"
+                )
+        return tuple(name for name in names if name not in self.full_precision)

@@ -1,0 +1,112 @@
+"""From a full-precision transformer's parameters to those of the quantized one at step 0."""
+
+from collections.abc import Iterable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from qvgen_jax.errors import UserError
+from qvgen_jax.quant.config import QuantConfig
+from qvgen_jax.quant.low_rank import initial_branch
+from qvgen_jax.quant.tokens import initial_clips
+from qvgen_jax.quant.weights import dequantize_weight, quantize_weight, search_range
+
+
+def _node(params: dict, name: str) -> dict:
+    node = params
+    for part in name.split("."):
+        if not isinstance(node, dict) or part not in node:
+            raise UserError(
+                f"the parameters have no layer {name!r}: {part!r} is missing; quantizable layers "
+                "are named by their dotted path in the parameters"
+            )
+        node = node[part]
+    return node
+
+
+def _replace(params: dict, path: list[str], node: dict) -> dict:
+    if not path:
+        return node
+    return {**params, path[0]: _replace(params.get(path[0], {}), path[1:], node)}
+
+
+def _quantize_kernel(kernel: jax.Array, levels: jax.Array, rank: int) -> dict:
+    scale, zero_point = search_range(kernel, levels)
+    leaves = {"scale": scale, "zero_point": zero_point}
+    if rank:
+        codes = quantize_weight(kernel, scale, zero_point, levels)
+        dequantized = dequantize_weight(codes, scale, zero_point, levels)
+        leaves["L"], leaves["R"] = initial_branch(kernel, dequantized, rank)
+    return leaves
+
+
+@partial(jax.jit, static_argnames="rank")
+def _quantize_stack(kernels: jax.Array, levels: jax.Array, rank: int) -> dict:
+    # One layer at a time: the memory of one kernel beyond the parameters themselves.
+    return jax.lax.map(lambda pair: _quantize_kernel(*pair, rank), (kernels, levels))
+
+
+def quantize_params(params: dict, names: Iterable[str], config: QuantConfig) -> tuple[dict, dict]:
+    """Adds scale, zero point, clips and the branch to every layer that the config quantizes.
+
+    Args:
+        params: nested dict; a quantizable layer holds `kernel [in, out]`, or `[layers, in, out]`
+            where blocks are stacked.
+        names: the model's quantizable layers, e.g. `blocks.attn1.to_q`.
+        config: bits, rank, clips and the layers that stay in full precision.
+
+    Returns:
+        params (a new dict that shares the untouched arrays) and levels, the nested dict of the
+        `Levels` variables: `weight_levels` and `act_levels`, float32 `[]` or `[layers]`.
+
+    Raises:
+        UserError: a name that neither the parameters nor the model have.
+    """
+    levels: dict = {}
+    for name in config.quantized(names):
+        node = _node(params, name)
+        kernel = node["kernel"]
+        stack = kernel.shape[:-2]
+        weight_levels, act_levels = (
+            jnp.full(stack, 2**bits - 1, jnp.float32) for bits in config.bits_of(name)
+        )
+        leaves = _quantize_stack(
+            kernel.reshape(-1, *kernel.shape[-2:]), weight_levels.reshape(-1), config.rank
+        )
+        leaves = {key: leaf.reshape(*stack, *leaf.shape[1:]) for key, leaf in leaves.items()}
+        clips = initial_clips(config.buckets_of(name), config.initial_clip)
+        clips = jnp.broadcast_to(clips, (*stack, *clips.shape))
+        path = name.split(".")
+        params = _replace(params, path, {**node, **leaves, "lower": clips, "upper": clips})
+        levels = _replace(levels, path, {"weight_levels": weight_levels, "act_levels": act_levels})
+    return params, levels
+
+
+@jax.jit
+def _relative_errors(node: dict, weight_levels: jax.Array) -> jax.Array:
+    def one(pair):
+        kernel, scale, zero_point, levels = pair
+        codes = quantize_weight(kernel, scale, zero_point, levels)
+        error = dequantize_weight(codes, scale, zero_point, levels) - kernel
+        return jnp.linalg.norm(error) / jnp.linalg.norm(kernel)
+
+    return jax.lax.map(one, (node["kernel"], node["scale"], node["zero_point"], weight_levels))
+
+
+def quantization_errors(params: dict, levels: dict, names: Iterable[str]) -> dict[str, jax.Array]:
+    """Relative error `|quantized - kernel| / |kernel|` of every named layer, without the branch.
+
+    Returns:
+        name to float32 `[layers]` (`[1]` for a layer that is not stacked).
+    """
+    errors = {}
+    for name in names:
+        node, kernel = _node(params, name), _node(params, name)["kernel"]
+        stacked = {
+            key: node[key].reshape(-1, *node[key].shape[kernel.ndim - 2 :])
+            for key in ("kernel", "scale", "zero_point")
+        }
+        weight_levels = _node(levels, name)["weight_levels"].reshape(-1)
+        errors[name] = _relative_errors(stacked, weight_levels)
+    return errors

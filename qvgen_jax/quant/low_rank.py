@@ -1,0 +1,157 @@
+"""The low-rank branch: its start, its refactoring when the rank halves, and its end."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Up to this smaller side the full SVD is cheap; above, the randomized one.
+_DENSE_SVD_SIDE = 512
+_OVERSAMPLE = 32
+_POWER_STEPS = 4
+# QVGen calls a singular value small when it is this many times below the first.
+_SMALL_RATIO = 14.0
+
+
+def _pad(array: jax.Array, rank: int, axis: int) -> jax.Array:
+    missing = rank - array.shape[axis]
+    widths = [(0, max(missing, 0)) if i == axis else (0, 0) for i in range(2)]
+    return jnp.pad(jax.lax.slice_in_dim(array, 0, min(rank, array.shape[axis]), axis=axis), widths)
+
+
+def _split(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """`U sqrt(S) [out, rank]` and `sqrt(S) V^T [rank, in]`."""
+    root = jnp.sqrt(s)
+    return _pad(u * root, rank, 1), _pad(root[:, None] * vt, rank, 0)
+
+
+def dense_svd(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """L `[out, rank]` and R `[rank, in]` from the full SVD of `[out, in]`: the best there is."""
+    return _split(*jnp.linalg.svd(matrix, full_matrices=False), rank)
+
+
+def randomized_svd(matrix: jax.Array, rank: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+    """L and R from the SVD within a random subspace (Halko et al. 2011), never the full one.
+
+    Power iterations matter: the error of a quantized weight has a nearly flat spectrum.
+    """
+    width = min(rank + _OVERSAMPLE, *matrix.shape)
+    probe = jax.random.normal(jax.random.key(seed), (matrix.shape[1], width), matrix.dtype)
+    basis = jnp.linalg.qr(matrix @ probe)[0]
+    for _ in range(_POWER_STEPS):
+        basis = jnp.linalg.qr(matrix @ jnp.linalg.qr(matrix.T @ basis)[0])[0]
+    u, s, vt = jnp.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return _split(basis @ u, s, vt, rank)
+
+
+def initial_branch(
+    kernel: jax.Array, dequantized: jax.Array, rank: int
+) -> tuple[jax.Array, jax.Array]:
+    """The branch that makes up for most of the quantization error at step 0.
+
+    Args:
+        kernel: `[in, out]`.
+        dequantized: `[in, out]`, what the quantized kernel stands for.
+        rank: of the branch; columns beyond min(in, out) are zero.
+
+    Returns:
+        L float32 `[out, rank]`, R float32 `[rank, in]` with `kernel - dequantized ~ (L @ R)^T`,
+        columns sorted by singular value, which both sides share as square roots.
+    """
+    error = (kernel.astype(jnp.float32) - dequantized.astype(jnp.float32)).T
+    small = min(error.shape) <= max(_DENSE_SVD_SIDE, rank)
+    return dense_svd(error, rank) if small else randomized_svd(error, rank)
+
+
+def _triangles(left: jax.Array, right: jax.Array):
+    """Orthonormal bases of L's and R^T's columns, and the SVD of what is between them."""
+    left_basis, left_triangle = jnp.linalg.qr(left)
+    right_basis, right_triangle = jnp.linalg.qr(right.T)
+    u, s, vt = jnp.linalg.svd(left_triangle @ right_triangle.T, full_matrices=False)
+    return left_basis @ u, s, vt @ right_basis.T
+
+
+def refactor(
+    left: jax.Array, right: jax.Array, rank: jax.Array | int
+) -> tuple[jax.Array, jax.Array]:
+    """The SVD form of the branch's first `rank` components, in arrays of the same shapes.
+
+    Equal to the SVD of the product `[out, in]`, at the cost of one of `[r, r]`.
+
+    Args:
+        left: `[out, r]`.
+        right: `[r, in]`.
+        rank: how many leading components live on; may be traced.
+
+    Returns:
+        L and R: columns sorted by singular value, split by its square root; the others zero.
+    """
+    alive = jnp.arange(left.shape[1]) < rank
+    left, right = jnp.where(alive, left, 0), jnp.where(alive[:, None], right, 0)
+    new_left, new_right = _split(*_triangles(left, right), left.shape[1])
+    return jnp.where(alive, new_left, 0), jnp.where(alive[:, None], new_right, 0)
+
+
+def _is_branch(node: Any) -> bool:
+    return isinstance(node, dict) and "L" in node and "R" in node
+
+
+def _rebuild(tree: Any, on_branch: Callable[[dict], dict]) -> Any:
+    """A copy of nested dicts, lists and (named) tuples, every dict with a branch mapped."""
+    if isinstance(tree, dict):
+        node = {key: _rebuild(value, on_branch) for key, value in tree.items()}
+        return on_branch(node) if _is_branch(node) else node
+    if isinstance(tree, tuple | list):
+        children = [_rebuild(child, on_branch) for child in tree]
+        return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
+    return tree
+
+
+def refactor_tree(params: dict, rank: jax.Array | int) -> dict:
+    """`params` with every branch refactored, stacked ones layer by layer."""
+
+    def on_branch(node: dict) -> dict:
+        one = refactor if node["L"].ndim == 2 else jax.vmap(refactor, in_axes=(0, 0, None))
+        left, right = one(node["L"], node["R"], rank)
+        return {**node, "L": left, "R": right}
+
+    return _rebuild(params, on_branch)
+
+
+def zero_branch(tree: Any) -> Any:
+    """The tree with every L and R zero: resets the optimizer's moments after a refactoring.
+
+    Goes through dicts, lists, tuples and named tuples, so params and optax states alike.
+    """
+    return _rebuild(
+        tree,
+        lambda node: {**node, **jax.tree.map(jnp.zeros_like, {"L": node["L"], "R": node["R"]})},
+    )
+
+
+def drop_branch(tree: Any) -> Any:
+    """The tree without any L and R, for params and optax states alike."""
+    return _rebuild(tree, lambda node: {k: v for k, v in node.items() if k not in ("L", "R")})
+
+
+def small_singular_share(params: dict) -> jax.Array:
+    """The share of the branches' singular values more than 14 times below their layer's first.
+
+    Returns:
+        float32 `[]` over all branches (the paper's figure 3), NaN where there is none.
+    """
+    small, total = jnp.zeros((), jnp.float32), 0
+
+    def on_branch(node: dict) -> dict:
+        nonlocal small, total
+        singular = jax.vmap(lambda left, right: _triangles(left, right)[1])
+        left = node["L"].reshape(-1, *node["L"].shape[-2:])
+        values = singular(left, node["R"].reshape(-1, *node["R"].shape[-2:]))
+        small += jnp.sum(values * _SMALL_RATIO < values[:, :1])
+        total += values.size
+        return node
+
+    _rebuild(params, on_branch)
+    return small / total if total else jnp.asarray(math.nan, jnp.float32)
