@@ -1,0 +1,63 @@
+"""Intervals that go with every score: how much of a difference could be luck."""
+
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Interval(NamedTuple):
+    """An estimate with its lower and upper end."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(successes: int, count: int, level: float = 0.95) -> Interval:
+    """Wilson's score interval of a proportion; it stays inside [0, 1] and works at 0 and at 1.
+
+    Raises:
+        ValueError: `count` is not positive, or `successes` is not between 0 and `count`.
+    """
+    if count <= 0 or not 0 <= successes <= count:
+        raise ValueError(f"wilson needs 0 <= successes <= count > 0, got {successes} of {count}")
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share = successes / count
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return Interval(share, max(centre - half, 0.0), min(centre + half, 1.0))
+
+
+def paired_difference(
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    *,
+    seed: int = 0,
+    resamples: int = 10_000,
+    level: float = 0.95,
+) -> Interval:
+    """Mean of `ours - theirs` over pairs, with its percentile bootstrap interval.
+
+    Args:
+        ours, theirs: `[pairs]` scores (or booleans) of the same prompts with the same noise.
+        seed: of the resampling; the same seed gives the same interval.
+        resamples: how many times the pairs are drawn again, with replacement.
+        level: the share of resampled means that lie inside.
+
+    Raises:
+        ValueError: the two differ in shape, are not one-dimensional, or are empty.
+    """
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape or ours.ndim != 1 or not len(ours):
+        raise ValueError(
+            f"paired_difference needs two equal [pairs] arrays, got {ours.shape}, {theirs.shape}"
+        )
+    difference = ours - theirs
+    rng = np.random.default_rng(seed)
+    # Resampling counts of the few distinct values is the same draw as resampling the pairs.
+    values, counts = np.unique(difference, return_counts=True)
+    drawn = rng.multinomial(len(difference), counts / len(difference), size=resamples)
+    means = drawn @ values / len(difference)
+    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(float(difference.mean()), float(low), float(high))
