@@ -1,0 +1,72 @@
+"""Norms, the timestep embedding and patches: what every video transformer here is made of."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """LayerNorm without parameters over the last axis; always in float32, returns float32."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + eps)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with `scale` and `bias` `[dim]`; computes and returns float32."""
+
+    def __init__(self, dim: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale, bias = self.scale[...], self.bias[...]
+        return layer_norm(x, self.eps) * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * scale` over the last axis; computes and returns float32."""
+
+    def __init__(self, dim: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        variance = jnp.square(x).mean(-1, keepdims=True)
+        return x * jax.lax.rsqrt(variance + self.eps) * self.scale[...].astype(jnp.float32)
+
+
+def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
+    """Sinusoids of the timestep, cosines first: `timesteps [batch]` to float32 `[batch, dim]`.
+
+    diffusers' `Timesteps(flip_sin_to_cos=True, downscale_freq_shift=0)`; `dim` is even.
+    """
+    half = dim // 2
+    # float32 as in PyTorch: at t = 1000 the last bit of a frequency is visible in the angle.
+    exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000)) / np.float32(half)
+    angles = timesteps.astype(jnp.float32)[:, None] * np.exp(exponents)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def patchify(latents: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
+    """`[batch, frames, height, width, channels]` to `[batch, tokens, pt * ph * pw * channels]`."""
+    b, f, h, w, c = latents.shape
+    pt, ph, pw = patch
+    x = latents.reshape(b, f // pt, pt, h // ph, ph, w // pw, pw, c)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pt * ph * pw * c)
+
+
+def unpatchify(
+    tokens: jax.Array, grid: tuple[int, int, int], patch: tuple[int, int, int]
+) -> jax.Array:
+    """The inverse of `patchify`; `grid` is the number of patches along frames, height and width."""
+    (f, h, w), (pt, ph, pw) = grid, patch
+    x = tokens.reshape(tokens.shape[0], f, h, w, pt, ph, pw, -1)
+    x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(x.shape[0], f * pt, h * ph, w * pw, -1)

@@ -1,0 +1,40 @@
+"""Rotary positions over frames, rows and columns (diffusers, `WanRotaryPosEmbed`)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def rotary_table(
+    grid: tuple[int, int, int], head_dim: int, theta: float = 10000.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and signed sines of every token, both float32 `[tokens, 1, head_dim]`.
+
+    The head is split into a temporal part and two spatial ones of `2 * (head_dim // 6)`. Angles are
+    computed in float64. Channels `2i` and `2i + 1` are one complex number, so each value stands
+    twice, and the sine of the even channel carries the minus sign of the rotation.
+
+    Args:
+        grid: number of patches along frames, height and width.
+    """
+    spatial = 2 * (head_dim // 6)
+    parts = []
+    for axis, dim in enumerate((head_dim - 2 * spatial, spatial, spatial)):
+        frequencies = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+        angles = np.outer(np.arange(grid[axis]), frequencies)
+        shape = [1, 1, 1, angles.shape[1]]
+        shape[axis] = grid[axis]
+        parts.append(np.broadcast_to(angles.reshape(shape), (*grid, angles.shape[1])))
+    angles = np.concatenate(parts, axis=-1).reshape(-1, 1, head_dim // 2)
+    cos = np.repeat(np.cos(angles), 2, axis=-1)
+    sin = np.repeat(np.sin(angles), 2, axis=-1)
+    sin[..., 0::2] *= -1
+    return cos.astype(np.float32), sin.astype(np.float32)
+
+
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate `x [batch, tokens, heads, head_dim]` by its position, in float32."""
+    cos, sin = table
+    x = x.astype(jnp.float32)
+    swapped = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+    return x * cos + swapped * sin

@@ -1,0 +1,268 @@
+"""The Wan 2.1 text-to-video transformer (diffusers, `transformer_wan.py`), channels last."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qvgen_jax.errors import UserError
+from qvgen_jax.models.layers import layer_norm, patchify, timestep_embedding, unpatchify
+from qvgen_jax.models.rope import rotary_table
+from qvgen_jax.models.wan_block import WanBlock
+from qvgen_jax.quant import clips
+from qvgen_jax.quant.dense import Dense, QuantContext
+
+TEXT_ONLY = (
+    "condition_embedder.text_embedder.linear_1",
+    "condition_embedder.text_embedder.linear_2",
+    "blocks.attn2.to_k",
+    "blocks.attn2.to_v",
+)
+"""Linears that see only the prompt: nothing in them depends on the timestep."""
+
+TIME_ONLY = (
+    "condition_embedder.time_embedder.linear_1",
+    "condition_embedder.time_embedder.linear_2",
+    "condition_embedder.time_proj",
+)
+"""Linears that see only the timestep."""
+
+# Fields of config.json that only other variants of Wan use, and the value that Wan 2.1 T2V has.
+_FIXED = {
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+    """The fields of a Wan transformer's `config.json` that vary between text-to-video models."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    eps: float = 1e-6
+    rope_max_seq_len: int = 1024
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "WanConfig":
+        """From the contents of `config.json`; keys with a leading underscore are notes.
+
+        Raises:
+            UserError: the file describes another variant (image-to-video, VACE, ...).
+        """
+        fields = dict(fields)
+        name = fields.get("_class_name", "WanTransformer3DModel")
+        fields.pop("quantization_config", None)
+        values = {key: value for key, value in fields.items() if not key.startswith("_")}
+        for key, expected in _FIXED.items():
+            if values.pop(key, expected) != expected:
+                raise UserError(
+                    f"{key} = {fields[key]!r} in the transformer's config.json: only Wan 2.1 "
+                    f"text-to-video models are supported, which have {key} = {expected!r}"
+                )
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if name != "WanTransformer3DModel" or unknown:
+            raise UserError(
+                f"the transformer's config.json is of a {name} with unknown fields {unknown}: "
+                "supported is WanTransformer3DModel of Wan 2.1 text-to-video"
+            )
+        values["patch_size"] = tuple(values.get("patch_size", cls.patch_size))
+        values["out_channels"] = values.get("out_channels") or values.get("in_channels", 16)
+        config = cls(**values)
+        if config.in_channels != config.out_channels:
+            raise UserError(
+                f"in_channels = {config.in_channels} but out_channels = {config.out_channels} in "
+                "the transformer's config.json: image-to-video models are not supported, only "
+                "text-to-video ones, where both are equal"
+            )
+        return config
+
+
+def quantizable(config: WanConfig) -> tuple[str, ...]:
+    """Dotted names of every linear that QVGen quantizes; `blocks.` ones stand for all layers.
+
+    Everything but the patch embedding: 306 linears in Wan-1.3B (method: Linear layers, all).
+    """
+    del config  # The list is the same for every size.
+    attention = ("to_q", "to_k", "to_v", "to_out")
+    return (
+        *TIME_ONLY,
+        *TEXT_ONLY[:2],
+        *(f"blocks.attn1.{name}" for name in attention),
+        *(f"blocks.attn2.{name}" for name in attention),
+        "blocks.ffn.up",
+        "blocks.ffn.down",
+        "proj_out",
+    )
+
+
+class TwoLinears(nnx.Module):
+    """`linear_2(activation(linear_1(x)))`, the form of both condition embedders."""
+
+    def __init__(
+        self,
+        name: str,
+        features: tuple[int, int],
+        activation: Callable,
+        *,
+        key: jax.Array,
+        dense: Callable,
+        dtype: jnp.dtype,
+    ):
+        fan_in, dim = features
+        keys = jax.random.split(key)
+        self.linear_1 = dense(f"{name}.linear_1", fan_in, dim, key=keys[0], dtype=dtype)
+        self.linear_2 = dense(f"{name}.linear_2", dim, dim, key=keys[1], dtype=dtype)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
+        return self.linear_2(self.activation(self.linear_1(x, ctx)), ctx)
+
+
+def _gelu_tanh(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+class ConditionEmbedder(nnx.Module):
+    """What the blocks need to know about the timestep and the prompt."""
+
+    def __init__(self, config: WanConfig, *, key: jax.Array, dense: Callable, dtype: jnp.dtype):
+        root, keys, dim = "condition_embedder", jax.random.split(key, 3), config.dim
+        # The timestep's path has one row per sample: float32 costs nothing there.
+        time = {"dense": dense, "dtype": jnp.float32}
+        self.time_embedder = TwoLinears(
+            f"{root}.time_embedder", (config.freq_dim, dim), jax.nn.silu, key=keys[0], **time
+        )
+        self.time_proj = dense(f"{root}.time_proj", dim, 6 * dim, key=keys[1], dtype=jnp.float32)
+        self.text_embedder = TwoLinears(
+            f"{root}.text_embedder",
+            (config.text_dim, dim),
+            _gelu_tanh,
+            key=keys[2],
+            dense=dense,
+            dtype=dtype,
+        )
+        self.freq_dim = config.freq_dim
+
+    def __call__(
+        self, timesteps: jax.Array, text_embeds: jax.Array, ctx: QuantContext
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Timestep embedding `[batch, dim]`, modulation `[batch, 6, dim]`, text `[batch, n, dim]`."""
+        embedding = self.time_embedder(timestep_embedding(timesteps, self.freq_dim), ctx)
+        modulation = self.time_proj(jax.nn.silu(embedding), ctx)
+        modulation = modulation.reshape(modulation.shape[0], 6, -1)
+        return embedding, modulation, self.text_embedder(text_embeds, ctx)
+
+
+class WanTransformer(nnx.Module):
+    """Predicts the velocity `noise - latents` of noisy latents.
+
+    Args:
+        key: PRNG key of the initial weights.
+        dense: factory of the quantizable linears, with the signature of `Dense`.
+        dtype: in which matrix products and activations are computed; parameters keep their own.
+        clip_mode: how a timestep chooses its learned clip pair, see `quant.clips.clip_index`.
+        remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        *,
+        key: jax.Array,
+        dense: Callable = Dense,
+        dtype: jnp.dtype = jnp.float32,
+        clip_mode: str = "bucket",
+        remat: bool = True,
+    ):
+        keys = jax.random.split(key, 5)
+        dim, window = config.dim, config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.patch_embedding = Dense(
+            "patch_embedding", window * config.in_channels, dim, key=keys[0], dtype=dtype
+        )
+        self.condition_embedder = ConditionEmbedder(config, key=keys[1], dense=dense, dtype=dtype)
+
+        def make_block(key: jax.Array) -> WanBlock:
+            heads, hidden = config.num_attention_heads, config.ffn_dim
+            return WanBlock(dim, heads, hidden, config.eps, key=key, dense=dense, dtype=dtype)
+
+        self.blocks = jax.vmap(make_block)(jax.random.split(keys[2], config.num_layers))
+        self.proj_out = dense(
+            "proj_out", dim, window * config.out_channels, key=keys[3], dtype=dtype
+        )
+        table = jax.random.normal(keys[4], (1, 2, dim), jnp.float32) * dim**-0.5
+        self.scale_shift_table = nnx.Param(table)
+        self.config = config
+        self.dtype = dtype
+        self.clip_mode = clip_mode
+        self.remat = remat
+
+    def __call__(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        text_embeds: jax.Array,
+        *,
+        gate: jax.Array | None = None,
+        clip_index: jax.Array | None = None,
+    ) -> jax.Array:
+        """Velocity of `latents [batch, frames, height, width, channels]`, same shape and dtype.
+
+        Args:
+            timesteps: `[batch]`, 0 (clean) to 1000 (noise).
+            text_embeds: `[batch, text tokens, text_dim]`.
+            gate: `[rank]`, weights of the low-rank branches; None where there are none.
+            clip_index: int32 `[batch]`; chosen by the timesteps if None.
+
+        Raises:
+            UserError: frames, height or width do not fit the patches or the rotary table.
+        """
+        config = self.config
+        grid = self._grid(latents.shape)
+        if clip_index is None:
+            clip_index = clips.clip_index(timesteps, self.clip_mode)
+        ctx = QuantContext(clip_index, gate)
+        x = self.patch_embedding(patchify(latents, config.patch_size))
+        embedding, modulation, text = self.condition_embedder(timesteps, text_embeds, ctx)
+        rotary = rotary_table(grid, config.attention_head_dim)
+
+        def body(x: jax.Array, block: WanBlock) -> tuple[jax.Array, None]:
+            return block(x, text, modulation, rotary, ctx), None
+
+        if self.remat:
+            body = jax.checkpoint(body, prevent_cse=False)
+        x, _ = jax.lax.scan(body, x, self.blocks)
+
+        table = self.scale_shift_table[...].astype(jnp.float32) + embedding[:, None]
+        shift, scale = jnp.split(table, 2, axis=1)
+        x = (layer_norm(x, config.eps) * (1 + scale) + shift).astype(self.dtype)
+        out = unpatchify(self.proj_out(x, ctx), grid, config.patch_size)
+        return out.astype(latents.dtype)
+
+    def _grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        patch, limit = self.config.patch_size, self.config.rope_max_seq_len
+        size = shape[1:4]
+        grid = tuple(length // p for length, p in zip(size, patch, strict=True))
+        if any(length % p for length, p in zip(size, patch, strict=True)) or max(grid) > limit:
+            raise UserError(
+                f"latents of {size} frames, height and width: each must be a multiple of the patch "
+                f"{patch} and at most {limit} patches; choose another size"
+            )
+        return grid

@@ -1,0 +1,127 @@
+"""One block of the Wan transformer: self-attention, cross-attention and feed-forward."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qvgen_jax.models.attention import attention
+from qvgen_jax.models.layers import LayerNorm, RMSNorm, layer_norm
+from qvgen_jax.models.rope import rotate
+from qvgen_jax.quant.dense import QuantContext
+
+
+class WanAttention(nnx.Module):
+    """Multi-head attention whose q and k are RMS-normalised over the full inner dimension."""
+
+    def __init__(
+        self,
+        name: str,
+        dim: int,
+        heads: int,
+        eps: float,
+        *,
+        key: jax.Array,
+        dense: Callable,
+        dtype: jnp.dtype,
+    ):
+        keys = jax.random.split(key, 4)
+        self.to_q = dense(f"{name}.to_q", dim, dim, key=keys[0], dtype=dtype)
+        self.to_k = dense(f"{name}.to_k", dim, dim, key=keys[1], dtype=dtype)
+        self.to_v = dense(f"{name}.to_v", dim, dim, key=keys[2], dtype=dtype)
+        self.to_out = dense(f"{name}.to_out", dim, dim, key=keys[3], dtype=dtype)
+        self.norm_q = RMSNorm(dim, eps=eps)
+        self.norm_k = RMSNorm(dim, eps=eps)
+        self.heads = heads
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array,
+        ctx: QuantContext,
+        rotary: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        """`x [batch, tokens, dim]` looks at `context [batch, keys, dim]`."""
+        q = self._split(self.norm_q(self.to_q(x, ctx)))
+        k = self._split(self.norm_k(self.to_k(context, ctx)))
+        v = self._split(self.to_v(context, ctx))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        y = attention(q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype))
+        return self.to_out(y.reshape(x.shape), ctx)
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.heads, -1)
+
+
+class FeedForward(nnx.Module):
+    """Two linears around a tanh-approximated GELU."""
+
+    def __init__(
+        self,
+        name: str,
+        dim: int,
+        hidden: int,
+        *,
+        key: jax.Array,
+        dense: Callable,
+        dtype: jnp.dtype,
+    ):
+        keys = jax.random.split(key)
+        self.up = dense(f"{name}.up", dim, hidden, key=keys[0], dtype=dtype)
+        self.down = dense(f"{name}.down", hidden, dim, key=keys[1], dtype=dtype)
+
+    def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
+        return self.down(jax.nn.gelu(self.up(x, ctx), approximate=True), ctx)
+
+
+class WanBlock(nnx.Module):
+    """diffusers' `WanTransformerBlock`; its norm1 and norm3 have no parameters."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        hidden: int,
+        eps: float,
+        *,
+        key: jax.Array,
+        dense: Callable,
+        dtype: jnp.dtype,
+    ):
+        keys = jax.random.split(key, 4)
+        build = {"dense": dense, "dtype": dtype}
+        self.attn1 = WanAttention("blocks.attn1", dim, heads, eps, key=keys[0], **build)
+        self.attn2 = WanAttention("blocks.attn2", dim, heads, eps, key=keys[1], **build)
+        self.norm2 = LayerNorm(dim, eps=eps)
+        self.ffn = FeedForward("blocks.ffn", dim, hidden, key=keys[2], **build)
+        table = jax.random.normal(keys[3], (1, 6, dim), jnp.float32) * dim**-0.5
+        self.scale_shift_table = nnx.Param(table)
+        self.eps = eps
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x: jax.Array,
+        text: jax.Array,
+        modulation: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        ctx: QuantContext,
+    ) -> jax.Array:
+        """The block on `x [batch, tokens, dim]`.
+
+        Args:
+            text: `[batch, text tokens, dim]`; unmasked, as padding is attended in Wan.
+            modulation: float32 `[batch, 6, dim]`: shift, scale, gate of attention, then of the ffn.
+            rotary: table of `rotary_table`.
+        """
+        table = self.scale_shift_table[...].astype(jnp.float32) + modulation
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = jnp.split(table, 6, axis=1)
+
+        y = (layer_norm(x, self.eps) * (1 + scale) + shift).astype(self.dtype)
+        x = (x + self.attn1(y, y, ctx, rotary) * gate).astype(self.dtype)
+        x = x + self.attn2(self.norm2(x).astype(self.dtype), text, ctx)
+        y = (layer_norm(x, self.eps) * (1 + ffn_scale) + ffn_shift).astype(self.dtype)
+        return (x + self.ffn(y, ctx) * ffn_gate).astype(self.dtype)
