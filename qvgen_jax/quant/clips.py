@@ -36,6 +36,6 @@ def clip_index(timesteps: jax.Array, mode: str = "bucket", buckets: int = 50) ->
     if mode == "countdown":
         raise ValueError(
             "clip_index='countdown' counts the transformer's calls (49, 48, ... 0, 0) and cannot "
-            "be computed from the timestep; pass clip_index=[batch] to the transformer at every call"
+            "be computed from the timestep; pass clip_index=[batch] at every call"
         )
     raise ValueError(f"clip_index={mode!r}; expected one of {', '.join(CLIP_INDEX_MODES)}")

@@ -27,6 +27,20 @@ class QuantContext(NamedTuple):
     gate: jax.Array | None = None
 
 
+def rows_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x [..., in] @ kernel [in, out]`, accumulated in float32 at least.
+
+    The leading axes are one axis inside: XLA's CPU backend contracts two axes at once, as the
+    gradient of the kernel would, 2.4 times slower.
+    """
+    y = jnp.matmul(
+        x.reshape(-1, x.shape[-1]),
+        kernel,
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 class Dense(nnx.Module):
     """`y = x @ kernel + bias` in full precision: `x [..., in]` to `[..., out]`."""
 
@@ -48,13 +62,9 @@ class Dense(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, ctx: QuantContext = QuantContext()) -> jax.Array:
-        y = jnp.matmul(
-            x.astype(self.dtype),
-            self.kernel[...].astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        y = rows_matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
         if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
+            y = y + self.bias[...].astype(y.dtype)
         return y.astype(self.dtype)
 
 
@@ -156,10 +166,8 @@ def branch(values: jax.Array, left: jax.Array, right: jax.Array, gate: jax.Array
     The gate is a schedule, not a parameter: it carries no gradient.
     """
     dtype = values.dtype
-    accumulate = _at_least_float32(dtype)
-    hidden = jnp.matmul(values, right.T.astype(dtype), preferred_element_type=accumulate)
-    hidden = (hidden * jax.lax.stop_gradient(gate)).astype(dtype)
-    return jnp.matmul(hidden, left.T.astype(dtype), preferred_element_type=accumulate)
+    hidden = rows_matmul(values, right.T.astype(dtype)) * jax.lax.stop_gradient(gate)
+    return rows_matmul(hidden.astype(dtype), left.T.astype(dtype))
 
 
 class PackedDense(_TokenQuantizer):
