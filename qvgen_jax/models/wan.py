@@ -164,7 +164,7 @@ class ConditionEmbedder(nnx.Module):
     def __call__(
         self, timesteps: jax.Array, text_embeds: jax.Array, ctx: QuantContext
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Timestep embedding `[batch, dim]`, modulation `[batch, 6, dim]`, text `[batch, n, dim]`."""
+        """Embedding of the timestep `[b, dim]`, modulation `[b, 6, dim]`, text `[b, n, dim]`."""
         embedding = self.time_embedder(timestep_embedding(timesteps, self.freq_dim), ctx)
         modulation = self.time_proj(jax.nn.silu(embedding), ctx)
         modulation = modulation.reshape(modulation.shape[0], 6, -1)
