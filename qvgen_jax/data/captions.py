@@ -1,0 +1,102 @@
+"""Which videos a folder holds and what each shows, in the three ways people write that down."""
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from qvgen_jax.errors import UserError
+
+_FILE_KEYS = ("file", "video", "file_name", "path")
+_CAPTION_KEYS = ("caption", "prompt", "text")
+_EXPECTED = (
+    'expected captions.jsonl (one {"file": ..., "caption": ...} per line), captions.csv (with '
+    "columns file and caption), or videos.txt beside captions.txt or prompts.txt (one per line)"
+)
+
+
+class CaptionedFile(NamedTuple):
+    """A video by its name relative to the folder, and its caption."""
+
+    file: str
+    caption: str
+
+
+def read_captions(folder: str | Path) -> list[CaptionedFile]:
+    """Every video that the folder's captions file lists, in that file's order.
+
+    Raises:
+        UserError: no folder, no captions file, or one that is empty or malformed; it names the
+            line. A video that is listed but missing is not checked here.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"data folder {folder} does not exist; give the folder of the videos")
+    if (folder / "captions.jsonl").is_file():
+        path, found = folder / "captions.jsonl", _read_jsonl(folder / "captions.jsonl")
+    elif (folder / "captions.csv").is_file():
+        path, found = folder / "captions.csv", _read_csv(folder / "captions.csv")
+    elif (folder / "videos.txt").is_file():
+        path, found = folder / "videos.txt", _read_two_lists(folder)
+    else:
+        raise UserError(f"{folder} holds no captions file: {_EXPECTED}")
+    if not found:
+        raise UserError(f"{path} lists no videos: {_EXPECTED}")
+    return found
+
+
+def _read_jsonl(path: Path) -> list[CaptionedFile]:
+    found = []
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number} is not JSON ({error}): mend it") from error
+        found.append(_row(row, path, number))
+    return found
+
+
+def _read_csv(path: Path) -> list[CaptionedFile]:
+    rows = csv.DictReader(_lines(path, keepends=True))
+    return [_row(row, path, rows.line_num) for row in rows]
+
+
+def _read_two_lists(folder: Path) -> list[CaptionedFile]:
+    texts = [folder / name for name in ("captions.txt", "prompts.txt")]
+    text = next((path for path in texts if path.is_file()), None)
+    if text is None:
+        raise UserError(f"{folder} has videos.txt but no captions beside it: {_EXPECTED}")
+    files = [line.strip() for line in _lines(folder / "videos.txt") if line.strip()]
+    captions = [line.strip() for line in _lines(text) if line.strip()]
+    if len(files) != len(captions):
+        raise UserError(
+            f"{folder / 'videos.txt'} lists {len(files)} videos and {text.name} "
+            f"{len(captions)} captions: both need one line per video"
+        )
+    return [CaptionedFile(*pair) for pair in zip(files, captions, strict=True)]
+
+
+def _lines(path: Path, keepends: bool = False) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+    # Only \n: JSON strings may hold the other characters that str.splitlines breaks at.
+    return [line + "\n" if keepends else line for line in text.split("\n")]
+
+
+def _row(row: Mapping, path: Path, number: int) -> CaptionedFile:
+    values = []
+    for keys in (_FILE_KEYS, _CAPTION_KEYS):
+        value = next((row[key] for key in keys if key in row), None) if _is_map(row) else None
+        if not isinstance(value, str):
+            raise UserError(f"{path}, line {number} has no {keys[0]!r}: {_EXPECTED}")
+        values.append(value.strip())
+    return CaptionedFile(*values)
+
+
+def _is_map(row: object) -> bool:
+    return isinstance(row, Mapping)
