@@ -1,0 +1,133 @@
+"""Encoded clips as an endless stream of batches whose order is a function of (seed, step).
+
+Nothing about the stream is saved in a checkpoint: to resume at step k is to ask for the batches
+from step k on.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from qvgen_jax.data.encode import EMPTY_TEXT, FORMAT_VERSION, MANIFEST
+from qvgen_jax.data.records import unpack
+from qvgen_jax.errors import UserError
+
+
+class EncodedDataset:
+    """The clips of a folder that `encode.encode_folder` wrote, by index.
+
+    Attributes:
+        manifest: the folder's `manifest.json`: size, counts, settings, refused videos.
+
+    Raises:
+        UserError: the folder holds no complete encoding, or one of another format.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._folder = Path(folder)
+        path = self._folder / MANIFEST
+        if not path.is_file():
+            raise UserError(
+                f"{folder} holds no finished encoding ({MANIFEST} is missing): "
+                "run the encode job to make or finish it"
+            )
+        self.manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = self.manifest.get("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format_version {version}, this program reads {FORMAT_VERSION}: "
+                "delete the folder and encode again"
+            )
+        files = [str(self._folder / name) for name in self.manifest["shards"]]
+        if missing := [name for name in files if not Path(name).is_file()]:
+            raise UserError(f"{missing[0]} is missing: delete {folder} and encode again")
+        self._records = grain.sources.ArrayRecordDataSource(files)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One clip: `latent_mean`, `latent_logvar` `[f, h, w, c]`, `text_embeds` `[tokens, dim]`
+        without padding, `caption`, `source`."""
+        return unpack(self._records[index])
+
+    def empty_text_embeds(self, max_length: int | None = None) -> np.ndarray:
+        """The empty prompt, `[max_length, dim]`, zero behind its tokens."""
+        text = unpack((self._folder / EMPTY_TEXT).read_bytes())["text_embeds"]
+        return _pad(text, self.manifest["max_length"] if max_length is None else max_length)
+
+
+def batches(
+    dataset: EncodedDataset,
+    *,
+    seed: int,
+    batch_size: int,
+    start_step: int = 0,
+    max_length: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+) -> Iterator[dict[str, Any]]:
+    """Batches for ever, from `start_step` on; every epoch is a new shuffle of all clips.
+
+    Args:
+        dataset: the clips.
+        seed: of the order.
+        batch_size: samples per step over all processes.
+        start_step: the step whose batch comes first.
+        max_length: text tokens; by default as encoded.
+        process_index, process_count: which share of every batch this process gets.
+        threads: read ahead with this many; one batch each is kept ready.
+
+    Returns:
+        An iterator of dicts, `b = batch_size / process_count`: `latent_mean`, `latent_logvar`
+        float32 `[b, f, h, w, c]`; `text_embeds` `[b, max_length, dim]`, zero behind the tokens;
+        `caption`, a list of strings; `sample_index` int32 `[b]`, the sample's number since step 0
+        over all processes: `step * batch_size + i`, never twice the same.
+
+    Raises:
+        ValueError: `batch_size` is not a positive multiple of `process_count`, or `max_length` is
+            shorter than a caption.
+    """
+    if batch_size <= 0 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size is {batch_size}, expected a positive multiple of the {process_count} "
+            "processes"
+        )
+    length = dataset.manifest["max_length"] if max_length is None else max_length
+    stream = (
+        grain.MapDataset.source(dataset)
+        .shuffle(seed=seed)
+        .repeat(None)
+        .map_with_index(_numbered)
+        .slice(slice(start_step * batch_size + process_index, None, process_count))
+        .batch(batch_size // process_count, batch_fn=partial(_collate, length))
+    )
+    return iter(stream.to_iter_dataset(grain.ReadOptions(threads, threads)))
+
+
+def _numbered(index: int, clip: dict[str, Any]) -> dict[str, Any]:
+    return {**clip, "sample_index": index}
+
+
+def _collate(max_length: int, clips: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "latent_mean": np.stack([clip["latent_mean"] for clip in clips]),
+        "latent_logvar": np.stack([clip["latent_logvar"] for clip in clips]),
+        "text_embeds": np.stack([_pad(clip["text_embeds"], max_length) for clip in clips]),
+        "caption": [clip["caption"] for clip in clips],
+        "sample_index": np.array([clip["sample_index"] for clip in clips], np.int32),
+    }
+
+
+def _pad(text: np.ndarray, max_length: int) -> np.ndarray:
+    if len(text) > max_length:
+        raise ValueError(
+            f"a caption has {len(text)} tokens, max_length is {max_length}: encode again with it"
+        )
+    return np.pad(text, ((0, max_length - len(text)), (0, 0)))
