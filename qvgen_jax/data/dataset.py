@@ -22,15 +22,23 @@ class EncodedDataset:
     """The clips of a folder that `encode.encode_folder` wrote, by index.
 
     Attributes:
+        folder: where they are.
         manifest: the folder's `manifest.json`: size, counts, settings, refused videos.
-
-    Raises:
-        UserError: the folder holds no complete encoding, or one of another format.
+        max_length: text tokens that batches are padded to.
+        empty_text_embeds: the empty prompt, `[max_length, dim]`, zero behind its tokens.
     """
 
-    def __init__(self, folder: str | Path):
-        self._folder = Path(folder)
-        path = self._folder / MANIFEST
+    def __init__(self, folder: str | Path, max_length: int | None = None):
+        """
+        Args:
+            folder: of the encoded clips.
+            max_length: text tokens of a batch; by default as encoded.
+
+        Raises:
+            UserError: the folder holds no complete encoding, or one of another format or length.
+        """
+        self.folder = folder = Path(folder)
+        path = folder / MANIFEST
         if not path.is_file():
             raise UserError(
                 f"{folder} holds no finished encoding ({MANIFEST} is missing): "
@@ -43,9 +51,18 @@ class EncodedDataset:
                 f"{path} has format_version {version}, this program reads {FORMAT_VERSION}: "
                 "delete the folder and encode again"
             )
-        files = [str(self._folder / name) for name in self.manifest["shards"]]
+        longest = self.manifest["max_length"]
+        self.max_length = longest if max_length is None else max_length
+        if self.max_length < longest:
+            raise UserError(
+                f"{folder} holds texts of up to {longest} tokens, max_length is {max_length}: "
+                "raise it, or encode again with it to another folder"
+            )
+        files = [str(folder / name) for name in self.manifest["shards"]]
         if missing := [name for name in files if not Path(name).is_file()]:
             raise UserError(f"{missing[0]} is missing: delete {folder} and encode again")
+        empty = unpack((folder / EMPTY_TEXT).read_bytes())["text_embeds"]
+        self.empty_text_embeds = _pad(empty, self.max_length)
         self._records = grain.sources.ArrayRecordDataSource(files)
 
     def __len__(self) -> int:
@@ -56,11 +73,6 @@ class EncodedDataset:
         without padding, `caption`, `source`."""
         return unpack(self._records[index])
 
-    def empty_text_embeds(self, max_length: int | None = None) -> np.ndarray:
-        """The empty prompt, `[max_length, dim]`, zero behind its tokens."""
-        text = unpack((self._folder / EMPTY_TEXT).read_bytes())["text_embeds"]
-        return _pad(text, self.manifest["max_length"] if max_length is None else max_length)
-
 
 def batches(
     dataset: EncodedDataset,
@@ -68,7 +80,7 @@ def batches(
     seed: int,
     batch_size: int,
     start_step: int = 0,
-    max_length: int | None = None,
+    captions: bool = False,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
@@ -80,33 +92,33 @@ def batches(
         seed: of the order.
         batch_size: samples per step over all processes.
         start_step: the step whose batch comes first.
-        max_length: text tokens; by default as encoded.
+        captions: whether batches hold the captions too, which `jax.jit` does not take.
         process_index, process_count: which share of every batch this process gets.
         threads: read ahead with this many; one batch each is kept ready.
 
     Returns:
         An iterator of dicts, `b = batch_size / process_count`: `latent_mean`, `latent_logvar`
         float32 `[b, f, h, w, c]`; `text_embeds` `[b, max_length, dim]`, zero behind the tokens;
-        `caption`, a list of strings; `sample_index` int32 `[b]`, the sample's number since step 0
-        over all processes: `step * batch_size + i`, never twice the same.
+        `sample_index` int32 `[b]`, the sample's number since step 0 over all processes,
+        `step * batch_size + i`, never twice the same; with `captions` also `caption`, strings.
 
     Raises:
-        ValueError: `batch_size` is not a positive multiple of `process_count`, or `max_length` is
-            shorter than a caption.
+        ValueError: `batch_size` is not a positive multiple of `process_count`.
     """
     if batch_size <= 0 or batch_size % process_count:
         raise ValueError(
             f"batch_size is {batch_size}, expected a positive multiple of the {process_count} "
             "processes"
         )
-    length = dataset.manifest["max_length"] if max_length is None else max_length
     stream = (
         grain.MapDataset.source(dataset)
         .shuffle(seed=seed)
         .repeat(None)
         .map_with_index(_numbered)
         .slice(slice(start_step * batch_size + process_index, None, process_count))
-        .batch(batch_size // process_count, batch_fn=partial(_collate, length))
+        .batch(
+            batch_size // process_count, batch_fn=partial(_collate, dataset.max_length, captions)
+        )
     )
     return iter(stream.to_iter_dataset(grain.ReadOptions(threads, threads)))
 
@@ -115,19 +127,17 @@ def _numbered(index: int, clip: dict[str, Any]) -> dict[str, Any]:
     return {**clip, "sample_index": index}
 
 
-def _collate(max_length: int, clips: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {
+def _collate(max_length: int, captions: bool, clips: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    batch = {
         "latent_mean": np.stack([clip["latent_mean"] for clip in clips]),
         "latent_logvar": np.stack([clip["latent_logvar"] for clip in clips]),
         "text_embeds": np.stack([_pad(clip["text_embeds"], max_length) for clip in clips]),
-        "caption": [clip["caption"] for clip in clips],
         "sample_index": np.array([clip["sample_index"] for clip in clips], np.int32),
     }
+    if captions:
+        batch["caption"] = [clip["caption"] for clip in clips]
+    return batch
 
 
 def _pad(text: np.ndarray, max_length: int) -> np.ndarray:
-    if len(text) > max_length:
-        raise ValueError(
-            f"a caption has {len(text)} tokens, max_length is {max_length}: encode again with it"
-        )
     return np.pad(text, ((0, max_length - len(text)), (0, 0)))

@@ -70,16 +70,20 @@ def test_a_clip_comes_back_as_the_pipeline_made_it(source, encoded):
     assert clip["text_embeds"].dtype == jnp.bfloat16
 
 
-def test_the_empty_prompt_is_stored_once_and_padded_on_request(encoded):
-    empty = encoded.empty_text_embeds()
+def test_the_empty_prompt_is_padded_like_the_texts(encoded):
+    empty = encoded.empty_text_embeds
     assert empty.shape == (12, 4)
     assert (empty[0] == 4).all()
     assert not empty[1:].any()
-    assert encoded.empty_text_embeds(20).shape == (20, 4)
+    longer = EncodedDataset(encoded.folder, max_length=20)
+    assert longer.empty_text_embeds.shape == (20, 4)
+    assert next(batches(longer, seed=0, batch_size=2))["text_embeds"].shape == (2, 20, 4)
+    with pytest.raises(UserError, match="up to 12 tokens, max_length is 8"):
+        EncodedDataset(encoded.folder, max_length=8)
 
 
 def test_batches_hold_padded_texts_and_global_sample_numbers(encoded):
-    first, second = itertools.islice(batches(encoded, seed=1, batch_size=3), 2)
+    first, second = itertools.islice(batches(encoded, seed=1, batch_size=3, captions=True), 2)
     assert first["latent_mean"].shape == (3, 2, 4, 6, 3)
     assert first["text_embeds"].shape == (3, 12, 4)
     assert first["sample_index"].tolist() == [0, 1, 2]
@@ -99,11 +103,11 @@ def test_resuming_at_a_step_gives_the_same_batches(encoded):
 
 
 def test_every_epoch_is_a_new_order_of_all_clips_and_seeds_differ(encoded):
-    stream = batches(encoded, seed=2, batch_size=7)
+    stream = batches(encoded, seed=2, batch_size=7, captions=True)
     first, second = indices(stream, 2)
     assert sorted(first) == sorted(second) == sorted(encoded[i]["caption"] for i in range(7))
     assert first != second
-    assert indices(batches(encoded, seed=3, batch_size=7), 1)[0] != first
+    assert indices(batches(encoded, seed=3, batch_size=7, captions=True), 1)[0] != first
 
 
 def test_two_processes_share_the_batch_that_one_would_get(encoded):
@@ -122,7 +126,7 @@ def test_two_processes_share_the_batch_that_one_would_get(encoded):
 
 
 def test_a_batch_larger_than_the_data_set_wraps_around(encoded):
-    batch = next(batches(encoded, seed=0, batch_size=10))
+    batch = next(batches(encoded, seed=0, batch_size=10, captions=True))
     assert len(set(batch["caption"][:7])) == 7
     assert batch["sample_index"].tolist() == list(range(10))
 
