@@ -1,0 +1,51 @@
+"""The encoded clips of a run: found where the config says, or made there first."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qvgen_jax.data.encode import MANIFEST, encode_folder
+from qvgen_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from qvgen_jax.pipeline import Pipeline
+
+
+def ensure_encoded(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Path:
+    """The folder of encoded clips for `config.data`, complete; encodes what is missing.
+
+    Where only the encoded clips were copied to a machine, they are used as they are.
+
+    Args:
+        config: reads `data.source`, `encoded` ("" means inside the workdir), `num_frames`,
+            `height`, `width`, `max_length`, `encode_batch_size`.
+        workdir: of the run.
+        pipe: whose VAE and text encoder make the clips.
+
+    Raises:
+        UserError: no data path, videos that cannot be used, clips of another size or model.
+    """
+    data = config["data"]
+    encoded = Path(data["encoded"] or Path(workdir) / "encoded")
+    size = {name: data[name] for name in ("num_frames", "height", "width", "max_length")}
+    if (encoded / MANIFEST).is_file() and not (data["source"] and Path(data["source"]).is_dir()):
+        _check_size(encoded, size)
+        return encoded
+    if not data["source"]:
+        raise UserError(
+            "config.data.source is empty: give the folder of your videos and their captions, "
+            "--config.data.source=FOLDER"
+        )
+    encode_folder(pipe, data["source"], encoded, **size, batch_size=data["encode_batch_size"])
+    return encoded
+
+
+def _check_size(encoded: Path, size: Mapping[str, int]) -> None:
+    manifest = json.loads((encoded / MANIFEST).read_text(encoding="utf-8"))
+    for name, value in size.items():
+        if manifest[name] != value:
+            raise UserError(
+                f"{encoded} holds clips with {name} {manifest[name]}, config.data.{name} is "
+                f"{value}: set it to {manifest[name]}, or give the videos as config.data.source"
+            )
