@@ -1,1 +1,10 @@
 """QVGen in JAX: quantization-aware training of low-bit video diffusion transformers."""
+
+from typing import Any
+
+
+def load(path: Any, dtype: Any = None, mesh: Any = None) -> Any:
+    """Loads a pipeline: see `qvgen_jax.pipeline.load`."""
+    from qvgen_jax.pipeline import load as load_pipeline
+
+    return load_pipeline(path, dtype, mesh)

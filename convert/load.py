@@ -1,0 +1,169 @@
+"""A pipeline folder in diffusers' layout to the parts of a `qvgen_jax.pipeline.Pipeline`."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from convert import umt5, wan_transformer, wan_vae
+from convert.names import Entry, from_torch
+from convert.tensors import Tensors, read_json
+from qvgen_jax.autoencoders.wan import WanVAE, WanVAEConfig
+from qvgen_jax.components import VAE, TextEncoder, Transformer
+from qvgen_jax.diffusion.unipc import UniPCConfig
+from qvgen_jax.errors import UserError
+from qvgen_jax.models.wan import WanConfig, WanTransformer
+from qvgen_jax.pipeline import WAN_DEFAULTS
+from qvgen_jax.text.tokenizer import default_max_length, load_tokenizer
+from qvgen_jax.text.umt5 import UMT5Config, UMT5Encoder
+
+# Of the transformer, PyTorch's Wan keeps these in float32 whatever the rest is held in.
+_FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table")
+
+
+def read_components(path: str | Path, dtype: jnp.dtype) -> dict[str, Any]:
+    """Everything in the folder, as keyword arguments of `Pipeline`.
+
+    Args:
+        path: a folder, or the name of one on the Hugging Face hub.
+        dtype: of the matrices of transformer and text encoder, and of what they compute.
+
+    Raises:
+        UserError: see `qvgen_jax.load`.
+    """
+    folder = find_folder(path)
+    _check_index(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    return {
+        "transformer": read_transformer(folder / "transformer", dtype),
+        "vae": read_vae(folder / "vae"),
+        "text_encoder": read_text_encoder(folder / "text_encoder", dtype),
+        "tokenizer": tokenizer,
+        "scheduler": UniPCConfig.from_json(read_json(folder / "scheduler/scheduler_config.json")),
+        "defaults": _read_defaults(folder, default_max_length(tokenizer)),
+    }
+
+
+def find_folder(path: str | Path) -> Path:
+    """The folder itself, or the local copy of a hub repository, fetched if need be.
+
+    Raises:
+        UserError: neither exists, or the hub cannot be reached.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    parts = str(path).split("/")
+    if len(parts) != 2 or not all(part and part[0] not in ".~" for part in parts):
+        raise UserError(f"{path} is not a folder; give a pipeline folder or a hub name owner/name")
+    import huggingface_hub
+
+    kinds = ("*.json", "*.safetensors", "*.model", "*.txt")
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(kinds)))
+    except Exception as error:  # Its errors have no common base: network, cache, name, access.
+        raise UserError(
+            f"{path} is no folder here and did not come from the Hugging Face hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
+            "); check the name and the connection, or download it and give the folder"
+        ) from error
+
+
+def _check_index(folder: Path) -> None:
+    index = read_json(folder / "model_index.json")
+    name = index.get("_class_name")
+    second = [
+        part
+        for part in ("transformer_2", "image_encoder")
+        if (index.get(part) or [None])[0] is not None
+    ]
+    if index.get("expand_timesteps"):
+        second.append("expand_timesteps")
+    if name != "WanPipeline" or second:
+        extra = f" with {', '.join(second)}" if second else ""
+        raise UserError(
+            f"{folder} holds a {name}{extra}; supported are Wan 2.1 text-to-video pipelines "
+            "(WanPipeline with one transformer)"
+        )
+
+
+def _read_defaults(folder: Path, max_length: int) -> dict[str, Any]:
+    path, defaults = folder / "generation_config.json", {**WAN_DEFAULTS, "max_length": max_length}
+    fields = read_json(path) if path.exists() else {}
+    unknown = sorted(set(fields) - set(defaults))
+    if unknown:
+        raise UserError(f"{path} has unknown fields {unknown}; known are {sorted(defaults)}")
+    return defaults | fields
+
+
+def read_transformer(folder: Path, dtype: jnp.dtype) -> Transformer:
+    """The transformer of a folder, full precision or packed by this project's export."""
+    fields = read_json(folder / "config.json")
+    config = WanConfig.from_json(fields)
+    if fields.get("quantization_config"):
+        raise UserError(f"{folder} holds a quantized transformer, which cannot be read yet")
+
+    def build() -> WanTransformer:
+        return WanTransformer(config, key=jax.random.key(0), dtype=dtype, remat=False)
+
+    def precision(path: tuple[str, ...]) -> jnp.dtype:
+        return jnp.float32 if set(path) & set(_FLOAT32) else dtype
+
+    table = wan_transformer.name_table(config)
+    return Transformer(config, *_read_network(folder, build, table, Tensors(folder), precision))
+
+
+def read_vae(folder: Path) -> VAE:
+    """The VAE of a folder, in float32."""
+    config = WanVAEConfig.from_json(read_json(folder / "config.json"))
+
+    def build() -> WanVAE:
+        return WanVAE(config, key=jax.random.key(0))
+
+    table = wan_vae.name_table(config)
+    return VAE(
+        config, *_read_network(folder, build, table, Tensors(folder), lambda path: jnp.float32)
+    )
+
+
+def read_text_encoder(folder: Path, dtype: jnp.dtype) -> TextEncoder:
+    """The text encoder of a folder."""
+    config = UMT5Config.from_json(read_json(folder / "config.json"))
+
+    def build() -> UMT5Encoder:
+        return UMT5Encoder(config, key=jax.random.key(0), dtype=dtype)
+
+    table = umt5.name_table(config)
+    tensors = umt5.untie(Tensors(folder))
+    return TextEncoder(config, *_read_network(folder, build, table, tensors, lambda path: dtype))
+
+
+def _read_network(
+    folder: Path,
+    build: Callable[[], nnx.Module],
+    table: list[Entry],
+    tensors: Mapping[str, np.ndarray],
+    precision: Callable[[tuple[str, ...]], jnp.dtype],
+) -> tuple[nnx.GraphDef, tuple[dict]]:
+    """The network's description and `(params,)`; vectors stay float32, whatever `precision`."""
+    graphdef, expected = nnx.split(nnx.eval_shape(build), nnx.Param)
+    params = from_torch(table, tensors)
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(expected))
+    for path, leaf in leaves:
+        names = tuple(part.key for part in path)
+        node = params
+        for name in names[:-1]:
+            node = node[name]
+        array = node[names[-1]]
+        if array.shape != leaf.shape:
+            raise UserError(
+                f"{folder}: {'.'.join(names)} is {list(array.shape)}, expected "
+                f"{list(leaf.shape)} by config.json; they belong to different models"
+            )
+        matrix = names[-1] in ("kernel", "token_embedding")
+        node[names[-1]] = np.asarray(array, precision(names) if matrix else jnp.float32)
+    return graphdef, (params,)

@@ -1,0 +1,166 @@
+"""The networks of a pipeline, each with its parameters, as jitted calls.
+
+Compilation is cached on the network's description and the shapes of the arguments, never on the
+parameters: a teacher, and a student at two moments of its training, share what they can.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qvgen_jax.autoencoders.wan import WanVAEConfig, denormalize, normalize
+from qvgen_jax.diffusion.unipc import UniPCSchedule, sample
+from qvgen_jax.errors import UserError
+from qvgen_jax.models.wan import WanConfig
+from qvgen_jax.text.umt5 import UMT5Config
+
+
+@dataclass(frozen=True, eq=False)
+class Transformer:
+    """A Wan transformer, full precision, fake-quantized or packed.
+
+    Attributes:
+        config: its sizes.
+        graphdef: of a `WanTransformer`, from `nnx.split`.
+        states: what `nnx.merge` needs beside it: `(params,)`, or `(params, levels)` if quantized.
+        gate: float32 `[rank]` of the low-rank branch; None where there is no branch.
+    """
+
+    config: WanConfig
+    graphdef: nnx.GraphDef
+    states: tuple[dict, ...]
+    gate: jax.Array | None = None
+
+    def __call__(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        text_embeds: jax.Array,
+        *,
+        clip_index: jax.Array | None = None,
+    ) -> jax.Array:
+        """The predicted velocity `noise - latents`, in the shape and type of `latents`.
+
+        Args:
+            latents: `[batch, frames, height, width, channels]`, noisy, normalised.
+            timesteps: `[batch]`, 0 (clean) to 1000 (noise).
+            text_embeds: `[batch, tokens, text_dim]` of `Pipeline.encode_prompt`.
+            clip_index: int32 `[batch]`; chosen by the timesteps if None.
+        """
+        args = (jnp.asarray(latents), jnp.asarray(timesteps), jnp.asarray(text_embeds))
+        return _velocity(self.graphdef, self.states, self.gate, *args, clip_index)
+
+    def sample(
+        self,
+        noise: jax.Array,
+        text_embeds: jax.Array,
+        negative_embeds: jax.Array | None,
+        guidance_scale: float,
+        schedule: UniPCSchedule,
+    ) -> jax.Array:
+        """Latents from noise `[batch, f, h, w, c]`; `negative_embeds=None` samples unguided."""
+        scale = jnp.float32(guidance_scale)
+        return _sample(
+            self.graphdef,
+            self.states,
+            self.gate,
+            noise,
+            text_embeds,
+            negative_embeds,
+            scale,
+            schedule,
+        )
+
+
+@partial(jax.jit, static_argnums=0)
+def _velocity(graphdef, states, gate, latents, timesteps, text_embeds, clip_index):
+    model = nnx.merge(graphdef, *states)
+    return model(latents, timesteps, text_embeds, gate=gate, clip_index=clip_index)
+
+
+@partial(jax.jit, static_argnums=0)
+def _sample(graphdef, states, gate, noise, text_embeds, negative_embeds, guidance_scale, schedule):
+    model = nnx.merge(graphdef, *states)
+    guided = negative_embeds is not None
+    # Both branches in one call: their rows are independent, and so is their choice of clips.
+    texts = jnp.concatenate([text_embeds, negative_embeds]) if guided else text_embeds
+
+    def velocity(latents: jax.Array, timestep: jax.Array) -> jax.Array:
+        timesteps = jnp.full(texts.shape[0], timestep)
+        if not guided:
+            return model(latents, timesteps, texts, gate=gate)
+        prediction = model(jnp.concatenate([latents, latents]), timesteps, texts, gate=gate)
+        with_text, without = jnp.split(prediction, 2)
+        return without + guidance_scale * (with_text - without)
+
+    return sample(velocity, noise, schedule)
+
+
+@dataclass(frozen=True, eq=False)
+class VAE:
+    """A video autoencoder; latents here are the PyTorch VAE's own, not normalised."""
+
+    config: WanVAEConfig
+    graphdef: nnx.GraphDef
+    states: tuple[dict, ...]
+
+    def encode(self, video: jax.Array) -> jax.Array:
+        """The posterior mean, float32 `[b, 1 + n, H/8, W/8, z]`, of video `[b, 1 + 4n, H, W, 3]`.
+
+        Raises:
+            UserError: the video is not float in [-1, 1], or its size does not divide.
+        """
+        return self.posterior(video)[0]
+
+    def posterior(self, video: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and log-variance, not normalised."""
+        if video.ndim != 5 or not jnp.issubdtype(video.dtype, jnp.floating):
+            raise UserError(
+                f"video is {video.dtype} {list(video.shape)}, expected float in [-1, 1] of "
+                "[batch, frames, height, width, 3]; for uint8 frames pass frames / 127.5 - 1"
+            )
+        return _encode(self.graphdef, self.states, jnp.asarray(video))
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Video float32 in [-1, 1], `[b, 1 + 4n, 8h, 8w, 3]`, of latents `[b, 1 + n, h, w, z]`."""
+        return _decode(self.graphdef, self.states, jnp.asarray(latents))
+
+    def normalize(self, mean: jax.Array, logvar: jax.Array | None = None):
+        """To the transformer's space; with `logvar`, both."""
+        return normalize(self.config, mean, logvar)
+
+    def denormalize(self, latents: jax.Array) -> jax.Array:
+        """From the transformer's space."""
+        return denormalize(self.config, latents)
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(graphdef, states, video):
+    return nnx.merge(graphdef, *states).encode(video)
+
+
+@partial(jax.jit, static_argnums=0)
+def _decode(graphdef, states, latents):
+    return nnx.merge(graphdef, *states).decode(latents)
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """A UMT5 encoder."""
+
+    config: UMT5Config
+    graphdef: nnx.GraphDef
+    states: tuple[dict, ...]
+
+    def __call__(self, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
+        """Hidden states `[batch, tokens, d_model]` of int32 ids; zero wherever the mask is."""
+        return _encode_text(self.graphdef, self.states, jnp.asarray(token_ids), jnp.asarray(mask))
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode_text(graphdef, states, token_ids, mask):
+    hidden = nnx.merge(graphdef, *states)(token_ids, mask)
+    return jnp.where(mask[..., None] > 0, hidden, jnp.zeros((), hidden.dtype))
