@@ -53,7 +53,7 @@ def token_range(
     """
     low, high = jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
     if include_zero:
-        low, high = jnp.where(low < 0, low, 0), jnp.where(high > 0, high, 0)
+        low, high = jnp.where(low > 0, 0, low), jnp.where(high < 0, 0, high)
     if clip_ratio != 1.0:
         low, high = low * clip_ratio, high * clip_ratio
     low, high = lower.astype(x.dtype) * low, upper.astype(x.dtype) * high
