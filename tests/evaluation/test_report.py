@@ -1,0 +1,205 @@
+"""The report on a small made-up workdir: everything inside, every number as measured."""
+
+import json
+import re
+
+import av
+import numpy as np
+import pytest
+
+from qvgen_jax.errors import UserError
+from qvgen_jax.evaluation.curves import column, phases
+from qvgen_jax.evaluation.report import read_metrics, write_report
+
+
+def write_mp4(path, size=32, frames=5):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for i in range(frames):
+            image = np.full((size, size, 3), 40 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        container.mux(stream.encode())
+
+
+def variant(name, strict, difference=None):
+    share = {"count": strict, "total": 16, "interval": [strict / 16 - 0.2, strict / 16]}
+    counts = {key: {"count": 15, "total": 16} for key in ("shape", "colour", "direction")}
+    return {
+        "name": name,
+        "strict": share,
+        "plain": share,
+        **counts,
+        "strict_difference": difference,
+        "latent_difference": 0.2612 if difference else None,
+        "seconds_per_video": 0.437,
+    }
+
+
+def records(steps=60):
+    for step in range(steps):
+        rank = [4, 2, 1, 0][min(step // 12, 3)]
+        record = {"step": step, "loss": 1 / (step + 1), "grad_norm": 0.1 + step % 3, "rank": rank}
+        record |= {"gate": 0.5, "lr_weights": 1e-4, "lr_branch": 1e-4, "lr_clips": 1e-2}
+        yield record | ({"small_singular_share": 0.7} if rank else {})
+
+
+def make_workdir(path):
+    (path / "samples").mkdir()
+    for name in ("teacher_000.mp4", "student_000.mp4"):
+        write_mp4(path / "samples" / name)
+    pair = {"prompt": "a red <b>star</b> & more", "seed": 7}
+    pair |= {"teacher": "teacher_000.mp4", "student": "student_000.mp4"}
+    evaluation = {
+        "videos": 16,
+        "prompts": "held out: never trained on",
+        "seed": 1000,
+        "timing": "Compilation is included.",
+        "steps": 25,
+        "guidance_scale": 2.5,
+        "variants": [
+            variant("Full precision", 15),
+            variant("QVGen W4A4", 13, {"mean": -0.125, "interval": [-0.31, 0.06]}),
+        ],
+        "device": "cpu, 2 cores",
+        "versions": {"jax": "0.10.2"},
+    }
+    sizes = {"transformer_bf16_bytes": 5_240_000, "transformer_export_bytes": 1_470_000}
+    sizes |= {"linears_bf16_bytes": 4_800_000, "linears_export_bytes": 1_300_000}
+    contents = {
+        "config.json": {
+            "name": "tiny_w4a4",
+            "seed": 11,
+            "quant": {"weight_bits": 4, "act_bits": 4},
+            "command": "python main.py --x=<y>",
+        },
+        "samples/samples.json": [pair],
+        "evaluation.json": evaluation,
+        "sizes.json": sizes,
+    }
+    for name, content in contents.items():
+        (path / name).write_text(json.dumps(content))
+    lines = [json.dumps(record) for record in records()]
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return make_workdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    return read(make_workdir(tmp_path_factory.mktemp("run")))
+
+
+def read(workdir):
+    return write_report(workdir).read_text("utf-8")
+
+
+def test_the_report_needs_no_other_file_and_no_network(page):
+    assert "http://" not in page
+    assert "https://" not in page
+    links = re.findall(r'(?:\bsrc|href|poster|data)="([^"]*)"', page)
+    assert links
+    assert all(link.startswith(("data:", "#")) for link in links)
+    assert page.count('src="data:video/mp4;base64,') == 2
+    assert page.count('<svg class="curve"') == 6
+
+
+def test_ids_in_the_page_are_unique_and_those_used_exist(page):
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:url\(#|href="#)([^)"]+)', page)
+    assert used
+    assert set(used) <= set(ids)
+
+
+def test_measured_numbers_appear(page):
+    assert "Of 16 videos (prompts held out)" in page
+    assert "demo-sized" in page
+    for text in ("13/16", "15/16", "61–81 %", "−12.5", "−31.0 to +6.0", "0.26", "0.44 s"):
+        assert text in page, text
+    for text in (
+        "W4A4",
+        "5.24 MB",
+        "1.47 MB",
+        "0.28 of",
+        "seed 11",
+        "--x=&lt;y&gt;",
+        "never trained on",
+        "Compilation is included",
+        "0.10.2",
+        "not the speed claim",
+    ):
+        assert text in page, text
+
+
+def test_a_large_evaluation_is_not_called_demo_sized(workdir):
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    (workdir / "evaluation.json").write_text(json.dumps(evaluation | {"videos": 512}))
+    assert "demo-sized" not in read(workdir)
+
+
+def test_prompts_are_escaped(page):
+    assert "<b>star</b>" not in page
+    assert "a red &lt;b&gt;star&lt;/b&gt; &amp; more" in page
+
+
+def test_what_was_not_measured_is_said(workdir):
+    for name in ("config.json", "samples/samples.json", "evaluation.json", "sizes.json"):
+        (workdir / name).unlink()
+    (workdir / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    page = read(workdir)
+    for text in (
+        "No samples were generated",
+        "No videos were judged",
+        "No export was measured",
+        "Generation was not timed",
+        "Not logged in this run",
+        "The seed was not recorded",
+        "The command was not recorded",
+        "config.json</code> is missing",
+        "was not compared with full precision",
+    ):
+        assert text in page, text
+    assert "<video" not in page
+
+
+def test_a_lost_video_leaves_the_rest_of_the_report(workdir):
+    (workdir / "samples" / "student_000.mp4").unlink()
+    page = read(workdir)
+    assert page.count("<video") == 1
+    assert "student_000.mp4 is missing" in page
+
+
+def test_a_resumed_log_counts_each_step_once_and_skips_a_cut_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 3}\n{"step": 1, "loss": 4}\n{"st')
+    assert read_metrics(path) == [{"step": 1, "loss": 4}, {"step": 2, "loss": 3}]
+
+
+def test_values_that_are_not_finite_leave_a_gap(workdir):
+    (workdir / "metrics.jsonl").write_text(
+        '{"step": 0, "loss": 1.0, "grad_norm": 2.0}\n{"step": 1, "loss": NaN, "grad_norm": NaN}\n'
+    )
+    assert "Loss" in read(workdir)
+
+
+def test_phases_are_where_the_logged_rank_changes():
+    spans = phases(list(records()))
+    assert [(span.start, span.rank) for span in spans] == [(0, 4), (12, 2), (24, 1), (36, 0)]
+    assert len(column(list(records()), "small_singular_share")[0]) == 36
+
+
+def test_a_workdir_without_metrics_is_refused(tmp_path):
+    with pytest.raises(UserError, match="Train first"):
+        write_report(tmp_path)
+
+
+def test_a_broken_file_is_named(workdir):
+    (workdir / "sizes.json").write_text("{")
+    with pytest.raises(UserError, match=r"sizes\.json is not valid JSON"):
+        write_report(workdir)
