@@ -5,6 +5,7 @@ Follows diffusers' `AutoencoderKLWan`. The first frame is coded alone, then ever
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,7 +110,7 @@ class Encoder(nnx.Module):
         window = (3, 3, 3)
         self.conv_in = CausalConv(config.in_channels, dims[0], window, key=next(keys), dtype=dtype)
         blocks: list[nnx.Module] = []
-        for level, (channels, out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for level, (channels, out) in enumerate(itertools.pairwise(dims)):
             for _ in range(config.num_res_blocks):
                 blocks.append(ResidualBlock(channels, out, key=next(keys), dtype=dtype))
                 channels = out

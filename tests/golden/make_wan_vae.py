@@ -1,0 +1,59 @@
+"""Makes wan_vae.npz: what diffusers' AutoencoderKLWan says of one clip, with the weights it used.
+
+Run: python tests/golden/make_wan_vae.py (needs torch and diffusers).
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+
+# The smallest model that has every kind of layer; tests/autoencoders/test_wan_vae.py repeats it.
+CONFIG = {
+    "base_dim": 2,
+    "z_dim": 2,
+    "dim_mult": [1, 2, 2, 2],
+    "num_res_blocks": 1,
+    "latents_mean": [0.0, 0.0],
+    "latents_std": [1.0, 1.0],
+}
+
+
+def to_numpy(x: torch.Tensor) -> np.ndarray:
+    """`[b, c, t, h, w]` to `[b, t, h, w, c]`."""
+    return x.permute(0, 2, 3, 4, 1).numpy()
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    model = AutoencoderKLWan(**CONFIG).eval()
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        spread = tensor[0].numel() ** -0.5 if name.endswith("weight") else 0.2
+        values = spread * rng.standard_normal(tuple(tensor.shape))
+        weights[name] = (values + name.endswith("gamma")).astype(np.float16)
+    model.load_state_dict({k: torch.from_numpy(v.astype(np.float32)) for k, v in weights.items()})
+    video = rng.integers(0, 256, (1, 9, 8, 16, 3)).astype(np.uint8)
+    latents = rng.standard_normal((1, 3, 1, 2, 2)).astype(np.float16)
+    with torch.no_grad():
+        frames = torch.from_numpy(video.astype(np.float32) / 127.5 - 1)
+        moments = model.encode(frames.permute(0, 4, 1, 2, 3)).latent_dist
+        z = torch.from_numpy(latents.astype(np.float32))
+        decoded = model.decode(z.permute(0, 4, 1, 2, 3)).sample
+    np.savez_compressed(
+        Path(__file__).with_name("wan_vae.npz"),
+        video=video,
+        mean=to_numpy(moments.mean),
+        logvar=to_numpy(moments.logvar),
+        latents=latents,
+        decoded=to_numpy(decoded).astype(np.float16),  # in [-1, 1]: 2.5e-4 at worst
+        # One vector: a hundred small members would cost more than they hold.
+        weights=np.concatenate([value.ravel() for value in weights.values()]),
+        shapes=json.dumps({name: value.shape for name, value in weights.items()}),
+    )
+
+
+if __name__ == "__main__":
+    main()
