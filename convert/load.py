@@ -11,13 +11,16 @@ from flax import nnx
 
 from convert import umt5, wan_transformer, wan_vae
 from convert.names import Entry, from_torch
+from convert.packed import from_packed, packed_definition
 from convert.tensors import Tensors, read_json
 from qvgen_jax.autoencoders.wan import WanVAE, WanVAEConfig
 from qvgen_jax.components import VAE, TextEncoder, Transformer
 from qvgen_jax.diffusion.unipc import UniPCConfig
 from qvgen_jax.errors import UserError
-from qvgen_jax.models.wan import WanConfig, WanTransformer
+from qvgen_jax.models.wan import WanConfig, WanTransformer, quantizable
 from qvgen_jax.pipeline import WAN_DEFAULTS
+from qvgen_jax.quant.config import QuantConfig
+from qvgen_jax.quant.packed import read_quantization_config
 from qvgen_jax.text.tokenizer import default_max_length, load_tokenizer
 from qvgen_jax.text.umt5 import UMT5Config, UMT5Encoder
 
@@ -105,7 +108,8 @@ def read_transformer(folder: Path, dtype: jnp.dtype) -> Transformer:
     fields = read_json(folder / "config.json")
     config = WanConfig.from_json(fields)
     if fields.get("quantization_config"):
-        raise UserError(f"{folder} holds a quantized transformer, which cannot be read yet")
+        quant = read_quantization_config(fields["quantization_config"])
+        return _read_packed_transformer(folder, config, quant, dtype)
 
     def build() -> WanTransformer:
         return WanTransformer(config, key=jax.random.key(0), dtype=dtype, remat=False)
@@ -115,6 +119,15 @@ def read_transformer(folder: Path, dtype: jnp.dtype) -> Transformer:
 
     table = wan_transformer.name_table(config)
     return Transformer(config, *_read_network(folder, build, table, Tensors(folder), precision))
+
+
+def _read_packed_transformer(
+    folder: Path, config: WanConfig, quant: QuantConfig, dtype: jnp.dtype
+) -> Transformer:
+    graphdef, shapes, levels = packed_definition(config, quant, dtype)
+    table = wan_transformer.name_table(config)
+    params = from_packed(table, Tensors(folder), quantizable(config), quant, shapes)
+    return Transformer(config, graphdef, (params, levels))
 
 
 def read_vae(folder: Path) -> VAE:

@@ -107,10 +107,10 @@ def save_pipeline(
     _write_model(folder / "text_encoder", "model", fields, umt5.name_table(config), params, dtype)
 
     scheduler = {**SCHEDULER, **(scheduler_config or {})}
-    _write_json(folder / "scheduler/scheduler_config.json", scheduler)
-    _write_json(folder / "model_index.json", MODEL_INDEX)
+    write_json(folder / "scheduler/scheduler_config.json", scheduler)
+    write_json(folder / "model_index.json", MODEL_INDEX)
     if generation_config is not None:
-        _write_json(folder / "generation_config.json", generation_config)
+        write_json(folder / "generation_config.json", generation_config)
     if Path(tokenizer_folder).resolve() != (folder / "tokenizer").resolve():
         shutil.copytree(tokenizer_folder, folder / "tokenizer", dirs_exist_ok=True)
 
@@ -131,11 +131,12 @@ def _write_model(
 ) -> None:
     stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     tensors = {name: array.astype(stored) for name, array in to_torch(table, params).items()}
-    _write_json(folder / "config.json", fields)
+    write_json(folder / "config.json", fields)
     write_tensors(folder / f"{stem}.safetensors", tensors)
 
 
-def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Writes one JSON file, its folder too if need be; keys are sorted."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(fields, indent=2, sort_keys=True)
     path.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,89 @@
+"""A trained student to a pipeline folder with a packed transformer."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from convert import wan_transformer
+from convert.load import find_folder
+from convert.packed import to_packed
+from convert.save import write_json
+from convert.tensors import read_json, write_tensors
+from qvgen_jax.errors import UserError
+from qvgen_jax.models.wan import WanConfig, quantizable
+from qvgen_jax.pipeline import Pipeline
+from qvgen_jax.quant.config import QuantConfig
+from qvgen_jax.quant.packed import quantization_config
+from qvgen_jax.training.student import quant_config
+
+
+def export_student(config: Mapping, folder: Path, pipe: Pipeline, state: Mapping) -> None:
+    """Exports the student of a finished run beside the other parts of the teacher's pipeline.
+
+    Args:
+        config: of the run.
+        folder: see `export_pipeline`.
+        pipe: the teacher.
+        state: `{"params", ...}` of the student.
+    """
+    model = pipe.transformer.config
+    quant = quant_config(config["quant"], model)
+    export_pipeline(config["model"], folder, model, state["params"], quant)
+
+
+def export_pipeline(
+    source: str | Path, folder: str | Path, model: WanConfig, params: Mapping, quant: QuantConfig
+) -> None:
+    """Writes a folder of the same layout as `source`, its transformer packed.
+
+    The folder appears only when it is complete; an earlier export in its place is replaced.
+
+    Args:
+        source: the pipeline that the student came from; everything but its transformer is copied.
+        folder: where to write.
+        model: the transformer's sizes.
+        params: the student's, without a low-rank branch.
+        quant: how it was quantized.
+
+    Raises:
+        UserError: the student still has its branch, or `folder` holds something else.
+    """
+    _refuse_branch(params)
+    source, folder = find_folder(source), Path(folder)
+    if folder.resolve() == source.resolve():
+        raise UserError(f"{folder} is the pipeline itself; choose another folder for the export")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is no pipeline folder and not empty; choose another folder")
+    tensors = to_packed(wan_transformer.name_table(model), params, quantizable(model), quant)
+    fields = read_json(source / "transformer" / "config.json")
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, ignore=_skip_transformer(source))
+    fields = {**fields, "quantization_config": quantization_config(quant)}
+    write_json(partial / "transformer" / "config.json", fields)
+    write_tensors(partial / "transformer" / "diffusion_pytorch_model.safetensors", tensors)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _refuse_branch(params: Mapping) -> None:
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    branches = [path for path in paths if path[-1].key == "L"]
+    if branches:
+        name = ".".join(part.key for part in branches[0][:-1])
+        raise UserError(
+            f"the student still has {len(branches)} low-rank branches (such as {name}): packed "
+            "weights have no place for them; train until the rank is 0, then export"
+        )
+
+
+def _skip_transformer(source: Path) -> Any:
+    def ignore(directory: str, names: list[str]) -> set[str]:
+        hidden = {name for name in names if name.startswith(".")}
+        return hidden | ({"transformer"} if Path(directory) == source else set())
+
+    return ignore

@@ -1,0 +1,151 @@
+"""A packed Wan transformer between our params and diffusers' tensor names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from convert.names import Entry, from_torch, to_torch, torch_names
+from qvgen_jax.errors import UserError
+from qvgen_jax.models.wan import WanConfig, WanTransformer, quantizable
+from qvgen_jax.quant.config import QuantConfig
+from qvgen_jax.quant.dense import Levels, dense_factory
+from qvgen_jax.quant.packed import LEAVES, pack_layer, unpack_layer
+
+
+def _split_table(
+    table: list[Entry], quantized: tuple[str, ...]
+) -> tuple[dict[str, Entry], list[Entry]]:
+    """Kernel entries of the quantized linears by name, and the entries of everything else."""
+    kernels, rest = {}, []
+    for entry in table:
+        name = ".".join(entry.path[:-1])
+        if name not in quantized:
+            rest.append(entry)
+        elif entry.path[-1] == "kernel":
+            kernels[name] = entry
+    return kernels, rest
+
+
+def _stems(entry: Entry) -> list[str]:
+    stem = entry.name.removesuffix(".weight")
+    return [stem] if entry.layers is None else [stem.format(i=i) for i in range(entry.layers)]
+
+
+def _at(tree: Mapping, name: str) -> Any:
+    for part in name.split("."):
+        tree = tree[part]
+    return tree
+
+
+def _layers(node: Mapping, stacked: bool) -> list[dict]:
+    if not stacked:
+        return [dict(node)]
+    return [{k: leaf[i] for k, leaf in node.items()} for i in range(len(node["kernel"]))]
+
+
+def to_packed(
+    table: list[Entry], params: Mapping, names: tuple[str, ...], quant: QuantConfig
+) -> dict[str, np.ndarray]:
+    """Tensors by PyTorch name of a trained student.
+
+    Linears that stay in full precision are bfloat16. The rest (patch embedding, norms, modulation
+    tables, biases) is float32: 0.2 % of a packed 14B model, and the export computes what was
+    trained.
+    """
+    kernels, rest = _split_table(table, quant.quantized(names))
+    tensors = to_torch(rest, params)
+    kept = {entry.name for entry in rest if ".".join(entry.path[:-1]) in quant.full_precision}
+    for entry in rest:
+        for name in torch_names([entry]):
+            matrix = entry.name in kept and entry.path[-1] == "kernel"
+            tensors[name] = tensors[name].astype(ml_dtypes.bfloat16 if matrix else np.float32)
+    for name, entry in kernels.items():
+        layers = _layers(_at(params, name), entry.layers is not None)
+        for stem, layer in zip(_stems(entry), layers, strict=True):
+            packed = pack_layer(layer, quant.bits_of(name)[0])
+            tensors |= {f"{stem}.{leaf}": array for leaf, array in packed.items()}
+    return tensors
+
+
+def packed_definition(
+    config: WanConfig, quant: QuantConfig, dtype: jnp.dtype
+) -> tuple[nnx.GraphDef, dict, dict]:
+    """The network, the shapes of its params, and its levels."""
+    model = nnx.eval_shape(
+        lambda: WanTransformer(
+            config,
+            key=jax.random.key(0),
+            dense=dense_factory(quant, "packed"),
+            dtype=dtype,
+            clip_mode=quant.clip_index,
+            remat=False,
+        )
+    )
+    graphdef, shapes, levels = nnx.split(model, nnx.Param, Levels)
+    shapes, levels = nnx.to_pure_dict(shapes), nnx.to_pure_dict(levels)
+    for name in quant.quantized(quantizable(config)):
+        node = _at(levels, name)
+        for key, bits in zip(("weight_levels", "act_levels"), quant.bits_of(name), strict=True):
+            node[key] = np.full(node[key].shape, 2**bits - 1, np.float32)
+    return graphdef, shapes, levels
+
+
+def from_packed(
+    table: list[Entry],
+    tensors: Mapping[str, np.ndarray],
+    names: tuple[str, ...],
+    quant: QuantConfig,
+    shapes: Mapping,
+) -> dict:
+    """Params of the packed network; the inverse of `to_packed`.
+
+    Args:
+        table: of the full-precision model.
+        tensors: by PyTorch name.
+        names: the model's quantizable linears.
+        quant: as read from the folder.
+        shapes: of the expected params, from `packed_definition`.
+
+    Raises:
+        UserError: tensors are missing, unexpected or of another shape.
+    """
+    kernels, rest = _split_table(table, quant.quantized(names))
+    packed_names = {
+        f"{stem}.{leaf}" for entry in kernels.values() for stem in _stems(entry) for leaf in LEAVES
+    }
+    missing = sorted(packed_names - set(tensors))
+    if missing:
+        raise UserError(
+            f"{len(missing)} tensors of packed linears are missing {missing[:4]}; the export is "
+            "incomplete or of another model, export again"
+        )
+    params = from_torch(rest, {n: tensors[n] for n in tensors if n not in packed_names})
+    for name, entry in kernels.items():
+        expected = _at(shapes, name)
+        layers = []
+        for stem in _stems(entry):
+            layer = {leaf: tensors[f"{stem}.{leaf}"] for leaf in LEAVES}
+            layers.append(unpack_layer(layer, quant.bits_of(name)[0], expected["codes"].shape[-2]))
+        node = {k: np.stack([layer[k] for layer in layers]) for k in layers[0]}
+        if entry.layers is None:
+            node = {k: leaf[0] for k, leaf in node.items()}
+        for key, leaf in node.items():
+            if leaf.shape != expected[key].shape:
+                raise UserError(
+                    f"{name}.{key} is {list(leaf.shape)}, expected {list(expected[key].shape)} by "
+                    "config.json; the export is of another model, export again"
+                )
+        _put(params, name, node)
+    return params
+
+
+def _put(params: dict, name: str, node: dict) -> None:
+    *parents, last = name.split(".")
+    for part in parents:
+        params = params.setdefault(part, {})
+    params[last] = node

@@ -1,0 +1,190 @@
+"""The packed format on disk, version 1. This module alone knows it.
+
+Each quantized linear, under its PyTorch name:
+
+    codes       uint8 [out, bytes]    unsigned codes 0 .. 2^bits - 1, see `pack_codes`
+    scale       float32 [out]         weight = scale * (code - zero_point)
+    zero_point  float32 [out]         a real number
+    clips       float32 [buckets, 2]  (lower, upper), the raw learned parameters: a token's minimum
+                                      is multiplied by sigmoid(lower) * clip_ratio, its maximum by
+                                      sigmoid(upper) * clip_ratio
+    bias        float32 [out]         where the layer has one
+
+The transformer's config.json holds a `quantization_config`, see `quantization_config`. Its layer
+names are the model's `quantizable` names: `blocks.attn1.to_q` stands for every block's.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qvgen_jax.errors import UserError
+from qvgen_jax.quant.config import QuantConfig
+from qvgen_jax.quant.dense import code_container
+from qvgen_jax.quant.weights import quantize_weight
+
+FORMAT_VERSION = 1
+LEAVES = ("codes", "scale", "zero_point", "clips", "bias")
+
+# Codes are cut into planes whose widths divide a byte; the first plane holds the lowest bits.
+_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+
+
+def packed_bytes(in_features: int, bits: int) -> int:
+    """Bytes of one output channel's codes."""
+    return sum(-(-in_features * width // 8) for width in _PLANES[bits])
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned codes `[out, in]` to uint8 `[out, packed_bytes(in, bits)]`.
+
+    4 bits: two codes a byte, the even input in the low nibble. 3 bits: a plane of the two low bits,
+    four codes a byte, then a plane of the high bit, eight codes a byte; within a byte the first
+    input is lowest. An odd end is filled with zero bits.
+    """
+    codes, planes, shift = codes.astype(np.uint8), [], 0
+    for width in _PLANES[bits]:
+        per_byte = 8 // width
+        plane = (codes >> shift) & (2**width - 1)
+        plane = np.pad(plane, ((0, 0), (0, -codes.shape[1] % per_byte)))
+        plane = plane.reshape(codes.shape[0], -1, per_byte)
+        places = (width * np.arange(per_byte)).astype(np.uint8)
+        planes.append(np.bitwise_or.reduce(plane << places, axis=-1))
+        shift += width
+    return np.concatenate(planes, axis=1)
+
+
+def unpack_codes(packed: np.ndarray, bits: int, in_features: int) -> np.ndarray:
+    """The inverse of `pack_codes`: uint8 `[out, in]`.
+
+    Raises:
+        UserError: the bytes per channel do not fit `in_features` and `bits`.
+    """
+    expected = packed_bytes(in_features, bits)
+    if packed.dtype != np.uint8 or packed.ndim != 2 or packed.shape[1] != expected:
+        raise UserError(
+            f"codes are {packed.dtype} {list(packed.shape)}, expected uint8 [out, {expected}] for "
+            f"{in_features} inputs of {bits} bits; the file and its config.json do not belong "
+            "together, export again"
+        )
+    codes = np.zeros((packed.shape[0], in_features), np.uint8)
+    start = shift = 0
+    for width in _PLANES[bits]:
+        per_byte = 8 // width
+        stop = start + -(-in_features // per_byte)
+        places = (width * np.arange(per_byte)).astype(np.uint8)
+        plane = (packed[:, start:stop, None] >> places) & np.uint8(2**width - 1)
+        codes |= plane.reshape(packed.shape[0], -1)[:, :in_features] << np.uint8(shift)
+        start, shift = stop, shift + width
+    return codes
+
+
+@partial(jax.jit, static_argnames="bits")
+def _signed_codes(kernel, scale, zero_point, bits):
+    return quantize_weight(kernel, scale, zero_point, jnp.float32(2**bits - 1))
+
+
+def pack_layer(layer: Mapping[str, Any], bits: int) -> dict[str, np.ndarray]:
+    """The tensors of one trained linear.
+
+    Args:
+        layer: params of one `QuantDense`, not stacked; L and R are not read.
+        bits: of the weight.
+
+    Returns:
+        `LEAVES` by name, without `bias` if the layer has none.
+    """
+    signed = _signed_codes(layer["kernel"], layer["scale"], layer["zero_point"], bits)
+    codes = np.asarray(signed, np.int16).T + 2 ** (bits - 1)
+    tensors = {
+        "codes": pack_codes(codes, bits),
+        "scale": np.asarray(layer["scale"], np.float32),
+        "zero_point": np.asarray(layer["zero_point"], np.float32),
+        "clips": np.stack([np.asarray(layer[k], np.float32) for k in ("lower", "upper")], axis=1),
+    }
+    if layer.get("bias") is not None:
+        tensors["bias"] = np.asarray(layer["bias"], np.float32)
+    return tensors
+
+
+def unpack_layer(
+    tensors: Mapping[str, np.ndarray], bits: int, in_features: int
+) -> dict[str, np.ndarray]:
+    """Params of one `PackedDense` from the tensors of one linear; the inverse of `pack_layer`."""
+    codes = unpack_codes(tensors["codes"], bits, in_features).astype(np.int16).T - 2 ** (bits - 1)
+    layer = {
+        "codes": codes.astype(np.int8).astype(code_container(bits)),
+        "scale": np.asarray(tensors["scale"], np.float32),
+        "zero_point": np.asarray(tensors["zero_point"], np.float32),
+        "code_sum": codes.sum(axis=0, dtype=np.int64).astype(np.float32),
+        "lower": np.asarray(tensors["clips"][:, 0], np.float32),
+        "upper": np.asarray(tensors["clips"][:, 1], np.float32),
+    }
+    if "bias" in tensors:
+        layer["bias"] = np.asarray(tensors["bias"], np.float32)
+    return layer
+
+
+def quantization_config(config: QuantConfig) -> dict[str, Any]:
+    """The JSON object that describes packed tensors."""
+    return {
+        "quant_method": "qvgen",
+        "format_version": FORMAT_VERSION,
+        "bits": {"weights": config.weight_bits, "activations": config.act_bits},
+        "bits_by_layer": {
+            name: {"weights": weights, "activations": activations}
+            for name, (weights, activations) in sorted(config.bits.items())
+        },
+        "clip_index": config.clip_index,
+        "clip_buckets": config.buckets,
+        "clip_ratio": config.clip_ratio,
+        "single_clip": list(config.single_clip),
+        "full_precision": list(config.full_precision),
+        "include_zero": config.include_zero,
+        "range_dtype": config.range_dtype,
+    }
+
+
+def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
+    """The config that packed tensors were written with, at rank 0 and with int8 products.
+
+    Raises:
+        UserError: another method, another version, or a field that is missing or out of range.
+    """
+    method, version = fields.get("quant_method"), fields.get("format_version")
+    if method != "qvgen":
+        raise UserError(
+            f"quantization_config has quant_method={method!r}; only exports of this project "
+            "('qvgen') can be read: give a full-precision folder or one written by --job export"
+        )
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"quantization_config has format_version={version!r}, this program reads "
+            f"{FORMAT_VERSION}; export again, or install the version that wrote the folder"
+        )
+    try:
+        ratio = float(fields["clip_ratio"])
+        return QuantConfig(
+            weight_bits=fields["bits"]["weights"],
+            act_bits=fields["bits"]["activations"],
+            bits={
+                name: (pair["weights"], pair["activations"])
+                for name, pair in fields["bits_by_layer"].items()
+            },
+            rank=0,
+            buckets=fields["clip_buckets"],
+            clip_index=fields["clip_index"],
+            single_clip=tuple(fields["single_clip"]),
+            full_precision=tuple(fields["full_precision"]),
+            include_zero=bool(fields["include_zero"]),
+            range_dtype=fields["range_dtype"],
+            **({"initial_clip": ratio, "clip_twice": True} if ratio != 1.0 else {}),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"quantization_config is damaged ({type(error).__name__}: {error}); export again"
+        ) from error
