@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from qvgen_jax.components import VAE, TextEncoder, Transformer
 from qvgen_jax.diffusion.unipc import UniPCConfig, unipc_schedule
 from qvgen_jax.errors import UserError
-from qvgen_jax.request import check_request, latent_size, prompt_list
+from qvgen_jax.request import check_request, latent_size, prompt_list, whole_number
 from qvgen_jax.text.tokenizer import tokenize
 
 WAN_DEFAULTS = {
@@ -101,10 +101,11 @@ class Pipeline:
             UserError: no prompts, or a `max_length` that is no positive number.
         """
         prompts = prompt_list(prompts)
-        length = self.defaults["max_length"] if max_length is None else max_length
-        ids, mask = tokenize(self.tokenizer, list(dict.fromkeys(prompts)), length)
+        length = whole_number(self._setting("max_length", max_length), "max_length")
+        distinct = list(dict.fromkeys(prompts))
+        ids, mask = tokenize(self.tokenizer, distinct, length)
         rows = [self.text_encoder(ids[i : i + 1], mask[i : i + 1])[0] for i in range(len(ids))]
-        encoded = dict(zip(dict.fromkeys(prompts), rows, strict=True))
+        encoded = dict(zip(distinct, rows, strict=True))
         return jnp.stack([encoded[prompt] for prompt in prompts])
 
     def to_latents(self, video: jax.Array) -> jax.Array:
@@ -256,11 +257,9 @@ class Pipeline:
     ) -> np.ndarray:
         """Runs over equal batches, the last one filled up: one compilation, one arithmetic."""
         devices = 1 if self.mesh is None else self.mesh.size
-        size = devices if batch_size is None else batch_size
-        if not isinstance(size, int) or size < 1 or size % devices:
-            raise UserError(
-                f"batch_size is {size!r}, expected a positive multiple of the {devices} devices"
-            )
+        size = devices if batch_size is None else whole_number(batch_size, "batch_size")
+        if size % devices:
+            raise UserError(f"batch_size is {size}, expected a multiple of the {devices} devices")
         count, outputs = len(arrays[0]), []
         for start in range(0, count, size):
             rows = np.minimum(np.arange(start, start + size), count - 1)

@@ -63,7 +63,12 @@ def _repeat(values: Any, count: int, name: str) -> list:
     return list(values)
 
 
-def _whole(value: Any, name: str, low: int = 1, high: int = 2**31 - 1) -> int:
+def whole_number(value: Any, name: str, low: int = 1, high: int = 2**31 - 1) -> int:
+    """`value`, if it is a whole number in the range.
+
+    Raises:
+        UserError: it is not.
+    """
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or not low <= value <= high:
         raise UserError(f"{name} is {value!r}, expected a whole number from {low} to {high}")
@@ -90,7 +95,7 @@ def latent_size(
     Raises:
         UserError: a size that does not divide; the nearest that does is named.
     """
-    frames = _whole(num_frames, "num_frames")
+    frames = whole_number(num_frames, "num_frames")
     if (frames - 1) % time:
         near = round((frames - 1) / time) * time + 1
         raise UserError(f"num_frames is {frames}, expected 1 plus a multiple of {time}; use {near}")
@@ -98,7 +103,7 @@ def latent_size(
         ("height", height, space * patch[1]),
         ("width", width, space * patch[2]),
     ):
-        pixels = _whole(value, name)
+        pixels = whole_number(value, name)
         if pixels % unit:
             near = max(round(pixels / unit), 1) * unit
             raise UserError(f"{name} is {pixels}, expected a multiple of {unit}; use {near}")
@@ -128,7 +133,7 @@ def check_request(
         )
         negatives = prompt_list(negatives, "negative_prompts")
     # JAX would silently keep the low 32 bits of a larger seed.
-    listed = [_whole(s, "seed", 0, 2**32 - 1) for s in _repeat(seeds, len(prompts), "seeds")]
+    listed = [whole_number(s, "seed", 0, 2**32 - 1) for s in _repeat(seeds, len(prompts), "seeds")]
     if latents is not None:
         latents = np.asarray(latents, np.float32)
         if latents.shape != (len(prompts), *shape):
@@ -137,4 +142,4 @@ def check_request(
                 "[prompts, frames, height, width, channels] in the transformer's space; "
                 "change them or num_frames, height and width"
             )
-    return Request(prompts, negatives, listed, shape, _whole(steps, "steps"), scale, latents)
+    return Request(prompts, negatives, listed, shape, whole_number(steps, "steps"), scale, latents)
