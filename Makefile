@@ -1,0 +1,46 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set everything up by themselves.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+UV := $(shell command -v uv 2>/dev/null)
+
+.PHONY: demo test parity lint clean
+
+demo: $(VENV)/.ready-base
+	$(RUN) main.py --config configs/tiny_w4a4.py
+
+test: $(VENV)/.ready-test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest -n 2 --ignore=tests/parity $(PYTEST_ARGS)
+
+# Numbers against PyTorch diffusers and transformers (installs torch).
+parity: $(VENV)/.ready-parity
+	$(RUN) -m pytest -n 2 tests/parity $(PYTEST_ARGS)
+
+lint: $(VENV)/.ready-test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
+	  f"{sys.executable} is Python {v[0]}.{v[1]}; qvgen-jax needs 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(if $(UV),$(UV) venv --quiet --python $(PYTHON) $(VENV),$(PYTHON) -m venv $(VENV))
+
+install = $(if $(UV),$(UV) pip install --quiet --python $(RUN),$(RUN) -m pip install --quiet --disable-pip-version-check) \
+  --constraint constraints.txt --editable
+
+$(VENV)/.ready-base: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(install) .
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(install) '.[test]'
+	touch $@ $(VENV)/.ready-base
+
+$(VENV)/.ready-parity: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(install) '.[test,parity]'
+	touch $@ $(VENV)/.ready-base $(VENV)/.ready-test
+
+clean:
+	rm -rf $(VENV) build *.egg-info
