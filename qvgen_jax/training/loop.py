@@ -1,0 +1,170 @@
+"""The training run: from a config and a workdir to the trained student's state."""
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from qvgen_jax.data.dataset import EncodedDataset, batches
+from qvgen_jax.data.prepare import ensure_encoded
+from qvgen_jax.errors import UserError
+from qvgen_jax.models.wan import WanConfig, quantizable
+from qvgen_jax.pipeline import Pipeline, load
+from qvgen_jax.quant.initialize import quantize_params
+from qvgen_jax.quant.low_rank import drop_branch, small_singular_share
+from qvgen_jax.quant.schedule import RankDecay, phase_steps_for
+from qvgen_jax.training import checkpoint
+from qvgen_jax.training.metrics import MetricWriter
+from qvgen_jax.training.optimizer import make_optimizer
+from qvgen_jax.training.state import create_state, enter_step, has_branch
+from qvgen_jax.training.step import Recipe, train_step
+from qvgen_jax.training.student import (
+    describe_layers,
+    quant_config,
+    student_definition,
+    teacher_definition,
+)
+
+
+def rank_decay(config: Mapping) -> RankDecay:
+    """When the branch shrinks, from the `quant` and `train` sections."""
+    quant, steps = config["quant"], config["train"]["steps"]
+    phase = phase_steps_for(steps, quant["decay_fraction"], quant["rank"], quant["shrink"])
+    return RankDecay(phase, quant["rank"], quant["shrink"], quant["decay_shape"])
+
+
+def make_recipe(config: Mapping, model: WanConfig, *, branch: bool) -> Recipe:
+    """Everything static of the run, with the low-rank branch or, at rank 0, without it."""
+    quant, dtype = quant_config(config["quant"], model), jnp.dtype(config["compute_dtype"])
+    remat = config["train"]["remat"]
+    return Recipe(
+        student=student_definition(model, quant, dtype, branch=branch, remat=remat),
+        teacher=teacher_definition(model, dtype),
+        decay=rank_decay(config),
+        optimizer=make_optimizer(config["train"]),
+        train=config["train"],
+        seed=config["seed"],
+    )
+
+
+def initial_state(config: Mapping, model: WanConfig, teacher: dict) -> dict:
+    """The student at step 0: the teacher's weights, searched scales, and Phi as their error."""
+    quant = quant_config(config["quant"], model)
+    params, levels = quantize_params(teacher, quantizable(model), quant)
+    return create_state(params, levels, make_optimizer(config["train"]))
+
+
+def newest_state(
+    config: Mapping, model: WanConfig, teacher: dict, manager: ocp.CheckpointManager
+) -> dict:
+    """The state to continue from: the newest checkpoint's, or step 0's."""
+    step = manager.latest_step()
+    if step is None:
+        return initial_state(config, model, teacher)
+    like = jax.eval_shape(lambda: initial_state(config, model, teacher))
+    if not has_branch(rank_decay(config), step):
+        like = {**like, "params": drop_branch(like["params"]), "opt": drop_branch(like["opt"])}
+    return checkpoint.restore(manager, step, like)
+
+
+def compile_step(recipe: Recipe) -> Callable:
+    """The jitted update; its first argument's buffers are reused."""
+    return jax.jit(partial(train_step, recipe=recipe), donate_argnums=0)
+
+
+def log_line(metrics: Mapping, params: Mapping, branch: bool, steps_per_second: float) -> dict:
+    """What is written about a step: plain floats, and the branch's spectrum while it lives."""
+    line = {name: float(value) for name, value in metrics.items()}
+    if branch:
+        line["small_singular_share"] = float(_small_share(params))
+    return {**line, "steps_per_second": round(steps_per_second, 3)}
+
+
+_small_share = jax.jit(small_singular_share)
+
+
+class _Pace:
+    """Steps per second since the last time somebody asked; the first answer includes compiling."""
+
+    def __init__(self, step: int):
+        self._step, self._time = step, time.perf_counter()
+
+    def __call__(self, step: int) -> float:
+        now = time.perf_counter()
+        rate = (step - self._step) / (now - self._time)
+        self._step, self._time = step, now
+        return rate
+
+
+def run_steps(
+    config: Mapping, workdir: Path, model: WanConfig, teacher: dict, dataset: EncodedDataset
+) -> dict:
+    """Train from wherever the workdir stands to `train.steps`; the final state, at rank 0."""
+    train, decay = config["train"], rank_decay(config)
+    manager = checkpoint.open_checkpoints(workdir, train["keep_checkpoints"])
+    state = newest_state(config, model, teacher, manager)
+    start, moments = int(state["step"]), config["quant"]["branch_moments"]
+    empty_text = jnp.asarray(dataset.empty_text_embeds)
+    data = batches(dataset, seed=config["seed"], batch_size=train["batch_size"], start_step=start)
+    compiled: dict[bool, Callable] = {}
+    with MetricWriter(workdir, start, train["steps"], train["wandb_project"]) as writer:
+        pace = _Pace(start)
+        for step in range(start, train["steps"]):
+            state = enter_step(state, step, decay, moments)
+            branch = has_branch(decay, step + 1)
+            if branch not in compiled:
+                compiled[branch] = compile_step(make_recipe(config, model, branch=branch))
+            state, metrics = compiled[branch](state, next(data), teacher, empty_text)
+            done = step + 1
+            writer.advance(done)
+            if done % train["log_every"] == 0 or done == train["steps"]:
+                writer.write(step, log_line(metrics, state["params"], branch, pace(done)))
+            if done % train["checkpoint_every"] == 0 or done == train["steps"]:
+                checkpoint.save(manager, state)
+    manager.wait_until_finished()
+    manager.close()
+    return enter_step(state, train["steps"], decay, moments)
+
+
+def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
+    """Train the student of `config` in `workdir`, or continue, or find it done.
+
+    Returns:
+        The teacher's pipeline and the student's final state, without a branch.
+
+    Raises:
+        UserError: a wrong config, model, data folder, or a workdir of another run.
+    """
+    rank_decay(config)  # A schedule that cannot be is told before anything is loaded.
+    checkpoint.claim_workdir(workdir, config)
+    pipe = load(config["model"])
+    model, teacher = pipe.transformer.config, pipe.transformer.states[0]
+    print(describe_layers(model, quant_config(config["quant"], model)), flush=True)
+    dataset = EncodedDataset(ensure_encoded(config, workdir, pipe), config["data"]["max_length"])
+    return pipe, run_steps(config, workdir, model, teacher, dataset)
+
+
+def finished_state(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
+    """As `train`, of a run that has ended.
+
+    Raises:
+        UserError: there is no such run, or it has not ended.
+    """
+    steps = config["train"]["steps"]
+    manager = checkpoint.open_checkpoints(workdir, config["train"]["keep_checkpoints"])
+    newest = manager.latest_step()
+    if newest != steps:
+        raise UserError(
+            f"{workdir} has {'no checkpoint' if newest is None else f'step {newest}'}, needed is "
+            f"the end of training, step {steps}; run the same command with --job train first"
+        )
+    checkpoint.claim_workdir(workdir, config)
+    pipe = load(config["model"])
+    model, teacher = pipe.transformer.config, pipe.transformer.states[0]
+    state = newest_state(config, model, teacher, manager)
+    decay, moments = rank_decay(config), config["quant"]["branch_moments"]
+    return pipe, enter_step(state, steps, decay, moments)

@@ -1,0 +1,94 @@
+"""What a run says while it goes: `metrics.jsonl`, TensorBoard, W&B if asked, and a progress bar."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+
+def _keep_before(path: Path, step: int) -> None:
+    """Drop the lines at or after `step`: the resumed run writes them again, identically."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # The process died while writing this line.
+        if record["step"] < step:
+            kept.append(line + "\n")
+    partial = path.with_suffix(".tmp")
+    partial.write_text("".join(kept))
+    partial.replace(path)
+
+
+class MetricWriter:
+    """Writes scalars by step; a context manager.
+
+    Args:
+        workdir: `metrics.jsonl` and `tensorboard/` go there.
+        start: the step the run starts from; later lines of an interrupted run are dropped.
+        total: steps in all, for the progress bar.
+        wandb_project: a W&B project, or "" for none.
+        title: what the progress bar is called.
+    """
+
+    def __init__(
+        self, workdir: Path, start: int, total: int, wandb_project: str = "", title: str = "train"
+    ):
+        path = workdir / "metrics.jsonl"
+        _keep_before(path, start)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+        self._wandb = None
+        if wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(project=wandb_project, dir=str(workdir), resume="allow")
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._task = self._progress.add_task(title, total=total, completed=start, note="")
+        self._total = total
+
+    def __enter__(self) -> "MetricWriter":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Record `scalars` at `step` everywhere, durably in `metrics.jsonl`."""
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(scalars), step=step)
+        shown = {"loss": "{:.3g}", "grad_norm": "{:.2g}", "rank": "{:.0f}", "gate": "{:.2f}"}
+        known = {name: form for name, form in shown.items() if name in scalars}
+        note = " ".join(f"{name} {form.format(scalars[name])}" for name, form in known.items())
+        if "steps_per_second" in scalars:
+            note += f" {scalars['steps_per_second']:.2f} steps/s"
+        self._progress.update(self._task, note=note)
+        if not self._progress.console.is_terminal:
+            print(f"step {step}/{self._total} {note}", flush=True)
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step` updates done."""
+        self._progress.update(self._task, completed=step)

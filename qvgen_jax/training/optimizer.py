@@ -1,0 +1,69 @@
+"""AdamW in four groups: weights, low-rank branch, weight scales, activation clips.
+
+Source: the recipe of the release (`script/train/*.sh`): one AdamW (0.9, 0.95), eps 1e-8, weight
+decay on everything, one global norm clip, linear warm-up then cosine to zero, a rate per group.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import optax
+
+GROUP_OF_LEAF = {"L": "branch", "R": "branch", "scale": "scales", "zero_point": "scales"}
+GROUPS = ("weights", "branch", "scales", "clips")
+
+
+def leaf_name(path: tuple) -> str:
+    """The last key of a pytree path that ends in a dict."""
+    return path[-1].key
+
+
+def group_of(path: tuple, leaf: jax.Array) -> str:
+    """The learning-rate group of a parameter, from its name.
+
+    `scale` is also what norms call their weight; only the scale beside a `zero_point` is a
+    quantizer's, which `labels` resolves.
+    """
+    del leaf
+    name = leaf_name(path)
+    return "clips" if name in ("lower", "upper") else GROUP_OF_LEAF.get(name, "weights")
+
+
+def labels(params: Mapping) -> dict:
+    """A tree like `params` that names each leaf's group."""
+    named = jax.tree_util.tree_map_with_path(group_of, params)
+
+    def fix(node: dict) -> dict:
+        if not isinstance(node, dict):
+            return node
+        out = {key: fix(child) for key, child in node.items()}
+        if "scale" in out and "zero_point" not in out and isinstance(out["scale"], str):
+            out["scale"] = "weights"
+        return out
+
+    return fix(named)
+
+
+def learning_rates(train: Mapping) -> dict[str, Callable[[jax.Array], jax.Array]]:
+    """Each group's rate as a function of step: linear warm-up, cosine to zero at `train.steps`."""
+    return {
+        group: optax.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=train["learning_rate"][group],
+            warmup_steps=train["warmup_steps"],
+            decay_steps=train["steps"],
+        )
+        for group in GROUPS
+    }
+
+
+def make_optimizer(train: Mapping) -> optax.GradientTransformation:
+    """The whole update rule; its state is a tree that mirrors the parameters."""
+    rates = learning_rates(train)
+    scales = {group: optax.scale_by_learning_rate(rate) for group, rate in rates.items()}
+    return optax.chain(
+        optax.clip_by_global_norm(train["clip_norm"]),
+        optax.scale_by_adam(b1=train["beta1"], b2=train["beta2"], eps=train["epsilon"]),
+        optax.add_decayed_weights(train["weight_decay"]),
+        optax.partition(scales, labels),
+    )

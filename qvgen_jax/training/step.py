@@ -1,0 +1,139 @@
+"""One training step: noise, teacher, student, loss, update. Pure functions of state and batch."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from qvgen_jax.diffusion.flow import add_noise, sample_sigmas, to_timesteps
+from qvgen_jax.quant.schedule import RankDecay, fade_at, gate_at, rank_at
+from qvgen_jax.training.optimizer import learning_rates
+
+
+class Recipe(NamedTuple):
+    """Everything static about a step; closed over, never traced.
+
+    Attributes:
+        student, teacher: NNX graph definitions; their parameters are arguments of the step.
+        decay: rank and gate as functions of step.
+        optimizer: the update rule.
+        train: the `train` section of the config.
+        seed: of noise, timesteps and caption dropout.
+    """
+
+    student: nnx.GraphDef
+    teacher: nnx.GraphDef
+    decay: RankDecay
+    optimizer: optax.GradientTransformation
+    train: Mapping
+    seed: int
+
+
+def sample_keys(seed: int, step: jax.Array, sample_index: jax.Array) -> jax.Array:
+    """One key per sample, `[batch]`, a function of (seed, step, global sample index) alone.
+
+    The release seeds every rank alike, so that all draw the same noise; here no two samples share
+    a key, on any number of hosts.
+    """
+    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda index: jax.random.fold_in(step_key, index))(sample_index)
+
+
+def noisy_inputs(batch: Mapping, keys: jax.Array, train: Mapping, empty_text: jax.Array) -> dict:
+    """What teacher and student both see.
+
+    Args:
+        batch: `latent_mean`, `latent_logvar` `[b, f, h, w, c]` (normalised), `text_embeds`
+            `[b, n, d]`.
+        keys: `[b]` random keys.
+        train: reads `shift` and `caption_dropout`.
+        empty_text: `[n, d]`, the embedding of the empty prompt.
+
+    Returns:
+        `latents` (noisy), `timesteps` `[b]` in 1..1000, `text_embeds`, `clean`, `noise`.
+    """
+
+    def one(key: jax.Array, mean: jax.Array, logvar: jax.Array, text: jax.Array) -> dict:
+        posterior, noising, time, caption = jax.random.split(key, 4)
+        spread = jnp.exp(0.5 * logvar) * jax.random.normal(posterior, mean.shape, jnp.float32)
+        clean = mean + spread
+        noise = jax.random.normal(noising, mean.shape, jnp.float32)
+        sigma = sample_sigmas(time, (), train["shift"])
+        dropped = jax.random.uniform(caption, (), jnp.float32) < train["caption_dropout"]
+        return {
+            "latents": add_noise(clean, noise, sigma),
+            "timesteps": to_timesteps(sigma),
+            "text_embeds": jnp.where(dropped, empty_text, text),
+            "clean": clean,
+            "noise": noise,
+        }
+
+    mean = batch["latent_mean"].astype(jnp.float32)
+    logvar = batch["latent_logvar"].astype(jnp.float32)
+    return jax.vmap(one)(keys, mean, logvar, batch["text_embeds"])
+
+
+def distillation_loss(
+    params: dict, levels: dict, teacher_params: dict, inputs: dict, gate: jax.Array, recipe: Recipe
+) -> jax.Array:
+    """Mean squared error of student against teacher velocity, in float32 (method of the paper)."""
+    teacher = nnx.merge(recipe.teacher, teacher_params)
+    student = nnx.merge(recipe.student, params, levels)
+    arguments = (inputs["latents"], inputs["timesteps"], inputs["text_embeds"])
+    target = jax.lax.stop_gradient(teacher(*arguments)).astype(jnp.float32)
+    prediction = student(*arguments, gate=gate).astype(jnp.float32)
+    return jnp.mean(jnp.square(prediction - target))
+
+
+def _accumulated(loss: Callable, params: dict, inputs: dict, parts: int) -> tuple:
+    """Loss and gradient averaged over `parts` equal slices of the batch, one slice in memory."""
+    if parts == 1:
+        return jax.value_and_grad(loss)(params, inputs)
+    slices = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), inputs)
+
+    def add(total: tuple, part: dict) -> tuple:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, part)), None
+
+    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zeros, slices)
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def train_step(
+    state: dict, batch: dict, teacher_params: dict, empty_text: jax.Array, recipe: Recipe
+) -> tuple[dict, dict]:
+    """One update.
+
+    Args:
+        state: see `qvgen_jax.training.state`; may be donated.
+        batch: arrays of `noisy_inputs` and `sample_index` int32 `[b]`, global.
+        teacher_params: the full-precision model's dict.
+        empty_text: `[n, d]`.
+        recipe: static.
+
+    Returns:
+        The new state and float32 scalars: loss, grad_norm, gate, rank and a rate per group.
+    """
+    step = state["step"]
+    keys = sample_keys(recipe.seed, step, batch["sample_index"])
+    inputs = noisy_inputs(batch, keys, recipe.train, empty_text)
+    gate = gate_at(step, recipe.decay)
+
+    def loss_of(params: dict, part: dict) -> jax.Array:
+        return distillation_loss(params, state["levels"], teacher_params, part, gate, recipe)
+
+    loss, grads = _accumulated(loss_of, state["params"], inputs, recipe.train["accumulate"])
+    updates, opt = recipe.optimizer.update(grads, state["opt"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    rates, rank = learning_rates(recipe.train), rank_at(step, recipe.decay)
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.global_norm(grads),
+        "gate": fade_at(step, recipe.decay) * (rank > 0),
+        "rank": rank,
+        **{f"lr_{group}": jnp.asarray(rate(step), jnp.float32) for group, rate in rates.items()},
+    }
+    return {**state, "params": params, "opt": opt, "step": step + 1}, metrics

@@ -1,0 +1,83 @@
+"""Teacher and student of a run: which layers are quantized, how, and their values at step 0."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qvgen_jax.errors import UserError
+from qvgen_jax.models.wan import TEXT_ONLY, WanConfig, WanTransformer, quantizable
+from qvgen_jax.quant.config import QuantConfig
+from qvgen_jax.quant.dense import Levels, dense_factory
+
+_BEHAVIOURS = ("default", "released")
+
+
+def quant_config(quant: Mapping, model: WanConfig) -> QuantConfig:
+    """The `quant` section of a config as the quantizers read it.
+
+    Raises:
+        UserError: an unknown behaviour, or a layer name that the model does not have.
+    """
+    if quant["behaviour"] not in _BEHAVIOURS:
+        raise UserError(
+            f"quant.behaviour={quant['behaviour']!r}; expected one of {', '.join(_BEHAVIOURS)}"
+        )
+    chosen = {
+        "weight_bits": quant["weight_bits"],
+        "act_bits": quant["act_bits"],
+        "rank": quant["rank"],
+        "full_precision": tuple(quant["full_precision"]),
+        "product_dtype": quant["product_dtype"],
+    }
+    if quant["behaviour"] == "released":
+        config = QuantConfig.released(**chosen)
+    else:
+        single = tuple(name for name in TEXT_ONLY if name not in chosen["full_precision"])
+        config = QuantConfig(single_clip=single, **chosen)
+    config.quantized(quantizable(model))
+    return config
+
+
+def teacher_definition(model: WanConfig, dtype: jnp.dtype) -> nnx.GraphDef:
+    """The full-precision network described, nothing allocated."""
+    teacher = nnx.eval_shape(
+        lambda: WanTransformer(model, key=jax.random.key(0), dtype=dtype, remat=False)
+    )
+    return nnx.split(teacher)[0]
+
+
+def student_definition(
+    model: WanConfig, quant: QuantConfig, dtype: jnp.dtype, *, branch: bool, remat: bool = False
+) -> nnx.GraphDef:
+    """The quantized network described; at rank 0 there is no `branch` any more."""
+    quant = quant if branch else dataclasses.replace(quant, rank=0)
+    student = nnx.eval_shape(
+        lambda: WanTransformer(
+            model,
+            key=jax.random.key(0),
+            dense=dense_factory(quant, "train"),
+            dtype=dtype,
+            clip_mode=quant.clip_index,
+            remat=remat,
+        )
+    )
+    return nnx.split(student, nnx.Param, Levels)[0]
+
+
+def describe_layers(model: WanConfig, quant: QuantConfig) -> str:
+    """One line per kind of layer: what is quantized to how many bits, and what is not."""
+    names = quantizable(model)
+    lines = []
+    for name in names:
+        count = model.num_layers if name.startswith("blocks.") else 1
+        kind = f"W{quant.bits_of(name)[0]}A{quant.bits_of(name)[1]}"
+        if name in quant.full_precision:
+            kind = "full precision"
+        clips = "" if name in quant.full_precision else f", {quant.buckets_of(name)} clip pairs"
+        lines.append(f"  {name:45s} x {count:3d}  {kind}{clips}")
+    total = sum(model.num_layers if n.startswith("blocks.") else 1 for n in names)
+    kept = "  patch embedding, norms, modulation tables, attention products    full precision"
+    return "\n".join([f"{total} linears:", *lines, kept])
