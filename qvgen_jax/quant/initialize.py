@@ -1,5 +1,6 @@
 """From a full-precision transformer's parameters to those of the quantized one at step 0."""
 
+import dataclasses
 from collections.abc import Iterable
 from functools import partial
 
@@ -110,3 +111,26 @@ def quantization_errors(params: dict, levels: dict, names: Iterable[str]) -> dic
         weight_levels = _node(levels, name)["weight_levels"].reshape(-1)
         errors[name] = _relative_errors(stacked, weight_levels)
     return errors
+
+
+# The sigmoid of this is 1 in float32: a token keeps its whole range.
+_UNCLIPPED = 20.0
+
+
+def round_to_nearest(params: dict, names: Iterable[str], config: QuantConfig) -> tuple[dict, dict]:
+    """What low bits cost when nothing is learned: min-max ranges that contain 0, no branch.
+
+    The floor of every comparison. Arguments and result as of `quantize_params`, at rank 0.
+    """
+    config = dataclasses.replace(config, rank=0)
+    params, levels = quantize_params(params, names, config)
+    for name in config.quantized(names):
+        node = _node(params, name)
+        low = jnp.minimum(jnp.min(node["kernel"], axis=-2), 0.0)
+        high = jnp.maximum(jnp.max(node["kernel"], axis=-2), 0.0)
+        most = _node(levels, name)["weight_levels"][..., None]
+        scale = jnp.maximum((high - low) / most, 1e-9)
+        leaves = {"scale": scale, "zero_point": jnp.round(-low / scale)}
+        leaves |= {clip: jnp.full_like(node[clip], _UNCLIPPED) for clip in ("lower", "upper")}
+        params = _replace(params, name.split("."), {**node, **leaves})
+    return params, levels

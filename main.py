@@ -1,0 +1,144 @@
+"""The one command: pretrain, encode, train, generate, evaluate, export.
+
+    python main.py --config configs/tiny_w4a4.py
+    python main.py --config configs/tiny_w4a4.py --config.train.steps=300 --workdir runs/longer
+    python main.py --config configs/tiny_w4a4.py --job generate --prompt "a red star moving up ..."
+
+The same command again continues an interrupted run. Exit code 2 means that something given to the
+program was wrong; the message says what, and nothing was lost.
+"""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from qvgen_jax.errors import UserError
+
+JOBS = ("train", "pretrain", "encode", "generate", "evaluate", "export")
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, file.py[:argument]")
+_WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; runs/<config name> if absent")
+_JOB = flags.DEFINE_enum("job", "train", JOBS, "what to do")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be repeated")
+_SEED = flags.DEFINE_integer("seed", 0, "generate: the seed of the noise", lower_bound=0)
+
+
+def parse(argv: list[str]) -> ConfigDict:
+    """The config with its overrides.
+
+    Raises:
+        UserError: an unknown flag or key, a missing config file, a value of the wrong type.
+    """
+    try:
+        rest = flags.FLAGS(argv)
+        config = _CONFIG.value
+    except (AttributeError, KeyError) as error:
+        raise UserError(_unknown_key(argv, str(error.args[0]))) from error
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        # ml_collections wraps a config file's own error in its whole traceback.
+        text = " ".join(str(error).strip().splitlines()[-1:])
+        raise UserError(f"{text}; see `python main.py --help`") from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: every option starts with --")
+    names = ", ".join(sorted(str(path) for path in Path("configs").glob("[a-z]*.py")))
+    if config is None:
+        raise UserError(f"no --config: name a config file, one of {names or 'configs/*.py'}")
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    if not Path(file.partition(":")[0]).is_file():
+        raise UserError(f"config file {file!r} does not exist; there are {names or 'none here'}")
+    return config
+
+
+def _unknown_key(argv: list[str], text: str) -> str:
+    """A sentence for a misspelt override; ml_collections' text may hold the nearest right key."""
+    key = re.search(r"\w+", text.replace("\\n", " ")).group()
+    given = next((word for word in argv if key in word and word.startswith("--")), key)
+    nearest = re.search(r'Did you mean "(\w+)"', text)
+    hint = f"; did you mean {nearest.group(1)!r}?" if nearest else ""
+    return f"{given}: the config has no key {key!r}{hint}"
+
+
+def default_workdir(config_file: str) -> Path:
+    """`runs/tiny_w4a4_full` for `configs/tiny_w4a4.py:full`."""
+    path, _, argument = config_file.partition(":")
+    return Path("runs") / "_".join(filter(None, [Path(path).stem, argument]))
+
+
+def run(job: str, config: ConfigDict, workdir: Path) -> None:
+    """Do one job. Imports are here so that a wrong flag is told at once."""
+    if job == "pretrain":
+        _pretrain(config, workdir)
+        return
+    plain = {**config.to_dict(), "command": f"python {shlex.join(sys.argv)}"}
+    if job == "encode":
+        from qvgen_jax.data.prepare import ensure_encoded
+        from qvgen_jax.pipeline import load
+
+        print(f"encoded clips: {ensure_encoded(plain, workdir, load(config.model))}")
+    elif job == "generate":
+        from qvgen_jax.evaluation.samples import generate_files
+
+        for path in generate_files(plain, workdir, _PROMPT.value, _SEED.value):
+            print(path)
+    else:
+        _train_and_finish(job, plain, workdir)
+
+
+def _pretrain(config: ConfigDict, workdir: Path) -> None:
+    from convert.save import save_pipeline
+    from qvgen_jax.training.pretrain import pretrain
+
+    if "flow" not in config:
+        raise UserError("--job pretrain needs a config such as configs/tiny_pretrain.py")
+    pipe, flow = pretrain(config, workdir), config.flow
+    save_pipeline(
+        workdir / "pipeline",
+        transformer=(pipe.transformer.config, pipe.transformer.states[0]),
+        vae=(pipe.vae.config, pipe.vae.states[0]),
+        text_encoder=(pipe.text_encoder.config, pipe.text_encoder.states[0]),
+        tokenizer_folder=Path(flow.architecture) / "tokenizer",
+        generation_config=flow.generation.to_dict(),
+        dtype="float16",
+    )
+    print(f"pipeline: {workdir / 'pipeline'}")
+
+
+def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
+    """`train` does all of it; `export` and `evaluate` need a finished run and do their part."""
+    if "train" not in config:
+        raise UserError(f"--job {job} needs a config with a train section, not one of pretraining")
+    from convert.export import export_student
+    from qvgen_jax.evaluation.finish import compare_and_report
+    from qvgen_jax.training.loop import finished_state, train
+
+    pipe, state = (train if job == "train" else finished_state)(config, workdir)
+    export = workdir / "export"
+    if job != "evaluate" or not (export / "model_index.json").is_file():
+        export_student(config, export, pipe, state)
+        print(f"export: {export}")
+    if job != "export":
+        print(f"report: {compare_and_report(config, workdir, pipe)}")
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 done, 2 wrong input (one message on stderr), 130 interrupted."""
+    try:
+        config = parse(argv)
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
+        workdir = Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(file)
+        run(_JOB.value, config, workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

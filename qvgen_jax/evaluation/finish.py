@@ -1,0 +1,72 @@
+"""What a finished run ends with: the comparison, the pairs of videos, the sizes, the report."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from safetensors import safe_open
+
+from qvgen_jax.evaluation.evaluate import REFERENCE, evaluate_variants, table
+from qvgen_jax.evaluation.report import write_report
+from qvgen_jax.evaluation.samples import write_pairs
+from qvgen_jax.models.wan import WanConfig, quantizable
+from qvgen_jax.pipeline import Pipeline, load
+from qvgen_jax.quant.initialize import round_to_nearest
+from qvgen_jax.training.student import quant_config, student_definition
+
+_PACKED = ("codes", "scale", "zero_point", "clips")
+
+
+def untrained(config: Mapping, pipe: Pipeline) -> Pipeline:
+    """Round-to-nearest at the config's bit-widths: min-max ranges, nothing learned."""
+    model: WanConfig = pipe.transformer.config
+    quant = quant_config(config["quant"], model)
+    params, levels = round_to_nearest(pipe.transformer.states[0], quantizable(model), quant)
+    dtype = jnp.dtype(config["compute_dtype"])
+    definition = student_definition(model, quant, dtype, branch=False)
+    return pipe.with_transformer(definition, params, levels)
+
+
+def measure_sizes(teacher: Pipeline, export: Path) -> dict[str, int]:
+    """Bytes of the transformer before (as bf16) and after, whole and its quantized linears alone.
+
+    Biases are left out of the linears on both sides: they are the same.
+    """
+    path = export / "transformer" / "diffusion_pytorch_model.safetensors"
+    packed = full = 0
+    with safe_open(path, framework="numpy") as file:
+        names = [name for name in file.keys() if name.endswith(".codes")]  # noqa: SIM118
+        for name in names:
+            stem = name.removesuffix("codes")
+            packed += sum(file.get_tensor(stem + leaf).nbytes for leaf in _PACKED)
+    params = teacher.transformer.states[0]
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    for name in quantizable(teacher.transformer.config):
+        node = params
+        for part in name.split("."):
+            node = node[part]
+        full += node["kernel"].size
+    return {
+        "transformer_bf16_bytes": 2 * total,
+        "transformer_export_bytes": path.stat().st_size,
+        "linears_bf16_bytes": 2 * full,
+        "linears_export_bytes": packed,
+        "linears": len(names),
+    }
+
+
+def compare_and_report(config: Mapping, workdir: Path, teacher: Pipeline) -> Path:
+    """Judge teacher, round-to-nearest and the export; write everything; the report's path."""
+    bits = f"W{config['quant']['weight_bits']}A{config['quant']['act_bits']}"
+    student = load(workdir / "export")
+    variants = {REFERENCE: teacher}
+    if config["evaluate"]["round_to_nearest"]:
+        variants[f"Round-to-nearest {bits}"] = untrained(config, teacher)
+    variants[f"QVGen {bits}"] = student
+    print(table(evaluate_variants(config, workdir, variants)), flush=True)
+    write_pairs(config, workdir, teacher, student)
+    sizes = measure_sizes(teacher, workdir / "export")
+    (workdir / "sizes.json").write_text(json.dumps(sizes, indent=1))
+    return write_report(workdir)

@@ -1,0 +1,76 @@
+"""Videos to look at: the pairs of a run's report, and what `--job generate` writes."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qvgen_jax.data.moving_shapes import caption, held_out_prompts
+from qvgen_jax.data.video import write_video
+from qvgen_jax.errors import UserError
+from qvgen_jax.pipeline import Pipeline, load
+
+
+def read_prompts(source: str, count: int) -> list[str]:
+    """The first `count` prompts: "held_out" of the tiny pipeline's world, or a text file's lines.
+
+    Raises:
+        UserError: the file is missing or has no lines.
+    """
+    if source == "held_out":
+        return [caption(attributes) for attributes in held_out_prompts()[:count]]
+    path = Path(source)
+    if not path.is_file():
+        raise UserError(
+            f"sample.prompts={source!r} is no file; give a text file with one prompt per line, or "
+            "'held_out' for the tiny pipeline"
+        )
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    prompts = [prompt for prompt in prompts if prompt][:count]
+    if not prompts:
+        raise UserError(f"{path} holds no prompts; write one per line")
+    return prompts
+
+
+def write_pairs(config: Mapping, workdir: Path, teacher: Pipeline, student: Pipeline) -> None:
+    """Same prompts, same noise, teacher and student: mp4 files and `samples/samples.json`."""
+    sample = config["sample"]
+    folder = workdir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = read_prompts(sample["prompts"], sample["count"])
+    seeds = [sample["seed"] + index for index in range(len(prompts))]
+    videos = {
+        name: pipe.generate(prompts, seeds=seeds, batch_size=sample["batch_size"])
+        for name, pipe in (("teacher", teacher), ("student", student))
+    }
+    rows = []
+    for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        row = {"prompt": prompt, "seed": seed}
+        for name, clips in videos.items():
+            row[name] = f"{name}_{index:03d}.mp4"
+            write_video(folder / row[name], clips[index], teacher.defaults["fps"])
+        rows.append(row)
+    (folder / "samples.json").write_text(json.dumps(rows, indent=1))
+
+
+def generate_files(config: Mapping, workdir: Path, prompts: Sequence[str], seed: int) -> list[Path]:
+    """Write one mp4 per prompt to `workdir/generated` from the run's export, else from its model.
+
+    Raises:
+        UserError: no prompts.
+    """
+    if not prompts:
+        raise UserError('--job generate needs --prompt "..."; it may be repeated')
+    export = workdir / "export"
+    source = export if (export / "model_index.json").is_file() else config["model"]
+    print(f"generating with {source}", flush=True)
+    pipe = load(source)
+    folder = workdir / "generated"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for prompt in prompts:
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+        path = folder / f"{slug or 'empty-prompt'}-{seed}.mp4"
+        write_video(path, pipe.generate(prompt, seeds=seed)[0], pipe.defaults["fps"])
+        paths.append(path)
+    return paths
