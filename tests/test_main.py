@@ -1,0 +1,58 @@
+"""The command line as a user meets it: one message, exit code 2, no traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = ("--config", "configs/tiny_w4a4.py")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "main.py", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no --config"),
+        (("--config", "configs/nope.py"), "does not exist"),
+        ((*TINY[:1], "configs/tiny_w4a4.py:fulll"), "not 'fulll'"),
+        ((*TINY, "--config.train.stepz=3"), "did you mean 'steps'?"),
+        ((*TINY, "--config.nope.x=3"), "no key 'nope'"),
+        ((*TINY, "--config.train.steps=many"), "invalid literal"),
+        ((*TINY, "--job", "trian"), "should be one of"),
+        ((*TINY, "--jbo", "train"), "Did you mean: job"),
+        ((*TINY, "extra"), "unexpected argument 'extra'"),
+    ],
+)
+def test_wrong_arguments_get_one_line_and_exit_code_2(arguments, message):
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config.model=assets/nowhere",), "assets/nowhere"),
+        (("--config.data.source=assets/nowhere",), "assets/nowhere"),
+        (("--config.quant.weight_bits=9",), "expected (weight bits, activation bits), 2 to 8"),
+        (("--config.quant.decay_fraction=1.5",), "decay_fraction=1.5"),
+        (("--config.train.steps=3",), "less than one step"),
+        (("--job", "export"), "has no checkpoint"),
+        (("--job", "generate"), "needs --prompt"),
+        (("--job", "pretrain"), "configs/tiny_pretrain.py"),
+    ],
+)
+def test_wrong_values_are_told_before_anything_is_computed(arguments, message, tmp_path):
+    result = run(*TINY, "--workdir", str(tmp_path / "run"), *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

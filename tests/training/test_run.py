@@ -1,0 +1,229 @@
+"""Whole runs of a model of the smallest size: resumed, accumulated, compiled once."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from qvgen_jax.errors import UserError
+from qvgen_jax.models.wan import WanConfig, WanTransformer
+from qvgen_jax.training import loop
+from qvgen_jax.training.checkpoint import claim_workdir
+from qvgen_jax.training.optimizer import labels
+from qvgen_jax.training.step import noisy_inputs, sample_keys, train_step
+
+MODEL = WanConfig(
+    num_attention_heads=1,
+    attention_head_dim=12,
+    in_channels=2,
+    out_channels=2,
+    text_dim=8,
+    freq_dim=8,
+    ffn_dim=16,
+    num_layers=2,
+)
+# Ranks 2, 1, 0: boundaries at steps 2 and 4.
+CONFIG = {
+    "seed": 3,
+    "model": "tiny",
+    "compute_dtype": "float32",
+    "data": {"max_length": 5},
+    "quant": {
+        "behaviour": "default",
+        "weight_bits": 4,
+        "act_bits": 4,
+        "rank": 2,
+        "shrink": 2,
+        "decay_shape": "cosine",
+        "decay_fraction": 0.7,
+        "branch_moments": "reset",
+        "full_precision": (),
+        "product_dtype": "int8",
+    },
+    "train": {
+        "steps": 6,
+        "batch_size": 4,
+        "accumulate": 1,
+        "warmup_steps": 1,
+        "learning_rate": {"weights": 1e-3, "branch": 1e-3, "scales": 1e-3, "clips": 1e-2},
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "epsilon": 1e-8,
+        "weight_decay": 1e-4,
+        "clip_norm": 1.0,
+        "shift": 1.0,
+        "caption_dropout": 0.5,
+        "remat": True,
+        "log_every": 1,
+        "checkpoint_every": 1,
+        "keep_checkpoints": 2,
+        "wandb_project": "",
+    },
+}
+
+
+class Clips:
+    """Five clips in memory, as `EncodedDataset` gives them."""
+
+    max_length = 5
+    empty_text_embeds = np.zeros((5, 8), np.float32)
+
+    def __init__(self, stop_at: int | None = None):
+        self._left = stop_at
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> dict:
+        rng = np.random.default_rng(int(index))
+        return {
+            "latent_mean": rng.normal(size=(2, 2, 4, 2)).astype(np.float32),
+            "latent_logvar": np.full((2, 2, 4, 2), -2.0, np.float32),
+            "text_embeds": rng.normal(size=(3, 8)).astype(np.float32),
+            "caption": "a clip",
+        }
+
+
+@pytest.fixture(scope="module")
+def teacher() -> dict:
+    rng = np.random.default_rng(0)
+    model = nnx.eval_shape(lambda: WanTransformer(MODEL, key=jax.random.key(0)))
+    shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), jnp.float32), shapes)
+
+
+def lines(workdir) -> list[dict]:
+    """`metrics.jsonl` without the one thing that may differ: the speed."""
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "steps_per_second"} for r in records]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(teacher, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    return loop.run_steps(CONFIG, workdir, MODEL, teacher, Clips()), lines(workdir)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_a_run_stopped_at_any_step_ends_bit_equal(
+    step, uninterrupted, teacher, tmp_path, monkeypatch
+):
+    """Also exactly at the refactoring (2) and at the drop to rank 0 (4)."""
+    enter = loop.enter_step
+
+    def interrupt(state, at, *rest):
+        if at == step:
+            raise Interrupted
+        return enter(state, at, *rest)
+
+    monkeypatch.setattr(loop, "enter_step", interrupt)
+    with pytest.raises(Interrupted):
+        loop.run_steps(CONFIG, tmp_path, MODEL, teacher, Clips())
+    monkeypatch.setattr(loop, "enter_step", enter)
+    state = loop.run_steps(CONFIG, tmp_path, MODEL, teacher, Clips())
+
+    whole, whole_lines = uninterrupted
+    jax.tree.map(np.testing.assert_array_equal, state, whole)
+    assert lines(tmp_path) == whole_lines
+
+
+def test_the_rank_goes_to_zero_and_the_branch_leaves_parameters_and_moments(uninterrupted):
+    state, records = uninterrupted
+    assert [record["rank"] for record in records] == [2, 2, 1, 1, 0, 0]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    assert not [path for path in paths if getattr(path[-1], "key", None) in ("L", "R")]
+    assert "small_singular_share" in records[3]
+    assert "small_singular_share" not in records[4]
+
+
+def test_all_phases_share_one_compilation_and_rank_zero_adds_one(teacher, tmp_path, monkeypatch):
+    traced = []
+
+    def counting(recipe):
+        def step(state, batch, teacher_params, empty_text):
+            traced.append(recipe.student)
+            return train_step(state, batch, teacher_params, empty_text, recipe)
+
+        return jax.jit(step)
+
+    monkeypatch.setattr(loop, "compile_step", counting)
+    loop.run_steps(CONFIG, tmp_path, MODEL, teacher, Clips())
+    assert len(traced) == 2
+
+
+def test_accumulating_half_batches_gives_the_same_update(teacher):
+    state = loop.initial_state(CONFIG, MODEL, teacher)
+    recipe = loop.make_recipe(CONFIG, MODEL, branch=True)
+    halves = recipe._replace(train={**CONFIG["train"], "accumulate": 2})
+    rows = [Clips()[i] for i in range(4)]
+    batch = {
+        name: np.stack([row[name] for row in rows])
+        for name in ("latent_mean", "latent_logvar", "text_embeds")
+    }
+    batch["sample_index"] = np.arange(4, dtype=np.int32)
+    empty = jnp.zeros((3, 8), jnp.float32)
+    norms = [
+        jax.jit(train_step, static_argnums=4)(state, batch, teacher, empty, _Hashed(r))[1]
+        for r in (recipe, halves)
+    ]
+    # float32 sums in another order; no code lies near enough to a boundary to flip here.
+    np.testing.assert_allclose(norms[0]["grad_norm"], norms[1]["grad_norm"], rtol=1e-3)
+    np.testing.assert_allclose(norms[0]["loss"], norms[1]["loss"], rtol=1e-3)
+
+
+class _Hashed:
+    """A recipe as a static argument: its dicts have no hash."""
+
+    def __init__(self, recipe):
+        self._recipe = recipe
+
+    def __getattr__(self, name):
+        return getattr(self._recipe, name)
+
+
+def test_samples_draw_their_own_noise_and_time_whatever_their_batch():
+    index = jnp.arange(4)
+    keys = sample_keys(0, jnp.int32(7), index)
+    train = {"shift": 1.0, "caption_dropout": 0.5}
+    batch = {
+        "latent_mean": jnp.zeros((4, 1, 2, 2, 1)),
+        "latent_logvar": jnp.zeros((4, 1, 2, 2, 1)),
+        "text_embeds": jnp.ones((4, 2, 3)),
+    }
+    whole = noisy_inputs(batch, keys, train, jnp.zeros((2, 3)))
+    assert len(np.unique(whole["noise"][:, 0, 0, 0, 0])) == 4
+    assert len(np.unique(whole["timesteps"])) == 4
+    part = jax.tree.map(lambda x: x[2:], batch)
+    alone = noisy_inputs(part, sample_keys(0, jnp.int32(7), index[2:]), train, jnp.zeros((2, 3)))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2:], b), whole, alone)
+
+
+def test_every_parameter_has_the_rate_of_its_group(teacher):
+    found = labels(loop.initial_state(CONFIG, MODEL, teacher)["params"])
+    layer = found["blocks"]["attn1"]["to_q"]
+    assert layer == {
+        "kernel": "weights",
+        "bias": "weights",
+        "scale": "scales",
+        "zero_point": "scales",
+        "lower": "clips",
+        "upper": "clips",
+        "L": "branch",
+        "R": "branch",
+    }
+    assert found["blocks"]["attn1"]["norm_q"]["scale"] == "weights"
+
+
+def test_a_workdir_of_another_config_is_refused_by_the_value_that_differs(tmp_path):
+    claim_workdir(tmp_path, CONFIG)
+    claim_workdir(tmp_path, {**CONFIG, "train": {**CONFIG["train"], "log_every": 7}})
+    other = {**CONFIG, "quant": {**CONFIG["quant"], "weight_bits": 3}}
+    with pytest.raises(UserError, match=r"quant\.weight_bits: 4 there, 3 here"):
+        claim_workdir(tmp_path, other)
