@@ -87,4 +87,6 @@ class Tensors(Mapping[str, np.ndarray]):
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes one safetensors file, marked as PyTorch's as transformers demands."""
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    # safetensors writes the memory as it lies, whatever the strides say.
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})

@@ -46,7 +46,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     four codes a byte, then a plane of the high bit, eight codes a byte; within a byte the first
     input is lowest. An odd end is filled with zero bits.
     """
-    codes, planes, shift = codes.astype(np.uint8), [], 0
+    codes, planes, shift = np.ascontiguousarray(codes, np.uint8), [], 0
     for width in _PLANES[bits]:
         per_byte = 8 // width
         plane = (codes >> shift) & (2**width - 1)
