@@ -230,6 +230,13 @@ def test_a_path_that_is_no_folder_is_named(tmp_path):
         qvgen_jax.load(tmp_path / "missing")
 
 
+def test_a_hub_name_that_cannot_be_fetched_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="did not come from the Hugging Face hub"):
+        qvgen_jax.load("owner/no-such-model")
+
+
 def _damaged(folder: Path, tmp_path: Path, file: str, content: bytes | None) -> Path:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
