@@ -1,0 +1,54 @@
+"""Makes umt5.npz: what transformers' UMT5EncoderModel says of two prompts, and its weights.
+
+Run: python tests/golden/make_umt5.py (needs torch).
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import UMT5Config, UMT5EncoderModel
+
+# tests/text/test_umt5.py repeats it. 8 buckets up to a distance of 12: both kinds in 16 tokens.
+CONFIG = {
+    "vocab_size": 20,
+    "d_model": 12,
+    "d_kv": 4,
+    "num_heads": 2,
+    "d_ff": 16,
+    "num_layers": 2,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+}
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    model = UMT5EncoderModel(UMT5Config(**CONFIG)).eval()
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name == "encoder.embed_tokens.weight":  # shared.weight under its other name
+            continue
+        spread = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.2
+        values = spread * rng.standard_normal(tuple(tensor.shape))
+        weights[name] = (values + name.endswith("norm.weight")).astype(np.float16)
+    state = {k: torch.from_numpy(v.astype(np.float32)) for k, v in weights.items()}
+    model.load_state_dict(state | {"encoder.embed_tokens.weight": state["shared.weight"]})
+    ids = rng.integers(3, CONFIG["vocab_size"], (2, 16)).astype(np.int32)
+    mask = (np.arange(16) < np.array([[5], [16]])).astype(np.int32)
+    ids = np.where(mask, ids, 0)
+    with torch.no_grad():
+        embeds = model(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state.numpy()
+    np.savez_compressed(
+        Path(__file__).with_name("umt5.npz"),
+        ids=ids,
+        mask=mask,
+        embeds=embeds,
+        weights=np.concatenate([value.ravel() for value in weights.values()]),
+        shapes=json.dumps({name: value.shape for name, value in weights.items()}),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Prompts to ids: Wan's cleaning, and the tiny pipeline's tokenizer."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qvgen_jax.data import moving_shapes
+from qvgen_jax.errors import UserError
+from qvgen_jax.text import tiny_tokenizer
+from qvgen_jax.text.tokenizer import clean_prompt, default_max_length, load_tokenizer, tokenize
+
+FOLDER = Path(__file__).parents[2] / "assets/tiny_wan/tokenizer"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(FOLDER)
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("  a   red\n\tcircle ", "a red circle"),
+        ("salt &amp;amp; pepper", "salt & pepper"),
+        ("the cafÃ© \u201copens\u201d", 'the café "opens"'),
+        ("a&nbsp;b", "a b"),
+    ],
+)
+def test_prompts_are_repaired_as_wan_does(raw, clean):
+    assert clean_prompt(raw) == clean
+
+
+def test_every_caption_is_whole_words(tokenizer):
+    words = {
+        f"a {colour} {shape} moving {direction} {speed} on a {background} background"
+        for colour, shape, direction, speed, background in itertools.product(
+            moving_shapes.COLOURS,
+            moving_shapes.SHAPES,
+            moving_shapes.DIRECTIONS,
+            moving_shapes.SPEEDS,
+            moving_shapes.BACKGROUNDS,
+        )
+    }
+    ids, mask = tokenize(tokenizer, sorted(words))
+    assert ids.shape == (len(words), 32)
+    assert ids.dtype == mask.dtype == np.int32
+    assert set(mask.sum(1)) == {11}  # ten words and the end mark
+    first_character = tokenizer.convert_tokens_to_ids("\u2581")
+    assert ids.max() < first_character
+
+
+def test_ids_are_padded_with_0_and_end_with_1(tokenizer):
+    ids, mask = tokenize(tokenizer, ["a star", ""], max_length=5)
+    star = tokenizer.convert_tokens_to_ids(["\u2581a", "\u2581star"])
+    np.testing.assert_array_equal(ids, [[*star, 1, 0, 0], [1, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(mask, [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+
+
+def test_a_long_prompt_is_cut_and_keeps_its_end_mark(tokenizer):
+    ids, mask = tokenize(tokenizer, ["red " * 100])
+    assert ids.shape == (1, default_max_length(tokenizer)) == (1, 32)
+    assert mask.all()
+    assert ids[0, -1] == 1
+
+
+def test_any_ascii_text_survives(tokenizer):
+    text = "Hello, {World}! 5 * 7 ~ 35; up-"
+    ids, mask = tokenize(tokenizer, [text], max_length=64)
+    assert 2 not in ids
+    assert tokenizer.decode(ids[0, : mask.sum()], skip_special_tokens=True) == text
+
+
+def test_the_saved_files_are_what_the_script_writes(tmp_path):
+    tiny_tokenizer.save(tmp_path)
+    for path in sorted(tmp_path.iterdir()):
+        assert json.loads(path.read_text()) == json.loads((FOLDER / path.name).read_text())
+
+
+def test_its_size_is_the_text_encoders_vocabulary(tokenizer):
+    config = json.loads((FOLDER.parent / "text_encoder/config.json").read_text())
+    assert len(tokenizer) == config["vocab_size"]
+
+
+@pytest.mark.parametrize("prompts", ["a red circle", [], [None]])
+def test_prompts_must_be_a_list_of_strings(tokenizer, prompts):
+    with pytest.raises(UserError, match="non-empty list of strings"):
+        tokenize(tokenizer, prompts)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="does not load as a tokenizer"):
+        load_tokenizer(tmp_path)
