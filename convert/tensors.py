@@ -51,7 +51,10 @@ class Tensors(Mapping[str, np.ndarray]):
     def _read_index(self) -> dict[str, str]:
         indexes = sorted(self._folder.glob("*.safetensors.index.json"))
         if indexes:
-            return read_json(indexes[0])["weight_map"]
+            where = read_json(indexes[0]).get("weight_map")
+            if not isinstance(where, dict):
+                raise UserError(f"{indexes[0]} has no weight_map; fetch the folder again")
+            return where
         files = sorted(self._folder.glob("*.safetensors"))
         if len(files) != 1:
             raise UserError(
