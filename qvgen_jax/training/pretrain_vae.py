@@ -8,6 +8,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,7 +145,10 @@ def pretrain_vae(config: Mapping[str, Any], workdir: str | Path) -> TrainedVAE:
     rebuild = jax.jit(lambda params, video: reconstruct(nnx.merge(exact, params), video))
 
     start, total, saved = int(state["step"]), sum(s.steps for s in stages), time.time()
-    with MetricWriter(workdir, start, total, title="autoencoder") as writer:
+    with (
+        closing(manager),  # An interrupted run still completes the checkpoint it is writing.
+        MetricWriter(workdir, start, total, title="autoencoder") as writer,
+    ):
         for step in range(start, total):
             stage, last = stage_at(stages, step)
             batch = crops(clips, stage, np.random.default_rng([config["seed"], step]))
@@ -159,7 +163,6 @@ def pretrain_vae(config: Mapping[str, Any], workdir: str | Path) -> TrainedVAE:
             if last or time.time() - saved > config["checkpoint_seconds"]:
                 checkpoint.save(manager, state)
                 saved = time.time()
-    manager.wait_until_finished()
     return finish(vae_config, state["params"], clips[: config["statistics_clips"]])
 
 
