@@ -111,14 +111,17 @@ def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
     """`train` does all of it; `export` and `evaluate` need a finished run and do their part."""
     if "train" not in config:
         raise UserError(f"--job {job} needs a config with a train section, not one of pretraining")
-    from convert.export import export_student
+    from convert.export import export_pipeline
     from qvgen_jax.evaluation.finish import compare_and_report
     from qvgen_jax.training.loop import finished_state, train
+    from qvgen_jax.training.student import quant_config
 
     pipe, state = (train if job == "train" else finished_state)(config, workdir)
     export = workdir / "export"
     if job != "evaluate" or not (export / "model_index.json").is_file():
-        export_student(config, export, pipe, state)
+        model = pipe.transformer.config
+        quant = quant_config(config["quant"], model)
+        export_pipeline(config["model"], export, model, state["params"], quant)
         print(f"export: {export}")
     if job != "export":
         print(f"report: {compare_and_report(config, workdir, pipe)}")

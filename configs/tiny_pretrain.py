@@ -66,6 +66,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     flow.generation.steps = 25
     flow.generation.guidance_scale = 2.5
     flow.generation.fps = 8
-    flow.generation.max_length = 32
+    flow.generation.max_length = 16  # Every caption has 11 tokens.
 
     return config.lock()

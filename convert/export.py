@@ -14,24 +14,8 @@ from convert.save import write_json
 from convert.tensors import read_json, write_tensors
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.wan import WanConfig, quantizable
-from qvgen_jax.pipeline import Pipeline
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.packed import quantization_config
-from qvgen_jax.training.student import quant_config
-
-
-def export_student(config: Mapping, folder: Path, pipe: Pipeline, state: Mapping) -> None:
-    """Exports the student of a finished run beside the other parts of the teacher's pipeline.
-
-    Args:
-        config: of the run.
-        folder: see `export_pipeline`.
-        pipe: the teacher.
-        state: `{"params", ...}` of the student.
-    """
-    model = pipe.transformer.config
-    quant = quant_config(config["quant"], model)
-    export_pipeline(config["model"], folder, model, state["params"], quant)
 
 
 def export_pipeline(

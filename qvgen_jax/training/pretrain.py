@@ -72,7 +72,7 @@ class Networks:
         self.text_encoder = UMT5Config.from_json(_read(architecture / "text_encoder/config.json"))
         keys = jax.random.split(jax.random.key(seed))
         built = {
-            "transformer": WanTransformer(self.transformer, key=keys[0], dtype=dtype, remat=False),
+            "transformer": WanTransformer(self.transformer, key=keys[0], dtype=dtype, remat=True),
             "text_encoder": UMT5Encoder(self.text_encoder, key=keys[1], dtype=dtype),
         }
         split = {name: nnx.split(network, nnx.Param) for name, network in built.items()}
