@@ -46,7 +46,7 @@ SIZE = 64
 FRAMES = 17
 FPS = 8
 RADIUS = (9.0, 11.0)
-CENTRE_OFFSET = 6.0  # The middle of the path lies within this many pixels of the frame's, per axis.
+SPREAD = 4.0  # The middle of the path lies within this many pixels of the frame's, per axis.
 HELD_OUT = 60  # Of 240 triples.
 
 _SUPERSAMPLE = 4
@@ -69,15 +69,15 @@ def caption(attributes: Attributes) -> str:
     return f"a {a.colour} {a.shape} moving {a.direction} {a.speed} on a {a.background} background"
 
 
-def render(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
-    """Draws one clip; radius, position and exact speed come from `rng`.
+def render(attributes: Attributes, rng: np.random.Generator, spread: float = SPREAD) -> np.ndarray:
+    """Draws one clip; radius, position (within `spread`) and exact speed come from `rng`.
 
     Returns:
         uint8 `[17, 64, 64, 3]`. The shape is inside the frame all the time.
     """
     radius = rng.uniform(*RADIUS)
     speed = rng.uniform(*SPEEDS[attributes.speed])
-    middle = SIZE / 2 + rng.uniform(-CENTRE_OFFSET, CENTRE_OFFSET, size=2)
+    middle = SIZE / 2 + rng.uniform(-spread, spread, size=2)
     travelled = (np.arange(FRAMES) - (FRAMES - 1) / 2) * speed
     centres = middle + travelled[:, None] * np.array(DIRECTIONS[attributes.direction])
     alpha = coverage(attributes.shape, radius, centres)[..., None]
@@ -179,7 +179,9 @@ def held_out_prompts() -> tuple[Attributes, ...]:
     return tuple(sorted(everything, key=lambda attributes: _digest(*attributes)))
 
 
-def example(index: int, *, seed: int, split: str = "train") -> tuple[np.ndarray, Attributes]:
+def example(
+    index: int, *, seed: int, split: str = "train", spread: float = SPREAD
+) -> tuple[np.ndarray, Attributes]:
     """Clip number `index` of the endless data set `seed`: uint8 `[17, 64, 64, 3]` and its facts.
 
     Triples come round in shuffled passes, so that a small data set is a balanced one.
@@ -190,16 +192,18 @@ def example(index: int, *, seed: int, split: str = "train") -> tuple[np.ndarray,
     rng = np.random.default_rng([seed, index, 1])
     speed, background = rng.choice(list(SPEEDS)), rng.choice(list(BACKGROUNDS))
     attributes = Attributes(*allowed[order[place]], str(speed), str(background))
-    return render(attributes, rng), attributes
+    return render(attributes, rng, spread), attributes
 
 
-def write_folder(out: str | Path, *, count: int, seed: int, split: str = "train") -> None:
+def write_folder(
+    out: str | Path, *, count: int, seed: int, split: str = "train", spread: float = SPREAD
+) -> None:
     """Writes `count` mp4 files and `captions.jsonl`, one line {"file", "caption"} per clip."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(count):
-        video, attributes = example(index, seed=seed, split=split)
+        video, attributes = example(index, seed=seed, split=split, spread=spread)
         name = f"{index:05d}.mp4"
         write_video(out / name, video, FPS)
         lines.append(json.dumps({"file": name, "caption": caption(attributes)}) + "\n")
@@ -213,8 +217,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--split", choices=("train", "heldout"), default="train")
-    arguments = parser.parse_args()
-    write_folder(arguments.out, count=arguments.count, seed=arguments.seed, split=arguments.split)
+    parser.add_argument(
+        "--spread", type=float, default=SPREAD, help="pixels from the middle, up to 6"
+    )
+    write_folder(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def pretrain(config: Mapping, workdir: Path) -> Pipeline:
         workdir: `vae/`, `flow/` (checkpoints, metrics, the judge's curve).
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    flow, data = config["flow"], Path(config["vae_train"]["data"])
+    flow, data = config["flow"], Path(config["flow"]["data"])
     trained = pretrain_vae(config["vae_train"], workdir / "vae")
     vae = vae_of(trained)
     architecture = Path(flow["architecture"])

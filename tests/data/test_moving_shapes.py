@@ -19,7 +19,7 @@ def test_a_clip_is_a_pure_function_of_seed_and_index():
 
 def test_the_shape_never_touches_the_border():
     for index in range(90):
-        video, attributes = moving_shapes.example(index, seed=1)
+        video, attributes = moving_shapes.example(index, seed=1, spread=6.0)
         assert video.shape == (17, 64, 64, 3)
         background = moving_shapes.BACKGROUNDS[attributes.background]
         for edge in (video[:, 0], video[:, -1], video[:, :, 0], video[:, :, -1]):
