@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     flow.data = "data/moving_shapes"
     flow.seed = 0
     flow.dtype = "float32"
-    flow.steps = 5000
+    flow.steps = 9000
     flow.batch_size = 32
     flow.learning_rate = 1.5e-3
     flow.warmup_steps = 100
@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     flow.foreground_weight = 3.0
     flow.caption_dropout = 0.1
     flow.log_every = 50
-    flow.evaluate_every = 500
+    flow.evaluate_every = 1000
     flow.evaluate_videos = 64
     flow.checkpoint_every = 250
     # What the finished pipeline does by default; goes into its generation_config.json.

@@ -104,30 +104,47 @@ def run_steps(
     config: Mapping, workdir: Path, model: WanConfig, teacher: dict, dataset: EncodedDataset
 ) -> dict:
     """Train from wherever the workdir stands to `train.steps`; the final state, at rank 0."""
-    train, decay = config["train"], rank_decay(config)
-    manager = checkpoint.open_checkpoints(workdir, train["keep_checkpoints"])
-    state = newest_state(config, model, teacher, manager)
-    start, moments = int(state["step"]), config["quant"]["branch_moments"]
+    train = config["train"]
+    # Leaving the block, also by an interruption, waits until the last save is complete.
+    with checkpoint.open_checkpoints(workdir, train["keep_checkpoints"]) as manager:
+        state = newest_state(config, model, teacher, manager)
+        writer = MetricWriter(
+            workdir, int(state["step"]), train["steps"], train["wandb_project"], "train"
+        )
+        with writer:
+            state = _steps(config, state, model, teacher, dataset, writer, manager)
+    decay, moments = rank_decay(config), config["quant"]["branch_moments"]
+    return enter_step(state, train["steps"], decay, moments)
+
+
+def _steps(
+    config: Mapping,
+    state: dict,
+    model: WanConfig,
+    teacher: dict,
+    dataset: EncodedDataset,
+    writer: MetricWriter,
+    manager: ocp.CheckpointManager,
+) -> dict:
+    """From the state's step to the last."""
+    train, decay, start = config["train"], rank_decay(config), int(state["step"])
     empty_text = jnp.asarray(dataset.empty_text_embeds)
     data = batches(dataset, seed=config["seed"], batch_size=train["batch_size"], start_step=start)
     compiled: dict[bool, Callable] = {}
-    with MetricWriter(workdir, start, train["steps"], train["wandb_project"]) as writer:
-        pace = _Pace(start)
-        for step in range(start, train["steps"]):
-            state = enter_step(state, step, decay, moments)
-            branch = has_branch(decay, step + 1)
-            if branch not in compiled:
-                compiled[branch] = compile_step(make_recipe(config, model, branch=branch))
-            state, metrics = compiled[branch](state, next(data), teacher, empty_text)
-            done = step + 1
-            writer.advance(done)
-            if done % train["log_every"] == 0 or done == train["steps"]:
-                writer.write(step, log_line(metrics, state["params"], branch, pace(done)))
-            if done % train["checkpoint_every"] == 0 or done == train["steps"]:
-                checkpoint.save(manager, state)
-    manager.wait_until_finished()
-    manager.close()
-    return enter_step(state, train["steps"], decay, moments)
+    pace = _Pace(start)
+    for step in range(start, train["steps"]):
+        state = enter_step(state, step, decay, config["quant"]["branch_moments"])
+        branch = has_branch(decay, step + 1)
+        if branch not in compiled:
+            compiled[branch] = compile_step(make_recipe(config, model, branch=branch))
+        state, metrics = compiled[branch](state, next(data), teacher, empty_text)
+        done = step + 1
+        writer.advance(done)
+        if done % train["log_every"] == 0 or done == train["steps"]:
+            writer.write(step, log_line(metrics, state["params"], branch, pace(done)))
+        if done % train["checkpoint_every"] == 0 or done == train["steps"]:
+            checkpoint.save(manager, state)
+    return state
 
 
 def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
@@ -155,16 +172,16 @@ def finished_state(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
         UserError: there is no such run, or it has not ended.
     """
     steps = config["train"]["steps"]
-    manager = checkpoint.open_checkpoints(workdir, config["train"]["keep_checkpoints"])
-    newest = manager.latest_step()
-    if newest != steps:
-        raise UserError(
-            f"{workdir} has {'no checkpoint' if newest is None else f'step {newest}'}, needed is "
-            f"the end of training, step {steps}; run the same command with --job train first"
-        )
     checkpoint.claim_workdir(workdir, config)
-    pipe = load(config["model"])
-    model, teacher = pipe.transformer.config, pipe.transformer.states[0]
-    state = newest_state(config, model, teacher, manager)
-    decay, moments = rank_decay(config), config["quant"]["branch_moments"]
-    return pipe, enter_step(state, steps, decay, moments)
+    with checkpoint.open_checkpoints(workdir, config["train"]["keep_checkpoints"]) as manager:
+        newest = manager.latest_step()
+        if newest != steps:
+            stands = "no checkpoint" if newest is None else f"step {newest}"
+            raise UserError(
+                f"{workdir} has {stands}, needed is the end of training, step {steps}; run the "
+                "same command with --job train first"
+            )
+        pipe = load(config["model"])
+        model, teacher = pipe.transformer.config, pipe.transformer.states[0]
+        state = newest_state(config, model, teacher, manager)
+    return pipe, enter_step(state, steps, rank_decay(config), config["quant"]["branch_moments"])
