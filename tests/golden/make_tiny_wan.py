@@ -26,7 +26,7 @@ def main() -> None:
         "num_frames": settings["num_frames"],
         "num_inference_steps": settings["steps"],
         "guidance_scale": settings["guidance_scale"],
-        "max_sequence_length": 32,
+        "max_sequence_length": settings["max_length"],
     }
     latents = pipe(**arguments, latents=torch.tensor(noise), output_type="latent").frames
     frames = pipe(**arguments, latents=torch.tensor(noise), output_type="np").frames
