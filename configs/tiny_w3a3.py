@@ -17,6 +17,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.quant.weight_bits = 3
     config.quant.act_bits = 3
     if arg == "full":
-        config.train.steps = 1400
-        config.train.warmup_steps = 70
+        config.train.steps = 1200
+        config.train.warmup_steps = 60
     return config

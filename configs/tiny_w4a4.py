@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.quant.product_dtype = "bfloat16"
 
     config.train = ConfigDict()
-    config.train.steps = 1000 if full else 150
+    config.train.steps = 800 if full else 150
     config.train.batch_size = 32 if full else 16
     config.train.accumulate = 1
     config.train.warmup_steps = config.train.steps // 20
