@@ -64,7 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.caption_dropout = 0.05
     config.train.remat = True
     config.train.log_every = 20 if full else 5
-    config.train.checkpoint_every = 250 if full else 50
+    config.train.checkpoint_every = 100 if full else 50
     config.train.keep_checkpoints = 2
     config.train.wandb_project = ""
 

@@ -46,6 +46,11 @@ class RankDecay:
         return self.phase_steps * (len(self.ranks) - 1)
 
 
+def phase_rank(step: int, decay: RankDecay) -> int:
+    """`rank_at` of a Python int, without touching a device."""
+    return decay.ranks[min(step // decay.phase_steps, len(decay.ranks) - 1)]
+
+
 def rank_at(step: jax.Array | int, decay: RankDecay) -> jax.Array:
     """The rank at a step: int32 `[]`; 0 from `decay.end` on."""
     phase = jnp.minimum(jnp.asarray(step, jnp.int32) // decay.phase_steps, len(decay.ranks) - 1)

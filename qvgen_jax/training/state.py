@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from qvgen_jax.quant.low_rank import drop_branch, refactor_tree, zero_branch
-from qvgen_jax.quant.schedule import RankDecay, is_boundary, rank_at
+from qvgen_jax.quant.schedule import RankDecay, is_boundary, phase_rank
 
 
 def create_state(params: dict, levels: dict, optimizer: optax.GradientTransformation) -> dict:
@@ -45,12 +45,15 @@ def enter_step(state: dict, step: int, decay: RankDecay, moments: str = "reset")
     """
     if not is_boundary(step, decay):
         return state
-    rank = int(rank_at(step, decay))
+    rank = phase_rank(step, decay)
     if rank > 0:
-        return _refactor(state, jnp.int32(rank), moments)
+        # Alone on the device: XLA's CPU runs LAPACK in the pool whose threads the update before it
+        # still needs, and with two cores both together came to a standstill (jax 0.10.2).
+        state = jax.block_until_ready(state)
+        return jax.block_until_ready(_refactor(state, jnp.int32(rank), moments))
     return {**state, "params": drop_branch(state["params"]), "opt": drop_branch(state["opt"])}
 
 
 def has_branch(decay: RankDecay, step: int) -> bool:
     """Whether a state saved after `step` updates still holds L and R."""
-    return int(rank_at(max(step - 1, 0), decay)) > 0
+    return phase_rank(max(step - 1, 0), decay) > 0
