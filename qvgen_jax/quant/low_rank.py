@@ -110,11 +110,18 @@ def _rebuild(tree: Any, on_branch: Callable[[dict], dict]) -> Any:
 
 
 def refactor_tree(params: dict, rank: jax.Array | int) -> dict:
-    """`params` with every branch refactored, stacked ones layer by layer."""
+    """`params` with every branch refactored, stacked ones layer by layer.
+
+    Not by `jax.vmap`: XLA's CPU spreads batched LAPACK calls over its pool and waits inside it, and
+    several of them at once come to a standstill on two cores (seen with jax 0.10.2).
+    """
 
     def on_branch(node: dict) -> dict:
-        one = refactor if node["L"].ndim == 2 else jax.vmap(refactor, in_axes=(0, 0, None))
-        left, right = one(node["L"], node["R"], rank)
+        pair = node["L"], node["R"]
+        if node["L"].ndim == 2:
+            left, right = refactor(*pair, rank)
+        else:
+            left, right = jax.lax.map(lambda layer: refactor(*layer, rank), pair)
         return {**node, "L": left, "R": right}
 
     return _rebuild(params, on_branch)
@@ -146,9 +153,11 @@ def small_singular_share(params: dict) -> jax.Array:
 
     def on_branch(node: dict) -> dict:
         nonlocal small, total
-        singular = jax.vmap(lambda left, right: _triangles(left, right)[1])
-        left = node["L"].reshape(-1, *node["L"].shape[-2:])
-        values = singular(left, node["R"].reshape(-1, *node["R"].shape[-2:]))
+        pairs = (
+            node["L"].reshape(-1, *node["L"].shape[-2:]),
+            node["R"].reshape(-1, *node["R"].shape[-2:]),
+        )
+        values = jax.lax.map(lambda pair: _triangles(*pair)[1], pairs)
         small += jnp.sum(values * _SMALL_RATIO < values[:, :1])
         total += values.size
         return node

@@ -47,10 +47,7 @@ def enter_step(state: dict, step: int, decay: RankDecay, moments: str = "reset")
         return state
     rank = phase_rank(step, decay)
     if rank > 0:
-        # Alone on the device: XLA's CPU runs LAPACK in the pool whose threads the update before it
-        # still needs, and with two cores both together came to a standstill (jax 0.10.2).
-        state = jax.block_until_ready(state)
-        return jax.block_until_ready(_refactor(state, jnp.int32(rank), moments))
+        return _refactor(state, jnp.int32(rank), moments)
     return {**state, "params": drop_branch(state["params"]), "opt": drop_branch(state["opt"])}
 
 

@@ -1,5 +1,9 @@
 """The low-rank branch: start, refactoring, end."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,3 +135,17 @@ def test_share_of_small_singular_values():
     params = {"a": {"L": jnp.eye(9, 4) * values, "R": jnp.eye(4, 7)}}
     np.testing.assert_allclose(small_singular_share(params), 0.5)
     assert jnp.isnan(small_singular_share({"a": {"kernel": values}}))
+
+
+def test_many_stacked_branches_refactor_at_once_without_a_standstill():
+    """Batched LAPACK calls in one program hung on two cores; a hang cannot be caught from inside."""
+    program = """
+import jax, jax.numpy as jnp
+from qvgen_jax.quant.low_rank import refactor_tree, small_singular_share
+branch = {"L": jnp.ones((6, 128, 32)), "R": jnp.ones((6, 32, 128))}
+tree = {str(i): jax.tree.map(lambda x: x * (i + 1.0), branch) for i in range(20)}
+jax.block_until_ready(jax.jit(refactor_tree)(tree, jnp.int32(16)))
+jax.block_until_ready(jax.jit(small_singular_share)(tree))
+"""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", program], cwd=root, check=True, timeout=240)
