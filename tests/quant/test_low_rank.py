@@ -138,7 +138,7 @@ def test_share_of_small_singular_values():
 
 
 def test_many_stacked_branches_refactor_at_once_without_a_standstill():
-    """Batched LAPACK calls in one program hung on two cores; a hang cannot be caught from inside."""
+    """Batched LAPACK calls in one program hung on two cores, which no test could catch inside."""
     program = """
 import jax, jax.numpy as jnp
 from qvgen_jax.quant.low_rank import refactor_tree, small_singular_share
