@@ -73,6 +73,8 @@ def run(job: str, config: ConfigDict, workdir: Path) -> None:
     if job == "pretrain":
         _pretrain(config, workdir)
         return
+    if "train" not in config:
+        raise UserError(f"--job {job} needs a config with a train section, not one of pretraining")
     plain = {**config.to_dict(), "command": f"python {shlex.join(sys.argv)}"}
     if job == "encode":
         from qvgen_jax.data.prepare import ensure_encoded
@@ -109,13 +111,13 @@ def _pretrain(config: ConfigDict, workdir: Path) -> None:
 
 def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
     """`train` does all of it; `export` and `evaluate` need a finished run and do their part."""
-    if "train" not in config:
-        raise UserError(f"--job {job} needs a config with a train section, not one of pretraining")
     from convert.export import export_pipeline
     from qvgen_jax.evaluation.finish import compare_and_report
+    from qvgen_jax.evaluation.samples import read_prompts
     from qvgen_jax.training.loop import finished_state, train
     from qvgen_jax.training.student import quant_config
 
+    read_prompts(config["sample"]["prompts"], config["sample"]["count"])  # Told before training.
     pipe, state = (train if job == "train" else finished_state)(config, workdir)
     export = workdir / "export"
     if job != "evaluate" or not (export / "model_index.json").is_file():

@@ -45,7 +45,12 @@ def test_wrong_arguments_get_one_line_and_exit_code_2(arguments, message):
         (("--config.data.source=assets/nowhere",), "assets/nowhere"),
         (("--config.quant.weight_bits=9",), "expected (weight bits, activation bits), 2 to 8"),
         (("--config.quant.decay_fraction=1.5",), "decay_fraction=1.5"),
-        (("--config.train.steps=3",), "less than one step"),
+        (("--config.train.steps=3", "--config.train.warmup_steps=0"), "less than one step"),
+        (("--config.train.steps=3",), "the warm-up must end"),
+        (("--config.train.accumulate=3",), "equal parts"),
+        (("--config.train.log_every=0",), "expected a whole number from 1"),
+        (("--config.quant.branch_moments=rest",), "expected one of reset, keep"),
+        (("--config.sample.prompts=nowhere.txt",), "one prompt per line"),
         (("--job", "export"), "has no checkpoint"),
         (("--job", "generate"), "needs --prompt"),
         (("--job", "pretrain"), "configs/tiny_pretrain.py"),
@@ -56,3 +61,5 @@ def test_wrong_values_are_told_before_anything_is_computed(arguments, message, t
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+    # The corrected command must not find the folder marked as another run's.
+    assert not (tmp_path / "run" / "config.json").exists()

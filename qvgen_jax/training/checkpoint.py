@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from qvgen_jax.errors import UserError
 
 # Sections of a config that decide what the run computes; the others may change between calls.
-_FIXED = ("model", "data", "quant", "train", "seed")
+_FIXED = ("model", "compute_dtype", "data", "quant", "train", "seed")
 _FREE_TRAIN_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints")
 
 
@@ -56,31 +56,42 @@ def _differences(old: Mapping, new: Mapping, prefix: str = "") -> list[str]:
     return found
 
 
+def compare_workdir(workdir: Path, config: Mapping) -> None:
+    """See that the workdir is new or this run's; nothing is written.
+
+    Raises:
+        UserError: the workdir holds a run of another config; the message names what differs.
+    """
+    record = workdir / "config.json"
+    if not record.is_file():
+        return
+    try:
+        old = json.loads(record.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{record} is not readable ({error}); move it away or give another --workdir"
+        ) from error
+    differences = _differences(_fingerprint(old), _fingerprint(config))
+    if differences:
+        raise UserError(
+            f"{workdir} holds a run of another config ({'; '.join(differences[:4])}); give "
+            "another --workdir, restore those values, or move the old folder away"
+        )
+
+
 def claim_workdir(workdir: Path, config: Mapping) -> None:
-    """Make the workdir this run's, or see that it already is; write `config.json`.
+    """Make the workdir this run's and write `config.json`; call when the config has proved good.
 
     Args:
         workdir: made if need be.
         config: plain dicts; `command`, if there, is kept for the report.
 
     Raises:
-        UserError: the workdir holds a run of another config; the message names what differs.
+        UserError: see `compare_workdir`.
     """
-    record = workdir / "config.json"
-    if record.is_file():
-        try:
-            old = json.loads(record.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{record} is not readable ({error}); move it away or give another --workdir"
-            ) from error
-        differences = _differences(_fingerprint(old), _fingerprint(config))
-        if differences:
-            raise UserError(
-                f"{workdir} holds a run of another config ({'; '.join(differences[:4])}); give "
-                "another --workdir, restore those values, or move the old folder away"
-            )
+    compare_workdir(workdir, config)
     workdir.mkdir(parents=True, exist_ok=True)
+    record = workdir / "config.json"
     partial = record.with_suffix(".tmp")
     partial.write_text(json.dumps(config, indent=1))
     partial.replace(record)

@@ -18,6 +18,7 @@ from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.low_rank import drop_branch, small_singular_share
 from qvgen_jax.quant.schedule import RankDecay, phase_steps_for
 from qvgen_jax.training import checkpoint
+from qvgen_jax.training.check import check_config
 from qvgen_jax.training.metrics import MetricWriter
 from qvgen_jax.training.optimizer import make_optimizer
 from qvgen_jax.training.state import create_state, enter_step, has_branch
@@ -156,12 +157,15 @@ def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
     Raises:
         UserError: a wrong config, model, data folder, or a workdir of another run.
     """
-    rank_decay(config)  # A schedule that cannot be is told before anything is loaded.
-    checkpoint.claim_workdir(workdir, config)
+    check_config(config)
+    checkpoint.compare_workdir(workdir, config)
     pipe = load(config["model"])
     model, teacher = pipe.transformer.config, pipe.transformer.states[0]
     print(describe_layers(model, quant_config(config["quant"], model)), flush=True)
-    dataset = EncodedDataset(ensure_encoded(config, workdir, pipe), config["data"]["max_length"])
+    encoded = ensure_encoded(config, workdir, pipe)
+    # Only now: a typo in the model's or the data's path must not mark the workdir as another run's.
+    checkpoint.claim_workdir(workdir, config)
+    dataset = EncodedDataset(encoded, config["data"]["max_length"])
     return pipe, run_steps(config, workdir, model, teacher, dataset)
 
 
@@ -172,7 +176,8 @@ def finished_state(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
         UserError: there is no such run, or it has not ended.
     """
     steps = config["train"]["steps"]
-    checkpoint.claim_workdir(workdir, config)
+    check_config(config)
+    checkpoint.compare_workdir(workdir, config)
     with checkpoint.open_checkpoints(workdir, config["train"]["keep_checkpoints"]) as manager:
         newest = manager.latest_step()
         if newest != steps:

@@ -1,0 +1,60 @@
+"""What can be wrong in a training config and is cheap to see, before anything is loaded."""
+
+from collections.abc import Mapping
+
+from qvgen_jax.errors import UserError
+from qvgen_jax.quant.schedule import phase_steps_for
+
+_POSITIVE = (
+    "train.steps",
+    "train.batch_size",
+    "train.accumulate",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "data.max_length",
+    "data.encode_batch_size",
+    "sample.count",
+    "sample.batch_size",
+    "evaluate.videos",
+)
+_CHOICES = {
+    "compute_dtype": ("float32", "bfloat16"),
+    "quant.behaviour": ("default", "released"),
+    "quant.branch_moments": ("reset", "keep"),
+    "quant.decay_shape": ("cosine", "linear"),
+}
+
+
+def _value(config: Mapping, name: str) -> object:
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def check_config(config: Mapping) -> None:
+    """Refuse values that would only fail, or silently mean something else, later.
+
+    Raises:
+        UserError: it names the key, its value and what it may be.
+    """
+    for name in _POSITIVE:
+        value = _value(config, name)
+        if value < 1:
+            raise UserError(f"--config.{name}={value}; expected a whole number from 1")
+    for name, choices in _CHOICES.items():
+        value = _value(config, name)
+        if value not in choices:
+            raise UserError(f"--config.{name}={value}; expected one of {', '.join(choices)}")
+    train, quant = config["train"], config["quant"]
+    if train["batch_size"] % train["accumulate"]:
+        raise UserError(
+            f"train.batch_size={train['batch_size']} does not divide into "
+            f"train.accumulate={train['accumulate']} equal parts; change one of them"
+        )
+    if not 0 <= train["warmup_steps"] < train["steps"]:
+        raise UserError(
+            f"train.warmup_steps={train['warmup_steps']} with train.steps={train['steps']}; the "
+            "warm-up must end before training does, set --config.train.warmup_steps too"
+        )
+    phase_steps_for(train["steps"], quant["decay_fraction"], quant["rank"], quant["shrink"])
