@@ -72,9 +72,6 @@ class Clips:
     max_length = 5
     empty_text_embeds = np.zeros((5, 8), np.float32)
 
-    def __init__(self, stop_at: int | None = None):
-        self._left = stop_at
-
     def __len__(self) -> int:
         return 5
 
