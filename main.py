@@ -96,7 +96,7 @@ def _pretrain(config: ConfigDict, workdir: Path) -> None:
 
     if "flow" not in config:
         raise UserError("--job pretrain needs a config such as configs/tiny_pretrain.py")
-    pipe, flow = pretrain(config, workdir), config.flow
+    pipe, flow = pretrain(config.to_dict(), workdir), config.flow
     save_pipeline(
         workdir / "pipeline",
         transformer=(pipe.transformer.config, pipe.transformer.states[0]),

@@ -67,7 +67,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     flow.generation.height = 64
     flow.generation.width = 64
     flow.generation.steps = 25
-    flow.generation.guidance_scale = 5.0
+    flow.generation.guidance_scale = 3.0
     flow.generation.fps = 8
     flow.generation.max_length = 16  # Every caption has 11 tokens.
 

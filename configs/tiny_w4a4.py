@@ -32,6 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.width = 64
     config.data.max_length = 16
     config.data.encode_batch_size = 8
+    config.data.skip_unusable = False  # True: train without the videos that do not decode.
 
     config.quant = ConfigDict()
     config.quant.behaviour = "default"  # Or "released": as the authors' code does it.
@@ -42,11 +43,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.quant.decay_shape = "cosine"
     config.quant.decay_fraction = 0.7
     config.quant.branch_moments = "reset"
+    config.quant.clip_index = ""  # The behaviour's own, or one of quant/clips.py.
+    # Layers that differ: (name, weight bits, activation bits), and those left as they are.
+    config.quant.bits = ()
     config.quant.full_precision = ()
     config.quant.product_dtype = "bfloat16"
 
     config.train = ConfigDict()
-    config.train.steps = 800 if full else 150
+    config.train.steps = 3000 if full else 150
     config.train.batch_size = 32 if full else 16
     config.train.accumulate = 1
     config.train.warmup_steps = config.train.steps // 20
@@ -75,7 +79,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sample.batch_size = 16
 
     config.evaluate = ConfigDict()
-    config.evaluate.videos = 512 if full else 16
+    config.evaluate.videos = 512 if full else 16  # 0: no judging, for models of another world.
     config.evaluate.seed = 1000
     config.evaluate.round_to_nearest = True  # Compare with no training at all.
 

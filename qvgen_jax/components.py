@@ -4,11 +4,13 @@ Compilation is cached on the network's description and the shapes of the argumen
 parameters: a teacher, and a student at two moments of its training, share what they can.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from qvgen_jax.autoencoders.wan import WanVAEConfig, denormalize, normalize
@@ -164,3 +166,17 @@ class TextEncoder:
 def _encode_text(graphdef, states, token_ids, mask):
     hidden = nnx.merge(graphdef, *states)(token_ids, mask)
     return jnp.where(mask[..., None] > 0, hidden, jnp.zeros((), hidden.dtype))
+
+
+def fingerprint(*networks: Transformer | VAE | TextEncoder) -> str:
+    """Changes with the networks' configuration or weights, not with time.
+
+    Of each array the first 4096 elements are read: retrained weights differ everywhere.
+    """
+    digest = hashlib.sha256()
+    for network in networks:
+        digest.update(repr(network.config).encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(network.states):
+            digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+            digest.update(np.asarray(leaf.ravel()[:4096]).tobytes())
+    return digest.hexdigest()[:16]

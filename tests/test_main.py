@@ -63,3 +63,10 @@ def test_wrong_values_are_told_before_anything_is_computed(arguments, message, t
     assert "Traceback" not in result.stderr
     # The corrected command must not find the folder marked as another run's.
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_generating_from_a_run_that_has_not_ended_is_refused(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    result = run(*TINY, "--workdir", str(tmp_path), "--job", "generate", "--prompt", "a star")
+    assert result.returncode == 2
+    assert "run without an export" in result.stderr

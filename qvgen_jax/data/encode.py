@@ -21,10 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from qvgen_jax.components import fingerprint
 from qvgen_jax.data.captions import CaptionedFile, read_captions
 from qvgen_jax.data.records import pack
 from qvgen_jax.data.video import read_video
@@ -79,7 +79,7 @@ def encode_folder(
         "format_version": FORMAT_VERSION,
         "source": str(source),
         "captions": _digest(json.dumps(entries)),
-        "model": model_fingerprint(pipe),
+        "model": fingerprint(pipe.vae, pipe.text_encoder),
         "num_frames": num_frames,
         "height": height,
         "width": width,
@@ -101,20 +101,6 @@ def encode_folder(
     if not changed:
         return json.loads((out / MANIFEST).read_text(encoding="utf-8"))
     return _write_manifest(pipe, out, settings, shards)
-
-
-def model_fingerprint(pipe: "Pipeline") -> str:
-    """Changes with the VAE's or the text encoder's configuration or weights, not with time.
-
-    Of each array the first 4096 elements are read: retrained weights differ everywhere.
-    """
-    digest = hashlib.sha256()
-    for part in (pipe.vae, pipe.text_encoder):
-        digest.update(repr(part.config).encode())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(part.states):
-            digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-            digest.update(np.asarray(leaf.ravel()[:4096]).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _claim(out: Path, settings: dict) -> None:

@@ -19,12 +19,13 @@ def ensure_encoded(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Pa
 
     Args:
         config: reads `data.source`, `encoded` ("" means inside the workdir), `num_frames`,
-            `height`, `width`, `max_length`, `encode_batch_size`.
+            `height`, `width`, `max_length`, `encode_batch_size`, `skip_unusable`.
         workdir: of the run.
         pipe: whose VAE and text encoder make the clips.
 
     Raises:
-        UserError: no data path, videos that cannot be used, clips of another size or model.
+        UserError: no data path, clips of another size or model, or videos that cannot be used and
+            `skip_unusable` is off; the others are encoded by then, and stay.
     """
     data = config["data"]
     encoded = Path(data["encoded"] or Path(workdir) / "encoded")
@@ -37,7 +38,16 @@ def ensure_encoded(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Pa
             "config.data.source is empty: give the folder of your videos and their captions, "
             "--config.data.source=FOLDER"
         )
-    encode_folder(pipe, data["source"], encoded, **size, batch_size=data["encode_batch_size"])
+    batch_size = data["encode_batch_size"]
+    manifest = encode_folder(pipe, data["source"], encoded, **size, batch_size=batch_size)
+    refused = list(manifest["refused"].values())
+    if refused and not data["skip_unusable"]:
+        shown = "; ".join(refused[:3]) + ("; ..." if len(refused) > 3 else "")
+        raise UserError(
+            f"{len(refused)} of {len(refused) + manifest['count']} videos cannot be used: {shown}. "
+            "Mend them and run the same command again, or train without them: "
+            "--config.data.skip_unusable=True"
+        )
     return encoded
 
 

@@ -1,5 +1,6 @@
 """The verdict on a student: the same prompts and noise through every variant, judged and paired."""
 
+import hashlib
 import json
 import platform
 import time
@@ -9,9 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from qvgen_jax.components import fingerprint
 from qvgen_jax.data.moving_shapes import Attributes, caption, held_out_prompts
 from qvgen_jax.evaluation.intervals import paired_difference, wilson
 from qvgen_jax.evaluation.judge import judge, plain, strict
+from qvgen_jax.evaluation.samples import slug
 from qvgen_jax.pipeline import Pipeline
 
 REFERENCE = "Full precision"
@@ -95,6 +98,13 @@ def row(name: str, found: dict, reference: dict) -> dict:
     return line
 
 
+def made_by(pipe: Pipeline) -> str:
+    """A digest of everything but prompt and seed that decides a pipeline's videos."""
+    networks = fingerprint(pipe.transformer, pipe.vae, pipe.text_encoder)
+    settings = f"{networks} {pipe.scheduler} {sorted(pipe.defaults.items())}"
+    return hashlib.sha256(settings.encode()).hexdigest()[:12]
+
+
 def evaluate_variants(config: Mapping, workdir: Path, variants: Mapping[str, Pipeline]) -> dict:
     """Judge all variants; the first must be the full-precision one.
 
@@ -105,7 +115,9 @@ def evaluate_variants(config: Mapping, workdir: Path, variants: Mapping[str, Pip
     batch_size = min(config["sample"]["batch_size"], count)
     rows, reference = [], None
     for name, pipe in variants.items():
-        folder = workdir / "evaluation" / f"{name.lower().replace(' ', '-')}-{count}-{seed}"
+        # Another model, or other settings, must not find this one's slices.
+        asked_of = f"{slug(name)}-{count}-{seed}-{made_by(pipe)}"
+        folder = workdir / "evaluation" / asked_of
         found = score_in_slices(pipe, asked, seeds, batch_size, folder)
         reference = found if reference is None else reference
         rows.append(row(name, found, reference))

@@ -58,15 +58,23 @@ def measure_sizes(teacher: Pipeline, export: Path) -> dict[str, int]:
 
 
 def compare_and_report(config: Mapping, workdir: Path, teacher: Pipeline) -> Path:
-    """Judge teacher, round-to-nearest and the export; write everything; the report's path."""
-    bits = f"W{config['quant']['weight_bits']}A{config['quant']['act_bits']}"
+    """Judge teacher, round-to-nearest and the export; write everything; the report's path.
+
+    The judge knows the tiny pipeline's world only: other models say `evaluate.videos = 0`.
+    """
     student = load(workdir / "export")
-    variants = {REFERENCE: teacher}
-    if config["evaluate"]["round_to_nearest"]:
-        variants[f"Round-to-nearest {bits}"] = untrained(config, teacher)
-    variants[f"QVGen {bits}"] = student
-    print(table(evaluate_variants(config, workdir, variants)), flush=True)
+    if config["evaluate"]["videos"]:
+        print(table(_evaluate(config, workdir, teacher, student)), flush=True)
     write_pairs(config, workdir, teacher, student)
     sizes = measure_sizes(teacher, workdir / "export")
     (workdir / "sizes.json").write_text(json.dumps(sizes, indent=1))
     return write_report(workdir)
+
+
+def _evaluate(config: Mapping, workdir: Path, teacher: Pipeline, student: Pipeline) -> dict:
+    bits = f"W{config['quant']['weight_bits']}A{config['quant']['act_bits']}"
+    variants = {REFERENCE: teacher}
+    if config["evaluate"]["round_to_nearest"]:
+        variants[f"Round-to-nearest {bits}"] = untrained(config, teacher)
+    variants[f"QVGen {bits}"] = student
+    return evaluate_variants(config, workdir, variants)

@@ -1,5 +1,6 @@
 """Videos to look at: the pairs of a run's report, and what `--job generate` writes."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -53,24 +54,37 @@ def write_pairs(config: Mapping, workdir: Path, teacher: Pipeline, student: Pipe
     (folder / "samples.json").write_text(json.dumps(rows, indent=1))
 
 
+def slug(text: str) -> str:
+    """At most 60 letters, digits and dashes of a text, for names of files; may be empty."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
+
+
 def generate_files(config: Mapping, workdir: Path, prompts: Sequence[str], seed: int) -> list[Path]:
-    """Write one mp4 per prompt to `workdir/generated` from the run's export, else from its model.
+    """Write one mp4 per prompt to `workdir/generated`.
+
+    They come from the run's export; from the config's model where there was no run yet.
 
     Raises:
-        UserError: no prompts.
+        UserError: no prompts, or a run that has not ended.
     """
     if not prompts:
         raise UserError('--job generate needs --prompt "..."; it may be repeated')
     export = workdir / "export"
     source = export if (export / "model_index.json").is_file() else config["model"]
+    if source != export and (workdir / "checkpoints").is_dir():
+        raise UserError(
+            f"{workdir} holds a run without an export: let it end (--job train), pack it "
+            "(--job export), or give an empty --workdir to generate with the full-precision model"
+        )
     print(f"generating with {source}", flush=True)
     pipe = load(source)
     folder = workdir / "generated"
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for prompt in prompts:
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-        path = folder / f"{slug or 'empty-prompt'}-{seed}.mp4"
+        # The digest tells apart prompts that the slug does not: long ones, other scripts.
+        digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
+        path = folder / "-".join(filter(None, [slug(prompt), digest, f"{seed}.mp4"]))
         write_video(path, pipe.generate(prompt, seeds=seed)[0], pipe.defaults["fps"])
         paths.append(path)
     return paths

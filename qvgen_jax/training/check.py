@@ -16,7 +16,6 @@ _POSITIVE = (
     "data.encode_batch_size",
     "sample.count",
     "sample.batch_size",
-    "evaluate.videos",
 )
 _CHOICES = {
     "compute_dtype": ("float32", "bfloat16"),
@@ -46,6 +45,11 @@ def check_config(config: Mapping) -> None:
         value = _value(config, name)
         if value not in choices:
             raise UserError(f"--config.{name}={value}; expected one of {', '.join(choices)}")
+    if config["evaluate"]["videos"] < 0:
+        raise UserError(
+            f"--config.evaluate.videos={config['evaluate']['videos']}; expected a whole number, "
+            "0 for no judging"
+        )
     train, quant = config["train"], config["quant"]
     if train["batch_size"] % train["accumulate"]:
         raise UserError(

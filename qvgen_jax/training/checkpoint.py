@@ -14,8 +14,8 @@ import orbax.checkpoint as ocp
 from qvgen_jax.errors import UserError
 
 # Sections of a config that decide what the run computes; the others may change between calls.
-_FIXED = ("model", "compute_dtype", "data", "quant", "train", "seed")
-_FREE_TRAIN_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints")
+_FIXED = ("model", "compute_dtype", "data", "quant", "train", "seed", "vae_train", "flow")
+_FREE_KEYS = ("log_every", "checkpoint_every", "checkpoint_seconds", "keep_checkpoints")
 
 
 def open_checkpoints(workdir: Path, keep: int) -> ocp.CheckpointManager:
@@ -41,7 +41,9 @@ def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
 
 def _fingerprint(config: Mapping) -> dict:
     kept = {name: config[name] for name in _FIXED if name in config}
-    kept["train"] = {k: v for k, v in config["train"].items() if k not in _FREE_TRAIN_KEYS}
+    for name, section in kept.items():
+        if isinstance(section, Mapping):
+            kept[name] = {k: v for k, v in section.items() if k not in _FREE_KEYS}
     return json.loads(json.dumps(kept, sort_keys=True))
 
 

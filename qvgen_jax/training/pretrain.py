@@ -24,6 +24,7 @@ from qvgen_jax.models.wan import WanConfig, WanTransformer
 from qvgen_jax.pipeline import WAN_DEFAULTS, Pipeline
 from qvgen_jax.text.tokenizer import load_tokenizer, tokenize
 from qvgen_jax.text.umt5 import UMT5Config, UMT5Encoder
+from qvgen_jax.training import checkpoint
 from qvgen_jax.training.pretrain_flow import Clips, pretrain_flow
 from qvgen_jax.training.pretrain_vae import TrainedVAE, load_clips, pretrain_vae
 
@@ -96,9 +97,19 @@ def pretrain(config: Mapping, workdir: Path) -> Pipeline:
     Args:
         config: as `configs/tiny_pretrain.py`.
         workdir: `vae/`, `flow/` (checkpoints, metrics, the judge's curve).
+
+    Raises:
+        UserError: the clips are missing, or the workdir is of another config.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     flow, data = config["flow"], Path(config["flow"]["data"])
+    checkpoint.compare_workdir(workdir, config)
+    for section in (config["vae_train"], flow):
+        if not Path(section["data"]).is_dir():
+            raise UserError(
+                f"{section['data']} is missing; the docstring of the config says how to make it"
+            )
+    checkpoint.claim_workdir(workdir, config)
     trained = pretrain_vae(config["vae_train"], workdir / "vae")
     vae = vae_of(trained)
     architecture = Path(flow["architecture"])

@@ -31,7 +31,10 @@ def quant_config(quant: Mapping, model: WanConfig) -> QuantConfig:
         "rank": quant["rank"],
         "full_precision": tuple(quant["full_precision"]),
         "product_dtype": quant["product_dtype"],
+        "bits": {name: (weights, acts) for name, weights, acts in quant["bits"]},
     }
+    if quant["clip_index"]:
+        chosen["clip_index"] = quant["clip_index"]
     if quant["behaviour"] == "released":
         config = QuantConfig.released(**chosen)
     else:

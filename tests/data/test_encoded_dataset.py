@@ -11,6 +11,7 @@ import pytest
 from qvgen_jax.data.dataset import EncodedDataset, batches
 from qvgen_jax.data.encode import encode_folder
 from qvgen_jax.data.moving_shapes import write_folder
+from qvgen_jax.data.prepare import ensure_encoded
 from qvgen_jax.data.video import read_video, write_video
 from qvgen_jax.errors import UserError
 
@@ -148,6 +149,21 @@ def test_bad_videos_are_set_aside_with_their_reason_and_retried_when_replaced(tm
     manifest = encode_folder(AveragingPipeline(), source, out, **SIZE)
     assert (manifest["count"], list(manifest["refused"])) == (2, ["00002.mp4"])
     assert len(EncodedDataset(out)) == 2
+
+
+def test_a_run_stops_at_videos_it_cannot_use_unless_told_to_skip_them(tmp_path):
+    source = tmp_path / "videos"
+    write_folder(source, count=3, seed=1)
+    (source / "00001.mp4").write_bytes(b"broken")
+    (source / "00002.mp4").unlink()
+    pipe = AveragingPipeline()
+    data = {**SIZE, "source": source, "encoded": "", "max_length": 12, "encode_batch_size": 2}
+    with pytest.raises(UserError, match=r"2 of 3 videos .*00001\.mp4 does not decode.*skip_unus"):
+        ensure_encoded({"data": {**data, "skip_unusable": False}}, tmp_path, pipe)
+    calls = pipe.calls
+    encoded = ensure_encoded({"data": {**data, "skip_unusable": True}}, tmp_path, pipe)
+    assert len(EncodedDataset(encoded)) == 1
+    assert pipe.calls == calls, "what was encoded before the message is kept"
 
 
 def test_no_usable_video_at_all_is_an_error_with_the_first_reason(tmp_path):

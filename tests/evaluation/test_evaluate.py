@@ -1,5 +1,7 @@
 """The table's arithmetic, on videos whose verdict is known because the renderer drew them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -11,11 +13,16 @@ from qvgen_jax.evaluation.samples import read_prompts
 CONFIG = {"evaluate": {"videos": 6, "seed": 5}, "sample": {"batch_size": 2}}
 
 
+NETWORK = SimpleNamespace(config="tiny", states=({"kernel": np.ones(3)},))
+
+
 class Renderer:
     """Stands where a pipeline stands, and draws each prompt perfectly, or every `wrong`th badly."""
 
     def __init__(self, wrong: int = 0):
         self.wrong, self.calls = wrong, 0
+        self.transformer = self.vae = self.text_encoder = NETWORK
+        self.scheduler = "unipc"
         self.defaults = {"steps": 25, "guidance_scale": 2.5}
         self._by_caption = {caption(a): a for a in evaluate.held_out(360, 0)[0]}
 
@@ -53,6 +60,10 @@ def test_the_table_counts_pairs_and_finished_slices_are_not_computed_again(tmp_p
     again = evaluate.evaluate_variants(CONFIG, tmp_path, {"Full precision": good, "Bad": bad})
     assert (good.calls, bad.calls) == calls
     assert again["variants"] == result["variants"]
+
+    good.defaults = {**good.defaults, "steps": 26}  # Other settings: their own slices.
+    evaluate.evaluate_variants(CONFIG, tmp_path, {"Full precision": good, "Bad": bad})
+    assert (good.calls, bad.calls) == (2 * calls[0], calls[1])
 
 
 def test_prompts_come_from_the_held_out_list_or_a_file(tmp_path):

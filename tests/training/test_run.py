@@ -41,6 +41,8 @@ CONFIG = {
         "decay_shape": "cosine",
         "decay_fraction": 0.7,
         "branch_moments": "reset",
+        "clip_index": "",
+        "bits": (("blocks.attn1.to_q", 8, 6),),
         "full_precision": (),
         "product_dtype": "int8",
     },
