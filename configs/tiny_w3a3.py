@@ -16,4 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = tiny_w4a4.get_config(arg)
     config.quant.weight_bits = 3
     config.quant.act_bits = 3
+    if arg == "full":
+        config.train.steps = 3000
+        config.train.warmup_steps = 150
     return config

@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.quant.product_dtype = "bfloat16"
 
     config.train = ConfigDict()
-    config.train.steps = 3000 if full else 150
+    config.train.steps = 2000 if full else 150
     config.train.batch_size = 32 if full else 16
     config.train.accumulate = 1
     config.train.warmup_steps = config.train.steps // 20
