@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 
 from qvgen_jax.autoencoders.wan import WanVAEConfig, denormalize, normalize
-from qvgen_jax.diffusion.unipc import UniPCSchedule, sample
+from qvgen_jax.diffusion.guidance import Guidance, guided
+from qvgen_jax.diffusion.schedulers import Schedule, sample
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.text.umt5 import UMT5Config
@@ -60,20 +61,37 @@ class Transformer:
         noise: jax.Array,
         text_embeds: jax.Array,
         negative_embeds: jax.Array | None,
-        guidance_scale: float,
-        schedule: UniPCSchedule,
+        guidance: Guidance | float,
+        schedule: Schedule,
+        step_noise: jax.Array | None = None,
     ) -> jax.Array:
-        """Latents from noise `[batch, f, h, w, c]`; `negative_embeds=None` samples unguided."""
-        scale = jnp.float32(guidance_scale)
+        """Latents from noise.
+
+        Args:
+            noise: float32 `[batch, frames, height, width, channels]`.
+            text_embeds: `[batch, tokens, text_dim]`.
+            negative_embeds: as `text_embeds`; None samples unguided.
+            guidance: or its constant scale alone.
+            schedule: from `make_schedule`.
+            step_noise: PRNG keys `[batch]` for a sampler that adds noise in every step.
+
+        Raises:
+            UserError: the guidance does not fit the schedule, or `step_noise` is missing.
+        """
+        if not isinstance(guidance, Guidance):
+            guidance = Guidance(float(guidance))
+        scales = guidance.scales(schedule.timesteps)
         return _sample(
             self.graphdef,
+            (guidance.two_passes, bool((scales == 1).any())),
             self.states,
             self.gate,
             noise,
             text_embeds,
-            negative_embeds,
-            scale,
+            None if (scales == 1).all() else negative_embeds,
+            scales,
             schedule,
+            step_noise,
         )
 
 
@@ -83,22 +101,28 @@ def _velocity(graphdef, states, gate, latents, timesteps, text_embeds, clip_inde
     return model(latents, timesteps, text_embeds, gate=gate, clip_index=clip_index)
 
 
-@partial(jax.jit, static_argnums=0)
-def _sample(graphdef, states, gate, noise, text_embeds, negative_embeds, guidance_scale, schedule):
-    model = nnx.merge(graphdef, *states)
-    guided = negative_embeds is not None
-    # Both branches in one call: their rows are independent, and so is their choice of clips.
-    texts = jnp.concatenate([text_embeds, negative_embeds]) if guided else text_embeds
+@partial(jax.jit, static_argnums=(0, 1))
+def _sample(
+    graphdef,
+    passes,
+    states,
+    gate,
+    noise,
+    text_embeds,
+    negative_embeds,
+    scales,
+    schedule,
+    step_noise,
+):
+    network, (two_passes, skips) = nnx.merge(graphdef, *states), passes
 
-    def velocity(latents: jax.Array, timestep: jax.Array) -> jax.Array:
-        timesteps = jnp.full(texts.shape[0], timestep)
-        if not guided:
-            return model(latents, timesteps, texts, gate=gate)
-        prediction = model(jnp.concatenate([latents, latents]), timesteps, texts, gate=gate)
-        with_text, without = jnp.split(prediction, 2)
-        return without + guidance_scale * (with_text - without)
+    def model(latents: jax.Array, timesteps: jax.Array, text_embeds: jax.Array) -> jax.Array:
+        return network(latents, timesteps, text_embeds, gate=gate)
 
-    return sample(velocity, noise, schedule)
+    predict = guided(
+        model, text_embeds, negative_embeds, scales, two_passes=two_passes, skips=skips
+    )
+    return sample(predict, noise, schedule, step_noise)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qvgen_jax.diffusion.flow import denoise, shift_sigma
-from qvgen_jax.errors import UserError
+from qvgen_jax.diffusion.scheduler_config import check_options, check_steps
 
 _SUPPORTED = {
     "_class_name": ("UniPCMultistepScheduler",),
@@ -54,14 +54,8 @@ class UniPCConfig:
         Raises:
             UserError: the scheduler is another one or uses an option that is not implemented.
         """
-        for field, supported in _SUPPORTED.items():
-            if field not in config and field not in _REQUIRED:
-                continue
-            if config.get(field) not in supported:
-                raise UserError(
-                    f"scheduler_config.json: {field} is {config.get(field)!r}, supported: "
-                    f"{', '.join(map(repr, supported))}; use Wan's UniPCMultistepScheduler settings"
-                )
+        remedy = "use Wan's UniPCMultistepScheduler settings"
+        check_options(config, _SUPPORTED, _REQUIRED, remedy)
         return cls(
             num_train_timesteps=config.get("num_train_timesteps", 1000),
             flow_shift=float(config.get("flow_shift", 1.0)),
@@ -139,8 +133,7 @@ def unipc_schedule(config: UniPCConfig, steps: int) -> UniPCSchedule:
     Raises:
         UserError: `steps` is not a positive whole number.
     """
-    if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 1:
-        raise UserError(f"steps is {steps!r}, expected a whole number of at least 1, such as 50")
+    check_steps(steps)
     timesteps, sigmas = _noise_levels(config, steps)
     levels = sigmas.astype(np.float64)  # rounded first: diffusers takes 1 - sigma in float32
     order = config.solver_order
@@ -162,14 +155,15 @@ def unipc_schedule(config: UniPCConfig, steps: int) -> UniPCSchedule:
 
 
 def sample(
-    velocity_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    velocity_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     noise: jax.Array,
     schedule: UniPCSchedule,
 ) -> jax.Array:
     """Follows the flow from noise to latents; call it under `jax.jit`.
 
     Args:
-        velocity_fn: `(latents, timestep) -> velocity`, timestep a float32 scalar.
+        velocity_fn: `(latents, timestep, step) -> velocity`; timestep is a float32 scalar, step the
+            int32 index of the call.
         noise: the start, float32, any shape.
         schedule: from `unipc_schedule`; its values may be traced, its shapes are static.
 
@@ -179,10 +173,10 @@ def sample(
     noise = noise.astype(jnp.float32)
     history = jnp.zeros((schedule.predict.shape[1] - 1, *noise.shape), jnp.float32)
 
-    def step(carry, row):
+    def advance(carry, row):
         sample, last_sample, history = carry
-        timestep, sigma, correct, predict = row
-        velocity = velocity_fn(sample, timestep).astype(jnp.float32)
+        step, timestep, sigma, correct, predict = row
+        velocity = velocity_fn(sample, timestep, step).astype(jnp.float32)
         clean = denoise(sample, velocity, sigma)
         corrected = correct[0] * sample + correct[1] * last_sample + correct[2] * clean
         corrected += _weighted_sum(correct[3:], history)
@@ -190,8 +184,9 @@ def sample(
         following = predict[0] * corrected + _weighted_sum(predict[1:], history)
         return (following, corrected, history), None
 
-    rows = (schedule.timesteps, schedule.sigmas[:-1], schedule.correct, schedule.predict)
-    (latents, _, _), _ = jax.lax.scan(step, (noise, noise, history), rows)
+    steps = jnp.arange(len(schedule.timesteps))
+    rows = (steps, schedule.timesteps, schedule.sigmas[:-1], schedule.correct, schedule.predict)
+    (latents, _, _), _ = jax.lax.scan(advance, (noise, noise, history), rows)
     return latents
 
 

@@ -30,7 +30,7 @@ WAN_JSON = {
 }
 
 
-def _velocity(x, timestep):
+def _velocity(x, timestep, step):
     return jnp.sin(2.0 * x) + x * (timestep / 1000.0) - 0.3
 
 
@@ -50,7 +50,7 @@ def test_a_model_that_knows_the_clean_latents_is_followed_to_them():
     clean, noise = jax.random.normal(jax.random.key(0), (2, 3, 5))
     schedule = unipc_schedule(UniPCConfig(flow_shift=3.0), 4)
 
-    def velocity(x, timestep):
+    def velocity(x, timestep, step):
         sigma = jnp.interp(timestep, schedule.timesteps[::-1], schedule.sigmas[-2::-1])
         return (x - clean) / sigma
 

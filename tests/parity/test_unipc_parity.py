@@ -38,7 +38,7 @@ def test_any_number_of_steps_follows_diffusers(steps, shift, order):
         noise, velocity, steps, {"flow_shift": shift, "solver_order": order}
     )
     schedule = unipc_schedule(UniPCConfig.from_json(config), steps)
-    ours = jax.jit(lambda n: sample(velocity, n, schedule))(noise)
+    ours = jax.jit(lambda n: sample(lambda x, t, step: velocity(x, t), n, schedule))(noise)
 
     np.testing.assert_array_equal(schedule.timesteps, timesteps)
     # Both are float32 sums of the same terms in another order: rounding only.

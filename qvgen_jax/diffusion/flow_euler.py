@@ -1,0 +1,96 @@
+"""Euler's method for flow prediction (diffusers, `FlowMatchEulerDiscreteScheduler`)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qvgen_jax.diffusion.flow import shift_sigma
+from qvgen_jax.diffusion.scheduler_config import check_options, check_steps
+
+_SUPPORTED = {
+    "_class_name": ("FlowMatchEulerDiscreteScheduler",),
+    "use_dynamic_shifting": (False,),
+    "invert_sigmas": (False,),
+    "shift_terminal": (None,),
+    "use_karras_sigmas": (False,),
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "stochastic_sampling": (False,),
+}
+
+
+@dataclass(frozen=True)
+class FlowEulerConfig:
+    """The part of `scheduler_config.json` that sampling depends on; `flow_shift` is its `shift`."""
+
+    num_train_timesteps: int = 1000
+    flow_shift: float = 1.0
+
+    @classmethod
+    def from_json(cls, fields: Mapping) -> "FlowEulerConfig":
+        """Reads diffusers' fields.
+
+        Raises:
+            UserError: the scheduler is another one or uses an option that is not implemented.
+        """
+        check_options(fields, _SUPPORTED, (), "use a constant shift and plain sigmas, as Wan does")
+        return cls(fields.get("num_train_timesteps", 1000), float(fields.get("shift", 1.0)))
+
+
+class FlowEulerSchedule(NamedTuple):
+    """One row per step (numpy float32).
+
+    Attributes:
+        timesteps: `[steps]`, what the model reads: `1000 * sigma`, not truncated.
+        sigmas: `[steps + 1]`, the noise levels; the last is 0.
+    """
+
+    timesteps: np.ndarray
+    sigmas: np.ndarray
+
+
+def flow_euler_schedule(config: FlowEulerConfig, steps: int) -> FlowEulerSchedule:
+    """The schedule of a trajectory of `steps` model calls.
+
+    Raises:
+        UserError: `steps` is not a positive whole number.
+    """
+    check_steps(steps)
+    count = config.num_train_timesteps
+    # As in diffusers: the smallest level is shifted in float32, and again with all the others.
+    ends = shift_sigma(np.array([count, 1], np.float32) / np.float32(count), config.flow_shift)
+    sigmas = np.linspace(*(ends.astype(np.float64) * count), steps) / count
+    sigmas = shift_sigma(sigmas, config.flow_shift).astype(np.float32)
+    return FlowEulerSchedule(sigmas * np.float32(count), np.append(sigmas, np.float32(0)))
+
+
+def sample(
+    velocity_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    noise: jax.Array,
+    schedule: FlowEulerSchedule,
+) -> jax.Array:
+    """Follows the flow from noise to latents; call it under `jax.jit`.
+
+    Args:
+        velocity_fn: `(latents, timestep, step) -> velocity`; timestep is a float32 scalar, step the
+            int32 index of the call.
+        noise: the start, float32, any shape.
+        schedule: from `flow_euler_schedule`; its values may be traced, its shapes are static.
+
+    Returns:
+        The latents at sigma 0, float32, of the shape of `noise`.
+    """
+
+    def advance(latents, row):
+        step, timestep, change = row
+        velocity = velocity_fn(latents, timestep, step).astype(jnp.float32)
+        return latents + change * velocity, None
+
+    changes = schedule.sigmas[1:] - schedule.sigmas[:-1]
+    rows = (jnp.arange(len(schedule.timesteps)), schedule.timesteps, changes)
+    latents, _ = jax.lax.scan(advance, noise.astype(jnp.float32), rows)
+    return latents
