@@ -11,6 +11,8 @@ import orbax.checkpoint as ocp
 
 from qvgen_jax.data.dataset import EncodedDataset, batches
 from qvgen_jax.data.prepare import ensure_encoded
+from qvgen_jax.diffusion.noising import training_noise
+from qvgen_jax.diffusion.schedulers import Scheduler
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.pipeline import Pipeline, load
@@ -38,7 +40,9 @@ def rank_decay(config: Mapping) -> RankDecay:
     return RankDecay(phase, quant["rank"], quant["shrink"], quant["decay_shape"])
 
 
-def make_recipe(config: Mapping, model: TransformerConfig, *, branch: bool) -> Recipe:
+def make_recipe(
+    config: Mapping, model: TransformerConfig, scheduler: Scheduler, *, branch: bool
+) -> Recipe:
     """Everything static of the run, with the low-rank branch or, at rank 0, without it."""
     quant, dtype = quant_config(config["quant"], model), jnp.dtype(config["compute_dtype"])
     remat = config["train"]["remat"]
@@ -47,6 +51,7 @@ def make_recipe(config: Mapping, model: TransformerConfig, *, branch: bool) -> R
         teacher=teacher_definition(model, dtype),
         decay=rank_decay(config),
         optimizer=make_optimizer(config["train"]),
+        noising=training_noise(scheduler, config["train"]),
         train=config["train"],
         seed=config["seed"],
     )
@@ -102,7 +107,12 @@ class _Pace:
 
 
 def run_steps(
-    config: Mapping, workdir: Path, model: TransformerConfig, teacher: dict, dataset: EncodedDataset
+    config: Mapping,
+    workdir: Path,
+    model: TransformerConfig,
+    scheduler: Scheduler,
+    teacher: dict,
+    dataset: EncodedDataset,
 ) -> dict:
     """Train from wherever the workdir stands to `train.steps`; the final state, at rank 0."""
     train = config["train"]
@@ -113,7 +123,7 @@ def run_steps(
             workdir, int(state["step"]), train["steps"], train["wandb_project"], "train"
         )
         with writer:
-            state = _steps(config, state, model, teacher, dataset, writer, manager)
+            state = _steps(config, state, model, scheduler, teacher, dataset, writer, manager)
     decay, moments = rank_decay(config), config["quant"]["branch_moments"]
     return enter_step(state, train["steps"], decay, moments)
 
@@ -122,6 +132,7 @@ def _steps(
     config: Mapping,
     state: dict,
     model: TransformerConfig,
+    scheduler: Scheduler,
     teacher: dict,
     dataset: EncodedDataset,
     writer: MetricWriter,
@@ -137,7 +148,7 @@ def _steps(
         state = enter_step(state, step, decay, config["quant"]["branch_moments"])
         branch = has_branch(decay, step + 1)
         if branch not in compiled:
-            compiled[branch] = compile_step(make_recipe(config, model, branch=branch))
+            compiled[branch] = compile_step(make_recipe(config, model, scheduler, branch=branch))
         state, metrics = compiled[branch](state, next(data), teacher, empty_text)
         done = step + 1
         writer.advance(done)
@@ -161,12 +172,13 @@ def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
     checkpoint.compare_workdir(workdir, config)
     pipe = load(config["model"])
     model, teacher = pipe.transformer.config, pipe.transformer.states[0]
+    training_noise(pipe.scheduler, config["train"])  # A model of the other family: told now.
     print(describe_layers(model, quant_config(config["quant"], model)), flush=True)
     encoded = ensure_encoded(config, workdir, pipe)
     # Only now: a typo in the model's or the data's path must not mark the workdir as another run's.
     checkpoint.claim_workdir(workdir, config)
     dataset = EncodedDataset(encoded, config["data"]["max_length"])
-    return pipe, run_steps(config, workdir, model, teacher, dataset)
+    return pipe, run_steps(config, workdir, model, pipe.scheduler, teacher, dataset)
 
 
 def finished_state(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:

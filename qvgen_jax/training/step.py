@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from qvgen_jax.diffusion.flow import add_noise, sample_sigmas, to_timesteps
+from qvgen_jax.diffusion.noising import Noising
 from qvgen_jax.quant.schedule import RankDecay, fade_at, gate_at, rank_at
 from qvgen_jax.training.optimizer import learning_rates
 
@@ -20,6 +20,7 @@ class Recipe(NamedTuple):
         student, teacher: NNX graph definitions; their parameters are arguments of the step.
         decay: rank and gate as functions of step.
         optimizer: the update rule.
+        noising: makes noisy latents and a timestep of a clean clip.
         train: the `train` section of the config.
         seed: of noise, timesteps and caption dropout.
     """
@@ -28,6 +29,7 @@ class Recipe(NamedTuple):
     teacher: nnx.GraphDef
     decay: RankDecay
     optimizer: optax.GradientTransformation
+    noising: Noising
     train: Mapping
     seed: int
 
@@ -42,30 +44,37 @@ def sample_keys(seed: int, step: jax.Array, sample_index: jax.Array) -> jax.Arra
     return jax.vmap(lambda index: jax.random.fold_in(step_key, index))(sample_index)
 
 
-def noisy_inputs(batch: Mapping, keys: jax.Array, train: Mapping, empty_text: jax.Array) -> dict:
+def noisy_inputs(
+    batch: Mapping,
+    keys: jax.Array,
+    noising: Noising,
+    caption_dropout: float,
+    empty_text: jax.Array,
+) -> dict:
     """What teacher and student both see.
 
     Args:
         batch: `latent_mean`, `latent_logvar` `[b, f, h, w, c]` (normalised), `text_embeds`
             `[b, n, d]`.
         keys: `[b]` random keys.
-        train: reads `shift` and `caption_dropout`.
+        noising: see `Recipe`.
+        caption_dropout: how often the empty prompt takes the caption's place.
         empty_text: `[n, d]`, the embedding of the empty prompt.
 
     Returns:
-        `latents` (noisy), `timesteps` `[b]` in 1..1000, `text_embeds`, `clean`, `noise`.
+        `latents` (noisy), `timesteps` `[b]`, `text_embeds`, `clean`, `noise`.
     """
 
     def one(key: jax.Array, mean: jax.Array, logvar: jax.Array, text: jax.Array) -> dict:
-        posterior, noising, time, caption = jax.random.split(key, 4)
+        posterior, normal, time, caption = jax.random.split(key, 4)
         spread = jnp.exp(0.5 * logvar) * jax.random.normal(posterior, mean.shape, jnp.float32)
         clean = mean + spread
-        noise = jax.random.normal(noising, mean.shape, jnp.float32)
-        sigma = sample_sigmas(time, (), train["shift"])
-        dropped = jax.random.uniform(caption, (), jnp.float32) < train["caption_dropout"]
+        noise = jax.random.normal(normal, mean.shape, jnp.float32)
+        noisy, timestep = noising(time, clean, noise)
+        dropped = jax.random.uniform(caption, (), jnp.float32) < caption_dropout
         return {
-            "latents": add_noise(clean, noise, sigma),
-            "timesteps": to_timesteps(sigma),
+            "latents": noisy,
+            "timesteps": timestep,
             "text_embeds": jnp.where(dropped, empty_text, text),
             "clean": clean,
             "noise": noise,
@@ -79,7 +88,11 @@ def noisy_inputs(batch: Mapping, keys: jax.Array, train: Mapping, empty_text: ja
 def distillation_loss(
     params: dict, levels: dict, teacher_params: dict, inputs: dict, gate: jax.Array, recipe: Recipe
 ) -> jax.Array:
-    """Mean squared error of student against teacher velocity, in float32 (method of the paper)."""
+    """Mean squared error of student against teacher prediction, in float32.
+
+    The prediction is a velocity in both families. The release compares CogVideoX's implied clean
+    latents with weight 1 / (1 - alphas_cumprod), which is the same.
+    """
     teacher = nnx.merge(recipe.teacher, teacher_params)
     student = nnx.merge(recipe.student, params, levels)
     arguments = (inputs["latents"], inputs["timesteps"], inputs["text_embeds"])
@@ -119,7 +132,8 @@ def train_step(
     """
     step = state["step"]
     keys = sample_keys(recipe.seed, step, batch["sample_index"])
-    inputs = noisy_inputs(batch, keys, recipe.train, empty_text)
+    dropout = recipe.train["caption_dropout"]
+    inputs = noisy_inputs(batch, keys, recipe.noising, dropout, empty_text)
     gate = gate_at(step, recipe.decay)
 
     def loss_of(params: dict, part: dict) -> jax.Array:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from qvgen_jax.diffusion.noising import training_noise
+from qvgen_jax.diffusion.unipc import UniPCConfig
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.wan import WanConfig, WanTransformer
 from qvgen_jax.training import loop
@@ -26,6 +28,7 @@ MODEL = WanConfig(
     ffn_dim=16,
     num_layers=2,
 )
+SCHEDULER = UniPCConfig()
 # Ranks 2, 1, 0: boundaries at steps 2 and 4.
 CONFIG = {
     "seed": 3,
@@ -122,7 +125,7 @@ def lines(workdir) -> list[dict]:
 def uninterrupted(teacher, tmp_path_factory):
     if "run" not in _WHOLE:
         workdir = tmp_path_factory.mktemp("whole")
-        state = loop.run_steps(CONFIG, workdir, MODEL, teacher, Clips())
+        state = loop.run_steps(CONFIG, workdir, MODEL, SCHEDULER, teacher, Clips())
         _WHOLE["run"] = state, lines(workdir)
         _WHOLE["programs"] = [step._cache_size() for step in _COMPILED.values()]
     return _WHOLE["run"]
@@ -146,9 +149,9 @@ def test_a_run_stopped_at_any_step_ends_bit_equal(
 
     monkeypatch.setattr(loop, "enter_step", interrupt)
     with pytest.raises(Interrupted):
-        loop.run_steps(CONFIG, tmp_path, MODEL, teacher, Clips())
+        loop.run_steps(CONFIG, tmp_path, MODEL, SCHEDULER, teacher, Clips())
     monkeypatch.setattr(loop, "enter_step", enter)
-    state = loop.run_steps(CONFIG, tmp_path, MODEL, teacher, Clips())
+    state = loop.run_steps(CONFIG, tmp_path, MODEL, SCHEDULER, teacher, Clips())
 
     whole, whole_lines = uninterrupted
     jax.tree.map(np.testing.assert_array_equal, state, whole)
@@ -170,7 +173,7 @@ def test_all_phases_share_one_compilation_and_rank_zero_adds_one(uninterrupted):
 
 def test_accumulating_half_batches_gives_the_same_update(teacher):
     state = loop.initial_state(CONFIG, MODEL, teacher)
-    recipe = loop.make_recipe(CONFIG, MODEL, branch=True)
+    recipe = loop.make_recipe(CONFIG, MODEL, SCHEDULER, branch=True)
     halves = recipe._replace(train={**CONFIG["train"], "accumulate": 2})
     rows = [Clips()[i] for i in range(4)]
     batch = {
@@ -191,17 +194,18 @@ def test_accumulating_half_batches_gives_the_same_update(teacher):
 def test_samples_draw_their_own_noise_and_time_whatever_their_batch():
     index = jnp.arange(4)
     keys = sample_keys(0, jnp.int32(7), index)
-    train = {"shift": 1.0, "caption_dropout": 0.5}
+    noising = training_noise(SCHEDULER, {"shift": 1.0})
     batch = {
         "latent_mean": jnp.zeros((4, 1, 2, 2, 1)),
         "latent_logvar": jnp.zeros((4, 1, 2, 2, 1)),
         "text_embeds": jnp.ones((4, 2, 3)),
     }
-    whole = noisy_inputs(batch, keys, train, jnp.zeros((2, 3)))
+    whole = noisy_inputs(batch, keys, noising, 0.5, jnp.zeros((2, 3)))
     assert len(np.unique(whole["noise"][:, 0, 0, 0, 0])) == 4
     assert len(np.unique(whole["timesteps"])) == 4
     part = jax.tree.map(lambda x: x[2:], batch)
-    alone = noisy_inputs(part, sample_keys(0, jnp.int32(7), index[2:]), train, jnp.zeros((2, 3)))
+    keys = sample_keys(0, jnp.int32(7), index[2:])
+    alone = noisy_inputs(part, keys, noising, 0.5, jnp.zeros((2, 3)))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2:], b), whole, alone)
 
 
