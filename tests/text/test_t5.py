@@ -1,5 +1,6 @@
-"""The UMT5 encoder: transformers' recorded outputs, padding, and its config."""
+"""The T5 and UMT5 encoders: transformers' recorded outputs, padding, and their configs."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -10,12 +11,12 @@ import pytest
 from flax import nnx
 
 from convert.names import from_torch
-from convert.umt5 import name_table, untie
+from convert.t5 import Untied, name_table
 from qvgen_jax.errors import UserError
-from qvgen_jax.text.umt5 import UMT5Config, UMT5Encoder, relative_position_buckets
+from qvgen_jax.text.t5 import T5Config, T5Encoder, relative_position_buckets
 
-GOLDEN = Path(__file__).parent.parent / "golden/umt5.npz"
-TINY = {
+GOLDEN = Path(__file__).parent.parent / "golden"
+TINY = {  # as in tests/golden/make_t5.py
     "vocab_size": 20,
     "d_model": 12,
     "d_kv": 4,
@@ -24,6 +25,7 @@ TINY = {
     "num_layers": 2,
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 12,
+    "feed_forward_proj": "gated-gelu",
 }
 # As published with Wan 2.1: the fields that decide a shape or are checked.
 UMT5_XXL = {
@@ -42,50 +44,69 @@ UMT5_XXL = {
     "torch_dtype": "bfloat16",
     "vocab_size": 256384,
 }
+# As published with CogVideoX: the same but for these.
+T5_XXL = UMT5_XXL | {"model_type": "t5", "vocab_size": 32128, "torch_dtype": "float16"}
+
+
+@pytest.fixture(scope="module", params=["t5", "umt5"])
+def kind(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def golden() -> dict[str, np.ndarray]:
-    with np.load(GOLDEN) as file:
+def golden(kind) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{kind}.npz") as file:
         return dict(file)
 
 
 @pytest.fixture(scope="module")
-def params(golden) -> dict:
+def config(kind) -> T5Config:
+    return T5Config.from_json(TINY | {"model_type": kind})
+
+
+@pytest.fixture(scope="module")
+def params(golden, config) -> dict:
     shapes = json.loads(str(golden["shapes"]))
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])[:-1]
     parts = np.split(golden["weights"].astype(np.float32), ends)
     weights = {k: v.reshape(shape) for (k, shape), v in zip(shapes.items(), parts, strict=True)}
-    return from_torch(name_table(UMT5Config.from_json(TINY)), weights)
+    return from_torch(name_table(config), weights)
 
 
-def abstract(fields: dict, dtype: jnp.dtype = jnp.float32) -> UMT5Encoder:
-    config = UMT5Config.from_json(fields)
-    return nnx.eval_shape(lambda: UMT5Encoder(config, key=jax.random.key(0), dtype=dtype))
+def abstract(config: T5Config, dtype: jnp.dtype = jnp.float32) -> T5Encoder:
+    return nnx.eval_shape(lambda: T5Encoder(config, key=jax.random.key(0), dtype=dtype))
 
 
-def run(params: dict, ids: np.ndarray, mask: np.ndarray, dtype=jnp.float32) -> np.ndarray:
-    graph = nnx.graphdef(abstract(TINY, dtype))
+@functools.cache
+def forward(config: T5Config, dtype: jnp.dtype):
+    graph = nnx.graphdef(abstract(config, dtype))
+    return jax.jit(lambda params, ids, mask: nnx.merge(graph, params)(ids, mask))
+
+
+def run(config, params: dict, ids: np.ndarray, mask: np.ndarray, dtype=jnp.float32) -> np.ndarray:
     with jax.default_matmul_precision("highest"):
-        out = jax.jit(lambda p, *x: nnx.merge(graph, p)(*x))(params, ids, mask)
-    return np.asarray(out, np.float32)
+        return np.asarray(forward(config, dtype)(params, ids, mask), np.float32)
 
 
-def test_the_embeddings_equal_what_transformers_recorded(golden, params):
-    got = run(params, golden["ids"], golden["mask"])
+def test_the_embeddings_equal_what_transformers_recorded(golden, config, params):
+    got = run(config, params, golden["ids"], golden["mask"])
     assert np.abs(got - golden["embeds"]).max() < 1e-5 * np.abs(golden["embeds"]).max()
 
 
-def test_bfloat16_computes_the_same_embeddings_up_to_its_rounding(golden, params):
-    got = run(params, golden["ids"], golden["mask"], jnp.bfloat16)
+def test_bfloat16_computes_the_same_embeddings_up_to_its_rounding(golden, config, params):
+    got = run(config, params, golden["ids"], golden["mask"], jnp.bfloat16)
     assert np.abs(got - golden["embeds"]).max() < 0.05 * np.abs(golden["embeds"]).max()
 
 
-def test_padding_does_not_change_the_real_tokens(golden, params):
-    ids, mask = golden["ids"][:1], golden["mask"][:1]
+def test_masked_padding_does_not_change_the_real_tokens(golden, config, params):
+    ids = golden["ids"][:1]
+    mask = (ids != 0).astype(np.int32)
     length = int(mask.sum())
-    padded, cut = run(params, ids, mask), run(params, ids[:, :length], mask[:, :length])
+    padded = run(config, params, ids, mask)
+    cut = run(config, params, ids[:, :length], mask[:, :length])
     np.testing.assert_allclose(padded[:, :length], cut, atol=1e-5)
+    attended = run(config, params, ids, np.ones_like(mask))
+    assert np.abs(attended[:, :length] - cut).max() > 0.01
 
 
 def test_near_distances_have_a_bucket_each_and_far_ones_share():
@@ -97,25 +118,36 @@ def test_near_distances_have_a_bucket_each_and_far_ones_share():
     assert to_first[128:].tolist() == [15] * 72
 
 
-def test_the_real_encoder_has_its_number_of_parameters():
-    state = nnx.state(abstract(UMT5_XXL), nnx.Param)
+@pytest.mark.parametrize(("fields", "tables"), [(UMT5_XXL, 24), (T5_XXL, 1)], ids=["umt5", "t5"])
+def test_the_real_encoder_has_its_number_of_parameters(fields, tables):
+    state = nnx.state(abstract(T5Config.from_json(fields)), nnx.Param)
     d, ff = 4096, 10240
-    block = 4 * d * d + 3 * d * ff + 32 * 64 + 2 * d
-    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 256384 * d + 24 * block + d
+    blocks = 24 * (4 * d * d + 3 * d * ff + 2 * d) + tables * 32 * 64
+    count = sum(leaf.size for leaf in jax.tree.leaves(state))
+    assert count == fields["vocab_size"] * d + blocks + d
 
 
 def test_the_embedding_is_found_under_either_of_its_names():
     shared, tied = np.zeros((2, 3)), np.ones((2, 3))
-    assert untie({"shared.weight": shared, "encoder.embed_tokens.weight": tied}) == {
-        "shared.weight": shared
-    }
-    assert untie({"encoder.embed_tokens.weight": tied}) == {"shared.weight": tied}
+    both = Untied({"shared.weight": shared, "encoder.embed_tokens.weight": tied})
+    assert dict(both) == {"shared.weight": shared}
+    assert dict(Untied({"encoder.embed_tokens.weight": tied})) == {"shared.weight": tied}
 
 
 @pytest.mark.parametrize(
     ("fields", "named"),
-    [({"model_type": "t5"}, "model_type = 't5'"), ({"feed_forward_proj": "relu"}, "'relu'")],
+    [
+        ({"model_type": "bert"}, "model_type = 'bert'"),
+        ({"feed_forward_proj": "relu"}, "'relu'"),
+        ({"model_type": "t5", "feed_forward_proj": "gated-silu"}, "'gated-silu'"),
+    ],
 )
 def test_other_encoders_are_refused_by_name(fields, named):
     with pytest.raises(UserError, match=named):
-        UMT5Config.from_json(UMT5_XXL | fields)
+        T5Config.from_json(UMT5_XXL | fields)
+
+
+def test_t5_without_a_feed_forward_kind_is_version_1_0_and_refused():
+    fields = {name: value for name, value in T5_XXL.items() if name != "feed_forward_proj"}
+    with pytest.raises(UserError, match="'relu'"):
+        T5Config.from_json(fields)
