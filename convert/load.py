@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert import umt5, wan_transformer, wan_vae
+from convert import t5, wan_transformer, wan_vae
 from convert.names import Entry, from_torch
 from convert.packed import from_packed, packed_definition
 from convert.tensors import Tensors, read_json
@@ -21,8 +21,8 @@ from qvgen_jax.models.wan import WanConfig, WanTransformer, quantizable
 from qvgen_jax.pipeline import WAN_DEFAULTS
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.packed import read_quantization_config
+from qvgen_jax.text.t5 import T5Config, T5Encoder
 from qvgen_jax.text.tokenizer import default_max_length, load_tokenizer
-from qvgen_jax.text.umt5 import UMT5Config, UMT5Encoder
 
 # Of the transformer, PyTorch's Wan keeps these in float32 whatever the rest is held in.
 _FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table")
@@ -143,15 +143,28 @@ def read_vae(folder: Path) -> VAE:
     )
 
 
-def read_text_encoder(folder: Path, dtype: jnp.dtype) -> TextEncoder:
-    """The text encoder of a folder."""
-    config = UMT5Config.from_json(read_json(folder / "config.json"))
+def read_text_encoder(folder: Path, dtype: jnp.dtype, weights: str = "float") -> TextEncoder:
+    """The text encoder of a folder, T5 or UMT5.
 
-    def build() -> UMT5Encoder:
-        return UMT5Encoder(config, key=jax.random.key(0), dtype=dtype)
+    Args:
+        dtype: in which it computes, and holds its matrices if they are floats.
+        weights: "float", or "int8": a byte per weight, quantized tensor by tensor while reading.
 
-    table = umt5.name_table(config)
-    tensors = umt5.untie(Tensors(folder))
+    Raises:
+        UserError: another kind of weights, or a folder that is damaged or of another model.
+    """
+    if weights not in ("float", "int8"):
+        raise UserError(f"weights is {weights!r}, expected 'float' or 'int8'")
+    config = T5Config.from_json(read_json(folder / "config.json"))
+    tensors = t5.Untied(Tensors(folder))
+
+    def build() -> T5Encoder:
+        return T5Encoder(config, key=jax.random.key(0), dtype=dtype, weights=weights)
+
+    if weights == "int8":
+        graphdef = nnx.graphdef(nnx.eval_shape(build))
+        return TextEncoder(config, graphdef, (t5.read_int8(config, tensors),))
+    table = t5.name_table(config)
     return TextEncoder(config, *_read_network(folder, build, table, tensors, lambda path: dtype))
 
 

@@ -72,12 +72,8 @@ def torch_names(table: Iterable[Entry]) -> list[str]:
     return names
 
 
-def from_torch(table: list[Entry], tensors: Mapping[str, np.ndarray]) -> dict:
-    """Our nested dict from PyTorch tensors (as numpy arrays).
-
-    Raises:
-        UserError: tensors are missing or unexpected; the message names the first few.
-    """
+def check_names(table: Iterable[Entry], tensors: Iterable[str]) -> None:
+    """Raises UserError, naming the first few, if tensors are missing or unexpected."""
     expected = set(torch_names(table))
     missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
     if missing or unexpected:
@@ -86,6 +82,15 @@ def from_torch(table: list[Entry], tensors: Mapping[str, np.ndarray]) -> dict:
             f"{missing[:4]}, {len(unexpected)} unexpected {unexpected[:4]}; check that the folder "
             "holds the model that its config.json describes"
         )
+
+
+def from_torch(table: list[Entry], tensors: Mapping[str, np.ndarray]) -> dict:
+    """Our nested dict from PyTorch tensors (as numpy arrays).
+
+    Raises:
+        UserError: tensors are missing or unexpected.
+    """
+    check_names(table, tensors)
     params: dict = {}
     for entry in table:
         if entry.layers is None:

@@ -10,12 +10,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert import umt5, wan_transformer, wan_vae
+from convert import t5, wan_transformer, wan_vae
 from convert.names import Entry, to_torch
 from convert.tensors import write_tensors
 from qvgen_jax.autoencoders.wan import WanVAEConfig
 from qvgen_jax.models.wan import WanConfig
-from qvgen_jax.text.umt5 import UMT5Config
+from qvgen_jax.text.t5 import T5Config
 
 MODEL_INDEX = {
     "_class_name": "WanPipeline",
@@ -78,7 +78,7 @@ def save_pipeline(
     *,
     transformer: tuple[WanConfig, Mapping],
     vae: tuple[WanVAEConfig, Mapping],
-    text_encoder: tuple[UMT5Config, Mapping],
+    text_encoder: tuple[T5Config, Mapping],
     tokenizer_folder: str | Path,
     scheduler_config: Mapping[str, Any] | None = None,
     generation_config: Mapping[str, Any] | None = None,
@@ -104,7 +104,7 @@ def save_pipeline(
 
     config, params = text_encoder
     fields = {**_TEXT_ENCODER, **dataclasses.asdict(config)}
-    _write_model(folder / "text_encoder", "model", fields, umt5.name_table(config), params, dtype)
+    _write_model(folder / "text_encoder", "model", fields, t5.name_table(config), params, dtype)
 
     scheduler = {**SCHEDULER, **(scheduler_config or {})}
     write_json(folder / "scheduler/scheduler_config.json", scheduler)

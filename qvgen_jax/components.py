@@ -18,7 +18,7 @@ from qvgen_jax.diffusion.guidance import Guidance, guided
 from qvgen_jax.diffusion.schedulers import Schedule, sample
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.wan import WanConfig
-from qvgen_jax.text.umt5 import UMT5Config
+from qvgen_jax.text.t5 import T5Config
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,14 +175,17 @@ def _decode(graphdef, states, latents):
 
 @dataclass(frozen=True, eq=False)
 class TextEncoder:
-    """A UMT5 encoder."""
+    """A T5 or UMT5 encoder, with weights in float or in int8."""
 
-    config: UMT5Config
+    config: T5Config
     graphdef: nnx.GraphDef
     states: tuple[dict, ...]
 
     def __call__(self, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Hidden states `[batch, tokens, d_model]` of int32 ids; zero wherever the mask is."""
+        """Hidden states `[batch, tokens, d_model]` of int32 ids; zero wherever the mask is.
+
+        A mask of ones is PyTorch's CogVideoX, whose text has none.
+        """
         return _encode_text(self.graphdef, self.states, jnp.asarray(token_ids), jnp.asarray(mask))
 
 

@@ -16,7 +16,7 @@ from qvgen_jax.autoencoders.wan import WanVAE, WanVAEConfig
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.wan import WanConfig, WanTransformer
 from qvgen_jax.pipeline import to_uint8
-from qvgen_jax.text.umt5 import UMT5Config, UMT5Encoder
+from qvgen_jax.text.t5 import T5Config, T5Encoder
 
 TOKENIZER = Path(__file__).parents[1] / "assets" / "tiny_wan" / "tokenizer"
 TRANSFORMER = WanConfig(
@@ -37,7 +37,7 @@ VAE = WanVAEConfig(
     latents_mean=(0.1, -0.2, 0.3, 0.0),
     latents_std=(0.5, 1.5, 2.0, 1.0),
 )
-TEXT = UMT5Config(vocab_size=126, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)
+TEXT = T5Config(vocab_size=126, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)
 DEFAULTS = {"num_frames": 5, "height": 16, "width": 32, "steps": 2, "guidance_scale": 2.0, "fps": 8}
 PROMPTS = ["a red circle moving right", "a blue star moving up slowly", "a green cross"]
 
@@ -58,7 +58,7 @@ def folder(tmp_path_factory) -> Path:
         folder,
         transformer=(TRANSFORMER, _random_params(lambda: WanTransformer(TRANSFORMER, key=key))),
         vae=(VAE, _random_params(lambda: WanVAE(VAE, key=key))),
-        text_encoder=(TEXT, _random_params(lambda: UMT5Encoder(TEXT, key=key))),
+        text_encoder=(TEXT, _random_params(lambda: T5Encoder(TEXT, key=key))),
         tokenizer_folder=TOKENIZER,
         generation_config=DEFAULTS,
     )

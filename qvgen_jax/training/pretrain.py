@@ -22,8 +22,8 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation.evaluate import held_out, score
 from qvgen_jax.models.wan import WanConfig, WanTransformer
 from qvgen_jax.pipeline import WAN_DEFAULTS, Pipeline
+from qvgen_jax.text.t5 import T5Config, T5Encoder
 from qvgen_jax.text.tokenizer import load_tokenizer, tokenize
-from qvgen_jax.text.umt5 import UMT5Config, UMT5Encoder
 from qvgen_jax.training import checkpoint
 from qvgen_jax.training.pretrain_flow import Clips, pretrain_flow
 from qvgen_jax.training.pretrain_vae import TrainedVAE, load_clips, pretrain_vae
@@ -70,11 +70,11 @@ class Networks:
 
     def __init__(self, architecture: Path, dtype: jnp.dtype, seed: int):
         self.transformer = WanConfig.from_json(_read(architecture / "transformer/config.json"))
-        self.text_encoder = UMT5Config.from_json(_read(architecture / "text_encoder/config.json"))
+        self.text_encoder = T5Config.from_json(_read(architecture / "text_encoder/config.json"))
         keys = jax.random.split(jax.random.key(seed))
         built = {
             "transformer": WanTransformer(self.transformer, key=keys[0], dtype=dtype, remat=True),
-            "text_encoder": UMT5Encoder(self.text_encoder, key=keys[1], dtype=dtype),
+            "text_encoder": T5Encoder(self.text_encoder, key=keys[1], dtype=dtype),
         }
         split = {name: nnx.split(network, nnx.Param) for name, network in built.items()}
         self.definitions = {name: definition for name, (definition, _) in split.items()}

@@ -1,16 +1,24 @@
-"""Prompts to ids: Wan's cleaning, and the tiny pipeline's tokenizer."""
+"""Prompts to ids: what each pipeline does, the tiny tokenizer, and sentencepiece folders."""
 
+import io
 import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from qvgen_jax.data import moving_shapes
 from qvgen_jax.errors import UserError
 from qvgen_jax.text import tiny_tokenizer
-from qvgen_jax.text.tokenizer import clean_prompt, default_max_length, load_tokenizer, tokenize
+from qvgen_jax.text.tokenizer import (
+    COGVIDEOX_PROMPTS,
+    clean_prompt,
+    default_max_length,
+    load_tokenizer,
+    tokenize,
+)
 
 FOLDER = Path(__file__).parents[2] / "assets/tiny_wan/tokenizer"
 
@@ -66,6 +74,15 @@ def test_a_long_prompt_is_cut_and_keeps_its_end_mark(tokenizer):
     assert ids[0, -1] == 1
 
 
+def test_cogvideox_cuts_at_226_cleans_nothing_and_attends_its_padding(tokenizer):
+    assert default_max_length(tokenizer, COGVIDEOX_PROMPTS) == 32  # the tokenizer's own limit
+    ids, mask = tokenize(tokenizer, ["a &amp; b", ""], 226, COGVIDEOX_PROMPTS)
+    assert ids.shape == mask.shape == (2, 226)
+    assert mask.all()
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) == "a &amp; b"
+    np.testing.assert_array_equal(ids[1], [1] + [0] * 225)
+
+
 def test_any_ascii_text_survives(tokenizer):
     text = "Hello, {World}! 5 * 7 ~ 35; up-"
     ids, mask = tokenize(tokenizer, [text], max_length=64)
@@ -88,6 +105,62 @@ def test_its_size_is_the_text_encoders_vocabulary(tokenizer):
 def test_prompts_must_be_a_list_of_strings(tokenizer, prompts):
     with pytest.raises(UserError, match="non-empty list of strings"):
         tokenize(tokenizer, prompts)
+
+
+@pytest.fixture(scope="module")
+def spiece_folder(tmp_path_factory):
+    """A tokenizer as CogVideoX's: a sentencepiece model and its config, nothing else."""
+    folder, model = tmp_path_factory.mktemp("spiece"), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red circle moves", "the blue star, the red square"] * 20),
+        model_writer=model,
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+    )
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "model_max_length": 226}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "a red star", "  the\tred \n circle ", "Caf\u00e9 \u00bd, \ufb01"]
+)
+def test_a_sentencepiece_folder_gives_sentencepieces_ids(spiece_folder, prompt):
+    ids, _ = tokenize(load_tokenizer(spiece_folder), [prompt], rule=COGVIDEOX_PROMPTS)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(spiece_folder / "spiece.model"))
+    expected = [*model.encode(prompt), 1]
+    np.testing.assert_array_equal(ids, [expected + [0] * (226 - len(expected))])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda model: b"",
+        lambda model: model[: len(model) // 2],
+        lambda model: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 791656\n",
+    ],
+    ids=["empty", "cut", "pointer"],
+)
+def test_a_damaged_sentencepiece_model_is_refused(spiece_folder, tmp_path, damage):
+    for path in spiece_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    model = tmp_path / "spiece.model"
+    model.write_bytes(damage(model.read_bytes()))
+    with pytest.raises(UserError, match="does not read as a sentencepiece model"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_json_without_its_parts_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5TokenizerFast"}')
+    with pytest.raises(UserError, match="does not load as a tokenizer"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):

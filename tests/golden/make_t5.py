@@ -1,6 +1,7 @@
-"""Makes umt5.npz: what transformers' UMT5EncoderModel says of two prompts, and its weights.
+"""Makes t5.npz and umt5.npz: what transformers' encoders say of two prompts, and their weights.
 
-Run: python tests/golden/make_umt5.py (needs torch).
+CogVideoX's pipeline gives T5 no mask: its padding is attended.
+Run: python tests/golden/make_t5.py (needs torch).
 """
 
 import json
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
-# tests/text/test_umt5.py repeats it. 8 buckets up to a distance of 12: both kinds in 16 tokens.
+# tests/text/test_t5.py repeats it. 8 buckets up to a distance of 12: both kinds in 16 tokens.
 CONFIG = {
     "vocab_size": 20,
     "d_model": 12,
@@ -23,9 +24,8 @@ CONFIG = {
 }
 
 
-def main() -> None:
+def make(file: str, model: torch.nn.Module, masked: bool) -> None:
     rng = np.random.default_rng(0)
-    model = UMT5EncoderModel(UMT5Config(**CONFIG)).eval()
     weights = {}
     for name, tensor in model.state_dict().items():
         if name == "encoder.embed_tokens.weight":  # shared.weight under its other name
@@ -38,16 +38,25 @@ def main() -> None:
     ids = rng.integers(3, CONFIG["vocab_size"], (2, 16)).astype(np.int32)
     mask = (np.arange(16) < np.array([[5], [16]])).astype(np.int32)
     ids = np.where(mask, ids, 0)
+    if not masked:
+        mask = np.ones_like(mask)  # what no mask means
     with torch.no_grad():
-        embeds = model(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state.numpy()
+        given = torch.from_numpy(mask) if masked else None
+        embeds = model(torch.from_numpy(ids), given).last_hidden_state.numpy()
     np.savez_compressed(
-        Path(__file__).with_name("umt5.npz"),
+        Path(__file__).with_name(file),
         ids=ids,
         mask=mask,
         embeds=embeds,
         weights=np.concatenate([value.ravel() for value in weights.values()]),
         shapes=json.dumps({name: value.shape for name, value in weights.items()}),
     )
+
+
+def main() -> None:
+    t5 = T5Config(**CONFIG, feed_forward_proj="gated-gelu")
+    make("t5.npz", T5EncoderModel(t5).eval(), masked=False)
+    make("umt5.npz", UMT5EncoderModel(UMT5Config(**CONFIG)).eval(), masked=True)
 
 
 if __name__ == "__main__":

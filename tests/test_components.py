@@ -1,0 +1,67 @@
+"""A transformer in the sampling loop: any sampler, guided in any way, in one call."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from qvgen_jax.components import Transformer
+from qvgen_jax.diffusion.cogvideox_dpm import CogVideoXDPMConfig
+from qvgen_jax.diffusion.flow_euler import FlowEulerConfig
+from qvgen_jax.diffusion.guidance import Guidance
+from qvgen_jax.diffusion.schedulers import make_schedule
+from qvgen_jax.errors import UserError
+from qvgen_jax.models.wan import WanConfig, WanTransformer
+
+CONFIG = WanConfig(
+    num_attention_heads=1,
+    attention_head_dim=12,
+    in_channels=2,
+    out_channels=2,
+    text_dim=6,
+    freq_dim=8,
+    ffn_dim=10,
+    num_layers=1,
+)
+NOISE = np.random.default_rng(0).standard_normal((2, 1, 2, 2, 2)).astype(np.float32)
+TEXT, NEGATIVE = np.random.default_rng(1).standard_normal((2, 2, 3, 6)).astype(np.float32)
+SCHEDULE = make_schedule(FlowEulerConfig(flow_shift=3.0), 3)
+
+
+@pytest.fixture(scope="module")
+def transformer() -> Transformer:
+    model = nnx.eval_shape(lambda: WanTransformer(CONFIG, key=jax.random.key(0)))
+    graphdef, shapes = nnx.split(model)
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), nnx.to_pure_dict(shapes)
+    )
+    return Transformer(CONFIG, graphdef, (params,))
+
+
+def test_two_passes_change_rounding_only(transformer):
+    batched = transformer.sample(NOISE, TEXT, NEGATIVE, 3.0, SCHEDULE)
+    apart = transformer.sample(NOISE, TEXT, NEGATIVE, Guidance(3.0, two_passes=True), SCHEDULE)
+    np.testing.assert_allclose(apart, batched, atol=1e-5)
+    unguided = transformer.sample(NOISE, TEXT, None, 3.0, SCHEDULE)
+    assert np.abs(batched - unguided).max() > 1e-3
+
+
+def test_a_trajectory_without_a_guided_step_is_unguided(transformer):
+    unguided = transformer.sample(NOISE, TEXT, None, 3.0, SCHEDULE)
+    for guidance in (1.0, Guidance(3.0, unguided_steps=3)):
+        off = transformer.sample(NOISE, TEXT, NEGATIVE, guidance, SCHEDULE)
+        np.testing.assert_array_equal(off, unguided)
+
+
+def test_a_stochastic_sampler_takes_a_key_per_video(transformer):
+    schedule = make_schedule(CogVideoXDPMConfig(rescale_betas_zero_snr=True), 3)
+    keys = jax.random.split(jax.random.key(5), 2)
+    guidance = Guidance(3.0, unguided_steps=1)
+    both = transformer.sample(NOISE, TEXT, NEGATIVE, guidance, schedule, keys)
+    swapped = transformer.sample(
+        NOISE[::-1], TEXT[::-1], NEGATIVE[::-1], guidance, schedule, keys[::-1]
+    )
+    np.testing.assert_allclose(swapped[::-1], both, atol=1e-6)
+    with pytest.raises(UserError, match="step_noise is None"):
+        transformer.sample(NOISE, TEXT, NEGATIVE, guidance, schedule)
