@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qvgen_jax.autoencoders.causal import CausalConv, Past, run_chunks
+from qvgen_jax.autoencoders.tiling import Tiling, run_tiles
 from qvgen_jax.autoencoders.wan_layers import (
-    CausalConv,
     Downsample,
     FrameAttention,
-    Past,
     ResidualBlock,
     RMSNorm,
     Upsample,
@@ -84,6 +84,11 @@ class WanVAEConfig:
     def spatial_factor(self) -> int:
         """Pixels per latent pixel, along height and along width."""
         return 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def default_tiling(self) -> Tiling:
+        """The tiles of diffusers' `enable_tiling()`."""
+        return Tiling(256, 256, stride_height=192, stride_width=192)
 
 
 class MidBlock(nnx.Module):
@@ -210,39 +215,57 @@ class WanVAE(nnx.Module):
         self.decoder = Decoder(config, key=k4, dtype=dtype)
         self.config = config
 
-    def encode(self, video: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode(self, video: jax.Array, tiling: Tiling | None = None) -> tuple[jax.Array, jax.Array]:
         """Encodes one frame, then chunks of the temporal factor: memory does not grow with time.
 
         Args:
             video: `[b, 1 + 4n, H, W, 3]` in [-1, 1]; H and W multiples of the spatial factor.
+            tiling: encodes tile by tile and blends; a video no larger than a tile is left whole.
 
         Returns:
             Mean and log-variance, float32 `[b, 1 + n, H/8, W/8, z]`, not normalised.
 
         Raises:
-            UserError: a number of frames or a size that does not divide.
+            UserError: frames, a size or tiles that do not divide.
         """
         self._check_video(video)
         factor = self.config.temporal_factor
-        moments = _run_chunks(self.encoder, video, factor)
-        return self._moments(moments)
+
+        def run(x: jax.Array) -> jax.Array:
+            return run_chunks(self.encoder, x, 1, factor)
+
+        if tiling is None:
+            return self._moments(run(video))
+        latent_tiling = tiling.divided(self.config.spatial_factor)
+        return self._moments(run_tiles(run, video, tiling, latent_tiling))
 
     def encode_whole(self, video: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`encode` in one pass, for training: the same result, memory grows with the clip."""
         self._check_video(video)
         return self._moments(self.encoder(video, Past()))
 
-    def decode(self, latents: jax.Array) -> jax.Array:
+    def decode(self, latents: jax.Array, tiling: Tiling | None = None) -> jax.Array:
         """Decodes one latent frame at a time.
 
         Args:
             latents: `[b, 1 + n, h, w, z]`, not normalised.
+            tiling: decodes tile by tile and blends; latents no larger than a tile are left whole.
 
         Returns:
             Video `[b, 1 + 4n, 8h, 8w, 3]` float32, clipped to [-1, 1].
+
+        Raises:
+            UserError: tiles that the spatial factor does not divide.
         """
         x = self.post_quant_conv(latents, Past())
-        video = _run_chunks(self.decoder, x, 1)
+
+        def run(x: jax.Array) -> jax.Array:
+            return run_chunks(self.decoder, x, 1, 1)
+
+        if tiling is None:
+            video = run(x)
+        else:
+            video = run_tiles(run, x, tiling.divided(self.config.spatial_factor), tiling)
         return jnp.clip(video.astype(jnp.float32), -1.0, 1.0)
 
     def decode_whole(self, latents: jax.Array) -> jax.Array:
@@ -263,26 +286,6 @@ class WanVAE(nnx.Module):
                 f"be 1 + a multiple of {time}, height and width multiples of {space}; cut or "
                 "resize it"
             )
-
-
-def _run_chunks(net: Encoder | Decoder, x: jax.Array, chunk: int) -> jax.Array:
-    """Runs `net` on the first frame of `x`, then on chunks of `chunk` frames in a scan."""
-    past = Past()
-    first = net(x[:, :1], past)
-    chunks = (x.shape[1] - 1) // chunk
-    if chunks == 0:
-        return first
-    later = x[:, 1:].reshape(x.shape[0], chunks, chunk, *x.shape[2:])
-
-    def step(frames: tuple[jax.Array, ...], x: jax.Array) -> tuple[tuple, jax.Array]:
-        past = Past(frames)
-        y = net(x, past)
-        return past.kept, y
-
-    _, outputs = jax.lax.scan(step, past.kept, jnp.moveaxis(later, 1, 0))
-    outputs = jnp.moveaxis(outputs, 0, 1)
-    outputs = outputs.reshape(x.shape[0], -1, *outputs.shape[3:])
-    return jnp.concatenate([first, outputs], axis=1)
 
 
 def normalize(
