@@ -7,32 +7,37 @@ parameters: a teacher, and a student at two moments of its training, share what 
 import hashlib
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qvgen_jax.autoencoders.wan import WanVAEConfig, denormalize, normalize
+from qvgen_jax.autoencoders import cogvideox as cogvideox_vae
+from qvgen_jax.autoencoders import wan as wan_vae
+from qvgen_jax.autoencoders.cogvideox import CogVideoXVAEConfig
+from qvgen_jax.autoencoders.tiling import Tiling
+from qvgen_jax.autoencoders.wan import WanVAEConfig
 from qvgen_jax.diffusion.guidance import Guidance, guided
 from qvgen_jax.diffusion.schedulers import Schedule, sample
 from qvgen_jax.errors import UserError
-from qvgen_jax.models.wan import WanConfig
+from qvgen_jax.models import TransformerConfig
 from qvgen_jax.text.t5 import T5Config
 
 
 @dataclass(frozen=True, eq=False)
 class Transformer:
-    """A Wan transformer, full precision, fake-quantized or packed.
+    """A video transformer, full precision, fake-quantized or packed.
 
     Attributes:
         config: its sizes.
-        graphdef: of a `WanTransformer`, from `nnx.split`.
+        graphdef: of a `WanTransformer` or a `CogVideoXTransformer`, from `nnx.split`.
         states: what `nnx.merge` needs beside it: `(params,)`, or `(params, levels)` if quantized.
         gate: float32 `[rank]` of the low-rank branch; None where there is no branch.
     """
 
-    config: WanConfig
+    config: TransformerConfig
     graphdef: nnx.GraphDef
     states: tuple[dict, ...]
     gate: jax.Array | None = None
@@ -45,7 +50,9 @@ class Transformer:
         *,
         clip_index: jax.Array | None = None,
     ) -> jax.Array:
-        """The predicted velocity `noise - latents`, in the shape and type of `latents`.
+        """The predicted velocity, in the shape and type of `latents`.
+
+        In Wan it is `noise - latents`, in CogVideoX that of v-prediction.
 
         Args:
             latents: `[batch, frames, height, width, channels]`, noisy, normalised.
@@ -129,48 +136,70 @@ def _sample(
 class VAE:
     """A video autoencoder; latents here are the PyTorch VAE's own, not normalised."""
 
-    config: WanVAEConfig
+    config: WanVAEConfig | CogVideoXVAEConfig
     graphdef: nnx.GraphDef
     states: tuple[dict, ...]
 
-    def encode(self, video: jax.Array) -> jax.Array:
+    def encode(self, video: jax.Array, tiling: Tiling | bool = False) -> jax.Array:
         """The posterior mean, float32 `[b, 1 + n, H/8, W/8, z]`, of video `[b, 1 + 4n, H, W, 3]`.
+
+        Args:
+            tiling: tiles in space, which need less memory; True for diffusers' `enable_tiling()`.
 
         Raises:
             UserError: the video is not float in [-1, 1], or its size does not divide.
         """
-        return self.posterior(video)[0]
+        return self.posterior(video, tiling)[0]
 
-    def posterior(self, video: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def posterior(
+        self, video: jax.Array, tiling: Tiling | bool = False
+    ) -> tuple[jax.Array, jax.Array]:
         """Mean and log-variance, not normalised."""
         if video.ndim != 5 or not jnp.issubdtype(video.dtype, jnp.floating):
             raise UserError(
                 f"video is {video.dtype} {list(video.shape)}, expected float in [-1, 1] of "
                 "[batch, frames, height, width, 3]; for uint8 frames pass frames / 127.5 - 1"
             )
-        return _encode(self.graphdef, self.states, jnp.asarray(video))
+        return _encode(self.graphdef, self._tiles(tiling), self.states, jnp.asarray(video))
 
-    def decode(self, latents: jax.Array) -> jax.Array:
-        """Video float32 in [-1, 1], `[b, 1 + 4n, 8h, 8w, 3]`, of latents `[b, 1 + n, h, w, z]`."""
-        return _decode(self.graphdef, self.states, jnp.asarray(latents))
+    def decode(self, latents: jax.Array, tiling: Tiling | bool = False) -> jax.Array:
+        """Video float32 in [-1, 1], `[b, 1 + 4n, 8h, 8w, 3]`, of latents `[b, 1 + n, h, w, z]`.
+
+        Where n is odd, CogVideoX's VAE gives three frames more.
+        """
+        return _decode(self.graphdef, self._tiles(tiling), self.states, jnp.asarray(latents))
 
     def normalize(self, mean: jax.Array, logvar: jax.Array | None = None):
         """To the transformer's space; with `logvar`, both."""
-        return normalize(self.config, mean, logvar)
+        return self._family.normalize(self.config, mean, logvar)
 
     def denormalize(self, latents: jax.Array) -> jax.Array:
         """From the transformer's space."""
-        return denormalize(self.config, latents)
+        return self._family.denormalize(self.config, latents)
+
+    @property
+    def frame_unit(self) -> int:
+        """A video of 1 plus a multiple of this comes back with as many frames."""
+        # CogVideoX's VAE works on pairs of latent frames, and a lone one after others becomes four.
+        pairs = 1 if self._family is wan_vae else 2
+        return pairs * self.config.temporal_factor
+
+    @property
+    def _family(self) -> ModuleType:
+        return wan_vae if isinstance(self.config, WanVAEConfig) else cogvideox_vae
+
+    def _tiles(self, tiling: Tiling | bool) -> Tiling | None:
+        return (self.config.default_tiling if tiling is True else tiling) or None
 
 
-@partial(jax.jit, static_argnums=0)
-def _encode(graphdef, states, video):
-    return nnx.merge(graphdef, *states).encode(video)
+@partial(jax.jit, static_argnums=(0, 1))
+def _encode(graphdef, tiling, states, video):
+    return nnx.merge(graphdef, *states).encode(video, tiling)
 
 
-@partial(jax.jit, static_argnums=0)
-def _decode(graphdef, states, latents):
-    return nnx.merge(graphdef, *states).decode(latents)
+@partial(jax.jit, static_argnums=(0, 1))
+def _decode(graphdef, tiling, states, latents):
+    return nnx.merge(graphdef, *states).decode(latents, tiling)
 
 
 @dataclass(frozen=True, eq=False)

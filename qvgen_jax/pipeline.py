@@ -12,11 +12,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from qvgen_jax.autoencoders.tiling import Tiling
 from qvgen_jax.components import VAE, TextEncoder, Transformer
-from qvgen_jax.diffusion.unipc import UniPCConfig, unipc_schedule
+from qvgen_jax.diffusion.guidance import Guidance
+from qvgen_jax.diffusion.schedulers import Scheduler, make_schedule
 from qvgen_jax.errors import UserError
 from qvgen_jax.request import check_request, latent_size, prompt_list, whole_number
-from qvgen_jax.text.tokenizer import tokenize
+from qvgen_jax.text.tokenizer import WAN_PROMPTS, PromptRule, tokenize
 
 WAN_DEFAULTS = {
     "num_frames": 81,
@@ -29,13 +31,35 @@ WAN_DEFAULTS = {
 }
 """What is used where neither the call nor the folder's `generation_config.json` says otherwise."""
 
+COGVIDEOX_DEFAULTS = {
+    "num_frames": 49,
+    "height": 480,
+    "width": 720,
+    "steps": 50,
+    "guidance_scale": 6.0,
+    "fps": 8,
+    "max_length": 226,
+}
+"""The same for CogVideoX 2B and 5B."""
+
+COGVIDEOX_1_5_DEFAULTS = COGVIDEOX_DEFAULTS | {
+    "num_frames": 81,
+    "height": 768,
+    "width": 1360,
+    "fps": 16,
+}
+"""The same for CogVideoX1.5; its config files disagree about the size, so they are not asked."""
+
 
 def load(
     path: str | Path,
     dtype: Any = None,
     mesh: Mesh | None = None,
+    *,
+    text_weights: str = "float",
+    free_text_encoder: bool = False,
 ) -> "Pipeline":
-    """Loads a text-to-video pipeline.
+    """Loads a text-to-video pipeline of Wan 2.1 or CogVideoX.
 
     Args:
         path: a folder in diffusers' layout, full precision or exported by this project, or the
@@ -43,6 +67,9 @@ def load(
         dtype: float32 (default) or bfloat16: in which the transformer and the text encoder hold
             their matrices and compute. The VAE is always float32.
         mesh: devices to spread the videos of a batch over; every device holds all parameters.
+        text_weights: of the text encoder: "float", as `dtype` says, or "int8", a byte each.
+        free_text_encoder: keep the text encoder (5.7 B parameters in a real Wan, 4.8 B in
+            CogVideoX) in the host's memory, and on the devices only while prompts are encoded.
 
     Raises:
         UserError: the folder is incomplete, damaged, of another model, or cannot be fetched.
@@ -51,8 +78,9 @@ def load(
 
     if mesh is not None:  # The models leave the placement of intermediate results to the compiler.
         mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-    parts = read_components(path, _compute_dtype(dtype))
-    for name in ("transformer", "vae", "text_encoder"):
+    parts = read_components(path, _compute_dtype(dtype), text_weights)
+    resident = ("transformer", "vae") + (() if free_text_encoder else ("text_encoder",))
+    for name in resident:
         parts[name] = _placed(parts[name], mesh)
     return Pipeline(**parts, mesh=mesh)
 
@@ -85,17 +113,19 @@ class Pipeline:
     vae: VAE
     text_encoder: TextEncoder
     tokenizer: Any
-    scheduler: UniPCConfig
+    scheduler: Scheduler
     defaults: Mapping[str, Any] = field(default_factory=lambda: dict(WAN_DEFAULTS))
     mesh: Mesh | None = None
+    prompt_rule: PromptRule = WAN_PROMPTS
 
     def encode_prompt(
         self, prompts: str | Sequence[str], max_length: int | None = None
     ) -> jax.Array:
-        """Text embeddings `[prompts, max_length, text_dim]`, zero behind each prompt's last token.
+        """Text embeddings `[prompts, max_length, text_dim]`.
 
-        Prompts are cleaned, tokenized and cut to `max_length` as in PyTorch's Wan pipeline. Each is
-        encoded alone, so that its embedding never depends on its neighbours.
+        Prompts are prepared and cut to `max_length` as in the PyTorch pipeline of the family; Wan's
+        are zero behind the last token, CogVideoX attends its padding. Each prompt is encoded alone,
+        so that its embedding never depends on its neighbours.
 
         Raises:
             UserError: no prompts, or a `max_length` that is no positive number.
@@ -103,8 +133,10 @@ class Pipeline:
         prompts = prompt_list(prompts)
         length = whole_number(self._setting("max_length", max_length), "max_length")
         distinct = list(dict.fromkeys(prompts))
-        ids, mask = tokenize(self.tokenizer, distinct, length)
-        rows = [self.text_encoder(ids[i : i + 1], mask[i : i + 1])[0] for i in range(len(ids))]
+        ids, mask = tokenize(self.tokenizer, distinct, length, self.prompt_rule)
+        # From the host's memory, if it lives there, once for all prompts, and gone afterwards.
+        encoder = _placed(self.text_encoder, self.mesh)
+        rows = [encoder(ids[i : i + 1], mask[i : i + 1])[0] for i in range(len(ids))]
         encoded = dict(zip(distinct, rows, strict=True))
         return jnp.stack([encoded[prompt] for prompt in prompts])
 
@@ -112,9 +144,9 @@ class Pipeline:
         """Normalised latents (the posterior's mean) of float video in [-1, 1]."""
         return self.vae.normalize(self.vae.encode(video))
 
-    def to_video(self, latents: jax.Array) -> jax.Array:
-        """Float video in [-1, 1] of normalised latents."""
-        return self.vae.decode(self.vae.denormalize(jnp.asarray(latents, jnp.float32)))
+    def to_video(self, latents: jax.Array, tiling: Tiling | bool = False) -> jax.Array:
+        """Float video in [-1, 1] of normalised latents; in `tiling`'s tiles, if given."""
+        return self.vae.decode(self.vae.denormalize(jnp.asarray(latents, jnp.float32)), tiling)
 
     def vae_posterior(self, video: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and log-variance of the normalised latents of a video."""
@@ -132,41 +164,53 @@ class Pipeline:
         seeds: int | Sequence[int] = 0,
         latents: jax.Array | None = None,
         *,
+        guidance: Guidance | None = None,
         flow_shift: float | None = None,
         max_length: int | None = None,
         batch_size: int | None = None,
     ) -> np.ndarray:
         """Final normalised latents, float32 `[prompts, f, h, w, channels]`; see `generate`."""
-        size = self._latent_size(num_frames, height, width, latents)
+        size, extra = self._latent_size(num_frames, height, width, latents)
+        if guidance is None:
+            guidance = Guidance(self._setting("guidance_scale", guidance_scale))
         request = check_request(
             prompts,
             negative_prompts,
             seeds,
-            (*size, self.transformer.config.in_channels),
+            (extra + size[0], *size[1:], self.transformer.config.in_channels),
             self._setting("steps", steps),
-            self._setting("guidance_scale", guidance_scale),
+            guidance.scale,
             latents,
         )
-        scheduler = self.scheduler
-        if flow_shift is not None:
-            scheduler = dataclasses.replace(scheduler, flow_shift=float(flow_shift))
-        schedule = unipc_schedule(scheduler, request.steps)
-        arrays = [request.noise(), self.encode_prompt(request.prompts, max_length)]
+        guidance = dataclasses.replace(guidance, scale=request.guidance_scale)
+        schedule = make_schedule(self._scheduler(flow_shift), request.steps)
+        arrays = {
+            "noise": request.noise(),
+            "text_embeds": self.encode_prompt(request.prompts, max_length),
+            "step_noise": request.step_noise(),
+        }
         if request.negative_prompts:
-            arrays.append(self.encode_prompt(request.negative_prompts, max_length))
+            arrays["negative_embeds"] = self.encode_prompt(request.negative_prompts, max_length)
 
-        def run(noise: jax.Array, text: jax.Array, negative: jax.Array | None = None) -> jax.Array:
-            return self.transformer.sample(noise, text, negative, request.guidance_scale, schedule)
+        def run(negative_embeds: jax.Array | None = None, **arrays: jax.Array) -> jax.Array:
+            return self.transformer.sample(
+                negative_embeds=negative_embeds, guidance=guidance, schedule=schedule, **arrays
+            )
 
-        return self._in_batches(run, arrays, batch_size)
+        return self._in_batches(run, arrays, batch_size)[:, extra:]
 
-    def to_frames(self, latents: jax.Array, batch_size: int | None = None) -> np.ndarray:
+    def to_frames(
+        self,
+        latents: jax.Array,
+        batch_size: int | None = None,
+        tiling: Tiling | bool = False,
+    ) -> np.ndarray:
         """uint8 frames `[batch, f, h, w, 3]` of normalised latents, `batch_size` at a time."""
 
         def run(latents: jax.Array) -> np.ndarray:
-            return to_uint8(self.to_video(latents))
+            return to_uint8(self.to_video(latents, tiling))
 
-        return self._in_batches(run, [jnp.asarray(latents)], batch_size)
+        return self._in_batches(run, {"latents": jnp.asarray(latents)}, batch_size)
 
     def generate(
         self,
@@ -180,9 +224,11 @@ class Pipeline:
         seeds: int | Sequence[int] = 0,
         latents: jax.Array | None = None,
         *,
+        guidance: Guidance | None = None,
         flow_shift: float | None = None,
         max_length: int | None = None,
         batch_size: int | None = None,
+        tiling: Tiling | bool = False,
     ) -> np.ndarray:
         """Videos, uint8 `[prompts, frames, height, width, 3]`.
 
@@ -190,18 +236,22 @@ class Pipeline:
             prompts: one string or several; one video each.
             negative_prompts: what to avoid, one for all or one per prompt; default the empty
                 prompt. Without effect where `guidance_scale` is 1.
-            num_frames: 1 plus a multiple of the VAE's 4. This and the next four default to the
-                folder's `generation_config.json`, or to Wan's own settings.
+            num_frames: 1 plus a multiple of 4 in Wan, of 8 in CogVideoX. This and the next four
+                default to the folder's `generation_config.json`, or to the family's own settings.
             height: pixels, a multiple of 16.
             width: pixels, a multiple of 16.
             steps: calls of the transformer.
             guidance_scale: classifier-free guidance; up to 1 means none.
             seeds: one per prompt, or one from which *every* prompt's noise is drawn. A video
                 depends on its own prompt, seed and settings, never on its neighbours or position.
-            latents: the noise to start from instead, `[prompts, f, h, w, channels]`.
-            flow_shift: of the noise levels, default the scheduler's; Wan wants 3 at 480p, 5 at
+            latents: the noise to start from instead, `[prompts, f, h, w, channels]`; for
+                CogVideoX1.5 with the frames that fill its temporal patches in front.
+            guidance: more than a scale: CogVideoX's dynamic one, none in the last steps, two
+                passes; `guidance_scale` is then without effect.
+            flow_shift: of Wan's noise levels, default the scheduler's; it wants 3 at 480p, 5 at
                 720p.
-            max_length: text tokens, default 512 or the folder's.
+            max_length: text tokens, default the folder's, or 512 in Wan and 226 in CogVideoX.
+            tiling: decode tile by tile, in less memory; True for diffusers' tiles.
             batch_size: videos computed at once, default one per device. More is faster for small
                 models, and agrees with other batch sizes to rounding only.
 
@@ -218,11 +268,12 @@ class Pipeline:
             guidance_scale,
             seeds,
             latents,
+            guidance=guidance,
             flow_shift=flow_shift,
             max_length=max_length,
             batch_size=batch_size,
         )
-        return self.to_frames(final, batch_size)
+        return self.to_frames(final, batch_size, tiling)
 
     def with_transformer(
         self, graphdef: nnx.GraphDef, *states: dict, gate: jax.Array | None = None
@@ -240,7 +291,18 @@ class Pipeline:
     def _setting(self, name: str, value: Any) -> Any:
         return self.defaults[name] if value is None else value
 
+    def _scheduler(self, flow_shift: float | None) -> Scheduler:
+        if flow_shift is None:
+            return self.scheduler
+        if not hasattr(self.scheduler, "flow_shift"):
+            raise UserError(
+                f"flow_shift is {flow_shift}, but this pipeline's {type(self.scheduler).__name__} "
+                "does not sample a flow; leave it away"
+            )
+        return dataclasses.replace(self.scheduler, flow_shift=float(flow_shift))
+
     def _latent_size(self, frames: Any, height: Any, width: Any, latents: Any) -> tuple:
+        """Latent frames, height and width, and how many frames go in front while sampling."""
         time, space = self.vae.config.temporal_factor, self.vae.config.spatial_factor
         sizes = [self.defaults[name] for name in ("num_frames", "height", "width")]
         if latents is not None and np.ndim(latents) == 5:
@@ -250,21 +312,26 @@ class Pipeline:
             default if value is None else value
             for value, default in zip((frames, height, width), sizes, strict=True)
         ]
-        return latent_size(*asked, time, space, self.transformer.config.patch_size)
+        patch = self.transformer.config.patch_size
+        size = latent_size(*asked, time, self.vae.frame_unit, space, patch)
+        return size, -size[0] % patch[0]
 
     def _in_batches(
-        self, run: Callable[..., jax.Array], arrays: Sequence[jax.Array], batch_size: int | None
+        self,
+        run: Callable[..., jax.Array],
+        arrays: Mapping[str, jax.Array],
+        batch_size: int | None,
     ) -> np.ndarray:
         """Runs over equal batches, the last one filled up: one compilation, one arithmetic."""
         devices = 1 if self.mesh is None else self.mesh.size
         size = devices if batch_size is None else whole_number(batch_size, "batch_size")
         if size % devices:
             raise UserError(f"batch_size is {size}, expected a multiple of the {devices} devices")
-        count, outputs = len(arrays[0]), []
+        count, outputs = len(next(iter(arrays.values()))), []
         for start in range(0, count, size):
             rows = np.minimum(np.arange(start, start + size), count - 1)
-            batch = [_spread(array[rows], self.mesh) for array in arrays]
-            outputs.append(np.asarray(run(*batch))[: count - start])
+            batch = {name: _spread(array[rows], self.mesh) for name, array in arrays.items()}
+            outputs.append(np.asarray(run(**batch))[: count - start])
         return np.concatenate(outputs)
 
 

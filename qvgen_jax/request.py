@@ -17,7 +17,7 @@ class Request(NamedTuple):
     Attributes:
         prompts: one per video.
         negative_prompts: one per video; empty where guidance is off.
-        seeds: one per video, 0 to 2^32 - 1; unused where `latents` are given.
+        seeds: one per video, 0 to 2^32 - 1.
         shape: of one video's latents, (frames, height, width, channels).
         steps: model calls per video.
         guidance_scale: above 1, or 1 for none.
@@ -38,6 +38,10 @@ class Request(NamedTuple):
             return jnp.asarray(self.latents)
         draws = {s: jax.random.normal(jax.random.key(s), self.shape) for s in set(self.seeds)}
         return jnp.stack([draws[seed] for seed in self.seeds])
+
+    def step_noise(self) -> jax.Array:
+        """Keys `[batch]` for samplers that add noise in every step: of the seeds, too."""
+        return jnp.stack([jax.random.fold_in(jax.random.key(seed), 1) for seed in self.seeds])
 
 
 def prompt_list(prompts: Any, name: str = "prompts") -> list[str]:
@@ -83,12 +87,19 @@ def _guidance(value: Any) -> float:
 
 
 def latent_size(
-    num_frames: Any, height: Any, width: Any, time: int, space: int, patch: tuple[int, int, int]
+    num_frames: Any,
+    height: Any,
+    width: Any,
+    time: int,
+    unit: int,
+    space: int,
+    patch: tuple[int, int, int],
 ) -> tuple[int, int, int]:
     """Latent frames, height and width of a video's size in frames and pixels.
 
     Args:
         time: frames per latent frame after the first.
+        unit: a multiple of `time`, and what a number of frames is 1 plus a multiple of.
         space: pixels per latent pixel.
         patch: of the transformer, in latent frames and pixels.
 
@@ -96,9 +107,9 @@ def latent_size(
         UserError: a size that does not divide; the nearest that does is named.
     """
     frames = whole_number(num_frames, "num_frames")
-    if (frames - 1) % time:
-        near = round((frames - 1) / time) * time + 1
-        raise UserError(f"num_frames is {frames}, expected 1 plus a multiple of {time}; use {near}")
+    if (frames - 1) % unit:
+        near = round((frames - 1) / unit) * unit + 1
+        raise UserError(f"num_frames is {frames}, expected 1 plus a multiple of {unit}; use {near}")
     for name, value, unit in (
         ("height", height, space * patch[1]),
         ("width", width, space * patch[2]),

@@ -53,7 +53,7 @@ def make_pair(fields):
     torch.manual_seed(0)
     theirs = diffusers.AutoencoderKLCogVideoX(**fields).eval()
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
+        for _, parameter in theirs.named_parameters():
             if parameter.ndim == 1:  # The initial 1 and ~0 would hide mistakes.
                 parameter.add_(0.3 * torch.randn_like(parameter))
         theirs.decoder.conv_out.conv.weight.mul_(0.1)  # So that no pixel reaches the clip.
