@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -12,6 +11,7 @@ from convert.load import find_folder
 from convert.packed import to_packed
 from convert.save import write_json
 from convert.tensors import read_json, write_tensors
+from convert.travel import copy_companions
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.wan import WanConfig, quantizable
 from qvgen_jax.quant.config import QuantConfig
@@ -26,7 +26,8 @@ def export_pipeline(
     The folder appears only when it is complete; an earlier export in its place is replaced.
 
     Args:
-        source: the pipeline that the student came from; everything but its transformer is copied.
+        source: the pipeline that the student came from; everything but its transformer's
+            weights is copied, licence and model card with it.
         folder: where to write.
         model: the transformer's sizes.
         params: the student's, without a low-rank branch.
@@ -46,7 +47,7 @@ def export_pipeline(
 
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, ignore=_skip_transformer(source))
+    copy_companions(source, partial)
     fields = {**fields, "quantization_config": quantization_config(quant)}
     write_json(partial / "transformer" / "config.json", fields)
     write_tensors(partial / "transformer" / "diffusion_pytorch_model.safetensors", tensors)
@@ -63,11 +64,3 @@ def _refuse_branch(params: Mapping) -> None:
             f"the student still has {len(branches)} low-rank branches (such as {name}): packed "
             "weights have no place for them; train until the rank is 0, then export"
         )
-
-
-def _skip_transformer(source: Path) -> Any:
-    def ignore(directory: str, names: list[str]) -> set[str]:
-        hidden = {name for name in names if name.startswith(".")}
-        return hidden | ({"transformer"} if Path(directory) == source else set())
-
-    return ignore

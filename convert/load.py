@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert import umt5, wan_transformer, wan_vae
+from convert import array_tree, umt5, wan_transformer, wan_vae
 from convert.names import Entry, from_torch
 from convert.packed import from_packed, packed_definition
-from convert.tensors import Tensors, read_json
+from convert.tensors import PICKLES, Tensors, pickle_refusal, read_json
 from qvgen_jax.autoencoders.wan import WanVAE, WanVAEConfig
 from qvgen_jax.components import VAE, TextEncoder, Transformer
 from qvgen_jax.diffusion.unipc import UniPCConfig
@@ -23,6 +23,8 @@ from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.packed import read_quantization_config
 from qvgen_jax.text.tokenizer import default_max_length, load_tokenizer
 from qvgen_jax.text.umt5 import UMT5Config, UMT5Encoder
+
+_LICENCES = ("*LICENSE*", "*LICENCE*", "*NOTICE*", "*README.md")
 
 # Of the transformer, PyTorch's Wan keeps these in float32 whatever the rest is held in.
 _FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table")
@@ -39,7 +41,7 @@ def read_components(path: str | Path, dtype: jnp.dtype) -> dict[str, Any]:
         UserError: see `qvgen_jax.load`.
     """
     folder = find_folder(path)
-    _check_index(folder)
+    check_index(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     return {
         "transformer": read_transformer(folder / "transformer", dtype),
@@ -60,12 +62,14 @@ def find_folder(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
+    if folder.suffix in PICKLES and folder.is_file():
+        raise pickle_refusal(folder)
     parts = str(path).split("/")
     if len(parts) != 2 or not all(part and part[0] not in ".~" for part in parts):
         raise UserError(f"{path} is not a folder; give a pipeline folder or a hub name owner/name")
     import huggingface_hub
 
-    kinds = ("*.json", "*.safetensors", "*.model", "*.txt")
+    kinds = ("*.json", "*.safetensors", "*.model", "*.txt", *_LICENCES)
     try:
         return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(kinds)))
     except Exception as error:  # Its errors have no common base: network, cache, name, access.
@@ -76,7 +80,12 @@ def find_folder(path: str | Path) -> Path:
         ) from error
 
 
-def _check_index(folder: Path) -> None:
+def check_index(folder: Path) -> None:
+    """See that a pipeline is of a supported kind.
+
+    Raises:
+        UserError: its `model_index.json` names another class or a second transformer.
+    """
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name")
     second = [
@@ -103,8 +112,16 @@ def _read_defaults(folder: Path, max_length: int) -> dict[str, Any]:
     return defaults | fields
 
 
-def read_transformer(folder: Path, dtype: jnp.dtype) -> Transformer:
-    """The transformer of a folder, full precision or packed by this project's export."""
+def read_transformer(folder: Path, dtype: jnp.dtype, shardings: Any = None) -> Transformer:
+    """The transformer of a folder: full precision, imported, or packed by this project's export.
+
+    Args:
+        folder: the transformer's.
+        dtype: of its matrices.
+        shardings: where an imported one shall live: a tree like the parameters', or one
+            `jax.sharding.Sharding` for all; every host then reads its own slices only. If None,
+            and always for the other two, the parameters arrive in host memory.
+    """
     fields = read_json(folder / "config.json")
     config = WanConfig.from_json(fields)
     if fields.get("quantization_config"):
@@ -117,6 +134,10 @@ def read_transformer(folder: Path, dtype: jnp.dtype) -> Transformer:
     def precision(path: tuple[str, ...]) -> jnp.dtype:
         return jnp.float32 if set(path) & set(_FLOAT32) else dtype
 
+    if array_tree.is_array_tree(folder):
+        graphdef, expected = _described(build, precision)
+        like = _placed(expected, shardings)
+        return Transformer(config, graphdef, (array_tree.restore_params(folder, like),))
     table = wan_transformer.name_table(config)
     return Transformer(config, *_read_network(folder, build, table, Tensors(folder), precision))
 
@@ -162,11 +183,10 @@ def _read_network(
     tensors: Mapping[str, np.ndarray],
     precision: Callable[[tuple[str, ...]], jnp.dtype],
 ) -> tuple[nnx.GraphDef, tuple[dict]]:
-    """The network's description and `(params,)`; vectors stay float32, whatever `precision`."""
-    graphdef, expected = nnx.split(nnx.eval_shape(build), nnx.Param)
+    """The network's description and `(params,)`."""
+    graphdef, expected = _described(build, precision)
     params = from_torch(table, tensors)
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(expected))
-    for path, leaf in leaves:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
         names = tuple(part.key for part in path)
         node = params
         for name in names[:-1]:
@@ -177,6 +197,33 @@ def _read_network(
                 f"{folder}: {'.'.join(names)} is {list(array.shape)}, expected "
                 f"{list(leaf.shape)} by config.json; they belong to different models"
             )
-        matrix = names[-1] in ("kernel", "token_embedding")
-        node[names[-1]] = np.asarray(array, precision(names) if matrix else jnp.float32)
+        node[names[-1]] = np.asarray(array, leaf.dtype)
     return graphdef, (params,)
+
+
+def _described(
+    build: Callable[[], nnx.Module], precision: Callable[[tuple[str, ...]], jnp.dtype]
+) -> tuple[nnx.GraphDef, dict]:
+    """The network's description, and its parameters' shapes with the types to hold them in.
+
+    Vectors stay float32, whatever `precision` says.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(build), nnx.Param)
+
+    def held(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = tuple(part.key for part in path)
+        matrix = names[-1] in ("kernel", "token_embedding")
+        return jax.ShapeDtypeStruct(leaf.shape, precision(names) if matrix else jnp.float32)
+
+    return graphdef, jax.tree_util.tree_map_with_path(held, nnx.to_pure_dict(state))
+
+
+def _placed(expected: dict, shardings: Any) -> dict:
+    if shardings is None:
+        return expected
+    shardings = jax.tree.broadcast(shardings, expected)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        expected,
+        shardings,
+    )
