@@ -3,15 +3,15 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from convert import wan_transformer
 from convert.load import find_folder
 from convert.packed import to_packed
 from convert.save import write_json
+from convert.tables import table_for
 from convert.tensors import read_json, write_tensors
+from convert.travel import copy_companions
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.quant.config import QuantConfig
@@ -30,7 +30,8 @@ def export_pipeline(
     The folder appears only when it is complete; an earlier export in its place is replaced.
 
     Args:
-        source: the pipeline that the student came from; everything but its transformer is copied.
+        source: the pipeline that the student came from; everything but its transformer's
+            weights is copied, licence and model card with it.
         folder: where to write.
         model: the transformer's sizes.
         params: the student's, without a low-rank branch.
@@ -45,12 +46,12 @@ def export_pipeline(
         raise UserError(f"{folder} is the pipeline itself; choose another folder for the export")
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is no pipeline folder and not empty; choose another folder")
-    tensors = to_packed(wan_transformer.name_table(model), params, quantizable(model), quant)
+    tensors = to_packed(table_for(model), params, quantizable(model), quant)
     fields = read_json(source / "transformer" / "config.json")
 
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, ignore=_skip_transformer(source))
+    copy_companions(source, partial)
     fields = {**fields, "quantization_config": quantization_config(quant)}
     write_json(partial / "transformer" / "config.json", fields)
     write_tensors(partial / "transformer" / "diffusion_pytorch_model.safetensors", tensors)
@@ -67,11 +68,3 @@ def _refuse_branch(params: Mapping) -> None:
             f"the student still has {len(branches)} low-rank branches (such as {name}): packed "
             "weights have no place for them; train until the rank is 0, then export"
         )
-
-
-def _skip_transformer(source: Path) -> Any:
-    def ignore(directory: str, names: list[str]) -> set[str]:
-        hidden = {name for name in names if name.startswith(".")}
-        return hidden | ({"transformer"} if Path(directory) == source else set())
-
-    return ignore

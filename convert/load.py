@@ -9,45 +9,68 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert import t5, wan_transformer, wan_vae
+from convert import array_tree, t5
 from convert.names import Entry, from_torch
 from convert.packed import from_packed, packed_definition
-from convert.tensors import Tensors, read_json
+from convert.tables import table_for
+from convert.tensors import PICKLES, Tensors, pickle_refusal, read_json
+from qvgen_jax.autoencoders.cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from qvgen_jax.autoencoders.wan import WanVAE, WanVAEConfig
 from qvgen_jax.components import VAE, TextEncoder, Transformer
-from qvgen_jax.diffusion.unipc import UniPCConfig
+from qvgen_jax.diffusion.schedulers import scheduler_from_json
 from qvgen_jax.errors import UserError
-from qvgen_jax.models.wan import WanConfig, WanTransformer, quantizable
-from qvgen_jax.pipeline import WAN_DEFAULTS
+from qvgen_jax.models import TransformerConfig, build_transformer, config_from_json, quantizable
+from qvgen_jax.models.wan import WanConfig
+from qvgen_jax.pipeline import COGVIDEOX_1_5_DEFAULTS, COGVIDEOX_DEFAULTS, WAN_DEFAULTS
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.packed import read_quantization_config
 from qvgen_jax.text.t5 import T5Config, T5Encoder
-from qvgen_jax.text.tokenizer import default_max_length, load_tokenizer
+from qvgen_jax.text.tokenizer import (
+    COGVIDEOX_PROMPTS,
+    WAN_PROMPTS,
+    default_max_length,
+    load_tokenizer,
+)
+
+_LICENCES = ("*LICENSE*", "*LICENCE*", "*NOTICE*", "*README.md")
 
 # Of the transformer, PyTorch's Wan keeps these in float32 whatever the rest is held in.
 _FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table")
 
 
-def read_components(path: str | Path, dtype: jnp.dtype) -> dict[str, Any]:
+_AUTOENCODERS = {
+    "AutoencoderKLWan": (WanVAEConfig, WanVAE),
+    "AutoencoderKLCogVideoX": (CogVideoXVAEConfig, CogVideoXVAE),
+}
+
+
+def read_components(
+    path: str | Path, dtype: jnp.dtype, text_weights: str = "float"
+) -> dict[str, Any]:
     """Everything in the folder, as keyword arguments of `Pipeline`.
 
     Args:
         path: a folder, or the name of one on the Hugging Face hub.
         dtype: of the matrices of transformer and text encoder, and of what they compute.
+        text_weights: "float", or "int8" for the text encoder in a byte per weight.
 
     Raises:
         UserError: see `qvgen_jax.load`.
     """
     folder = find_folder(path)
-    _check_index(folder)
+    check_index(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
+    transformer = read_transformer(folder / "transformer", dtype)
+    wan = isinstance(transformer.config, WanConfig)
+    rule = WAN_PROMPTS if wan else COGVIDEOX_PROMPTS
     return {
-        "transformer": read_transformer(folder / "transformer", dtype),
+        "transformer": transformer,
         "vae": read_vae(folder / "vae"),
-        "text_encoder": read_text_encoder(folder / "text_encoder", dtype),
+        "text_encoder": read_text_encoder(folder / "text_encoder", dtype, text_weights),
         "tokenizer": tokenizer,
-        "scheduler": UniPCConfig.from_json(read_json(folder / "scheduler/scheduler_config.json")),
-        "defaults": _read_defaults(folder, default_max_length(tokenizer)),
+        "scheduler": scheduler_from_json(read_json(folder / "scheduler/scheduler_config.json")),
+        "defaults": _read_defaults(folder, transformer.config, default_max_length(tokenizer, rule)),
+        "prompt_rule": rule,
     }
 
 
@@ -60,12 +83,14 @@ def find_folder(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
+    if folder.suffix in PICKLES and folder.is_file():
+        raise pickle_refusal(folder)
     parts = str(path).split("/")
     if len(parts) != 2 or not all(part and part[0] not in ".~" for part in parts):
         raise UserError(f"{path} is not a folder; give a pipeline folder or a hub name owner/name")
     import huggingface_hub
 
-    kinds = ("*.json", "*.safetensors", "*.model", "*.txt")
+    kinds = ("*.json", "*.safetensors", "*.model", "*.txt", *_LICENCES)
     try:
         return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(kinds)))
     except Exception as error:  # Its errors have no common base: network, cache, name, access.
@@ -76,7 +101,12 @@ def find_folder(path: str | Path) -> Path:
         ) from error
 
 
-def _check_index(folder: Path) -> None:
+def check_index(folder: Path) -> None:
+    """See that a pipeline is of a supported kind.
+
+    Raises:
+        UserError: its `model_index.json` names another class or a second transformer.
+    """
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name")
     second = [
@@ -86,16 +116,20 @@ def _check_index(folder: Path) -> None:
     ]
     if index.get("expand_timesteps"):
         second.append("expand_timesteps")
-    if name != "WanPipeline" or second:
+    if name not in ("WanPipeline", "CogVideoXPipeline") or second:
         extra = f" with {', '.join(second)}" if second else ""
         raise UserError(
-            f"{folder} holds a {name}{extra}; supported are Wan 2.1 text-to-video pipelines "
-            "(WanPipeline with one transformer)"
+            f"{folder} holds a {name}{extra}; supported are text-to-video pipelines with one "
+            "transformer: WanPipeline of Wan 2.1, CogVideoXPipeline of CogVideoX 2B, 5B and 1.5-5B"
         )
 
 
-def _read_defaults(folder: Path, max_length: int) -> dict[str, Any]:
-    path, defaults = folder / "generation_config.json", {**WAN_DEFAULTS, "max_length": max_length}
+def _read_defaults(folder: Path, config: TransformerConfig, max_length: int) -> dict[str, Any]:
+    if isinstance(config, WanConfig):
+        family = WAN_DEFAULTS
+    else:
+        family = COGVIDEOX_1_5_DEFAULTS if config.patch_size[0] > 1 else COGVIDEOX_DEFAULTS
+    path, defaults = folder / "generation_config.json", {**family, "max_length": max_length}
     fields = read_json(path) if path.exists() else {}
     unknown = sorted(set(fields) - set(defaults))
     if unknown:
@@ -103,43 +137,62 @@ def _read_defaults(folder: Path, max_length: int) -> dict[str, Any]:
     return defaults | fields
 
 
-def read_transformer(folder: Path, dtype: jnp.dtype) -> Transformer:
-    """The transformer of a folder, full precision or packed by this project's export."""
+def read_transformer(folder: Path, dtype: jnp.dtype, shardings: Any = None) -> Transformer:
+    """The transformer of a folder: full precision, imported, or packed by this project's export.
+
+    Args:
+        folder: the transformer's.
+        dtype: of its matrices.
+        shardings: where an imported one shall live: a tree like the parameters', or one
+            `jax.sharding.Sharding` for all; every host then reads its own slices only. If None,
+            and always for the other two, the parameters arrive in host memory.
+    """
     fields = read_json(folder / "config.json")
-    config = WanConfig.from_json(fields)
+    config = config_from_json(fields)
     if fields.get("quantization_config"):
         quant = read_quantization_config(fields["quantization_config"])
         return _read_packed_transformer(folder, config, quant, dtype)
 
-    def build() -> WanTransformer:
-        return WanTransformer(config, key=jax.random.key(0), dtype=dtype, remat=False)
+    def build() -> nnx.Module:
+        return build_transformer(config, key=jax.random.key(0), dtype=dtype, remat=False)
 
     def precision(path: tuple[str, ...]) -> jnp.dtype:
         return jnp.float32 if set(path) & set(_FLOAT32) else dtype
 
-    table = wan_transformer.name_table(config)
+    if array_tree.is_array_tree(folder):
+        graphdef, expected = _described(build, precision)
+        like = _placed(expected, shardings)
+        return Transformer(config, graphdef, (array_tree.restore_params(folder, like),))
+    table = table_for(config)
     return Transformer(config, *_read_network(folder, build, table, Tensors(folder), precision))
 
 
 def _read_packed_transformer(
-    folder: Path, config: WanConfig, quant: QuantConfig, dtype: jnp.dtype
+    folder: Path, config: TransformerConfig, quant: QuantConfig, dtype: jnp.dtype
 ) -> Transformer:
     graphdef, shapes, levels = packed_definition(config, quant, dtype)
-    table = wan_transformer.name_table(config)
-    params = from_packed(table, Tensors(folder), quantizable(config), quant, shapes)
+    params = from_packed(table_for(config), Tensors(folder), quantizable(config), quant, shapes)
     return Transformer(config, graphdef, (params, levels))
 
 
 def read_vae(folder: Path) -> VAE:
     """The VAE of a folder, in float32."""
-    config = WanVAEConfig.from_json(read_json(folder / "config.json"))
+    fields = read_json(folder / "config.json")
+    name = fields.get("_class_name", "AutoencoderKLWan")
+    if name not in _AUTOENCODERS:
+        raise UserError(
+            f"{folder} holds a {name}; supported are {', '.join(_AUTOENCODERS)}, the autoencoders "
+            "of Wan 2.1 and CogVideoX"
+        )
+    config_class, network = _AUTOENCODERS[name]
+    config = config_class.from_json(fields)
 
-    def build() -> WanVAE:
-        return WanVAE(config, key=jax.random.key(0))
+    def build() -> nnx.Module:
+        return network(config, key=jax.random.key(0))
 
-    table = wan_vae.name_table(config)
+    tensors = Tensors(folder)
     return VAE(
-        config, *_read_network(folder, build, table, Tensors(folder), lambda path: jnp.float32)
+        config, *_read_network(folder, build, table_for(config), tensors, lambda path: jnp.float32)
     )
 
 
@@ -175,11 +228,10 @@ def _read_network(
     tensors: Mapping[str, np.ndarray],
     precision: Callable[[tuple[str, ...]], jnp.dtype],
 ) -> tuple[nnx.GraphDef, tuple[dict]]:
-    """The network's description and `(params,)`; vectors stay float32, whatever `precision`."""
-    graphdef, expected = nnx.split(nnx.eval_shape(build), nnx.Param)
+    """The network's description and `(params,)`."""
+    graphdef, expected = _described(build, precision)
     params = from_torch(table, tensors)
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(expected))
-    for path, leaf in leaves:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
         names = tuple(part.key for part in path)
         node = params
         for name in names[:-1]:
@@ -190,6 +242,33 @@ def _read_network(
                 f"{folder}: {'.'.join(names)} is {list(array.shape)}, expected "
                 f"{list(leaf.shape)} by config.json; they belong to different models"
             )
-        matrix = names[-1] in ("kernel", "token_embedding")
-        node[names[-1]] = np.asarray(array, precision(names) if matrix else jnp.float32)
+        node[names[-1]] = np.asarray(array, leaf.dtype)
     return graphdef, (params,)
+
+
+def _described(
+    build: Callable[[], nnx.Module], precision: Callable[[tuple[str, ...]], jnp.dtype]
+) -> tuple[nnx.GraphDef, dict]:
+    """The network's description, and its parameters' shapes with the types to hold them in.
+
+    Vectors stay float32, whatever `precision` says.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(build), nnx.Param)
+
+    def held(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = tuple(part.key for part in path)
+        matrix = names[-1] in ("kernel", "token_embedding")
+        return jax.ShapeDtypeStruct(leaf.shape, precision(names) if matrix else jnp.float32)
+
+    return graphdef, jax.tree_util.tree_map_with_path(held, nnx.to_pure_dict(state))
+
+
+def _placed(expected: dict, shardings: Any) -> dict:
+    if shardings is None:
+        return expected
+    shardings = jax.tree.broadcast(shardings, expected)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        expected,
+        shardings,
+    )

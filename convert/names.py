@@ -4,6 +4,7 @@ A table is a list of `Entry`. `from_torch` and `to_torch` are inverse to each ot
 missing, unexpected or misshapen tensor is an error, never a log line.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -40,7 +41,8 @@ class Entry(NamedTuple):
     shape: tuple[int, ...] | None = None
 
 
-def _import(array: np.ndarray, entry: Entry) -> np.ndarray:
+def to_ours(array: np.ndarray, entry: Entry) -> np.ndarray:
+    """One PyTorch tensor in our layout; a view where the layout allows."""
     if entry.layout == "flat":
         return array.reshape(-1)
     if entry.layout == "patch":
@@ -51,7 +53,8 @@ def _import(array: np.ndarray, entry: Entry) -> np.ndarray:
     return array if axes is None else array.transpose(axes)
 
 
-def _export(array: np.ndarray, entry: Entry) -> np.ndarray:
+def to_theirs(array: np.ndarray, entry: Entry) -> np.ndarray:
+    """One of our tensors (one layer of a stacked leaf) in PyTorch's layout."""
     if entry.layout == "flat":
         return array.reshape(entry.shape)
     if entry.layout == "patch":
@@ -63,6 +66,11 @@ def _export(array: np.ndarray, entry: Entry) -> np.ndarray:
     return array if axes is None else array.transpose(np.argsort(axes))
 
 
+def torch_shape(shape: tuple[int, ...], entry: Entry) -> tuple[int, ...]:
+    """PyTorch's shape of what is `shape` in our layout (one layer of a stacked leaf)."""
+    return to_theirs(np.broadcast_to(np.int8(0), shape), entry).shape
+
+
 def torch_names(table: Iterable[Entry]) -> list[str]:
     """Every PyTorch name the table speaks of."""
     names = []
@@ -72,15 +80,41 @@ def torch_names(table: Iterable[Entry]) -> list[str]:
     return names
 
 
-def check_names(table: Iterable[Entry], tensors: Iterable[str]) -> None:
-    """Raises UserError, naming the first few, if tensors are missing or unexpected."""
-    expected = set(torch_names(table))
-    missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+def in_ranges(names: Iterable[str]) -> str:
+    """All the names in few words: `blocks.{0-3,7}.norm.weight, proj_out.bias`."""
+    layers: dict[str, list[int]] = {}
+    for name in sorted(names):
+        number = re.search(r"(?<=\.)\d+(?=\.)", name)
+        pattern = f"{name[: number.start()]}{{}}{name[number.end() :]}" if number else name
+        layers.setdefault(pattern, []).extend([int(number.group())] if number else [])
+    return ", ".join(
+        name.replace("{}", f"{{{_ranges(sorted(numbers))}}}" if len(numbers) > 1 else str(*numbers))
+        for name, numbers in layers.items()
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def check_names(expected: Iterable[str], given: Iterable[str]) -> None:
+    """See that every tensor is used once and every target filled once.
+
+    Raises:
+        UserError: tensors are missing or unexpected; the message names them all.
+    """
+    missing, unexpected = set(expected) - set(given), set(given) - set(expected)
     if missing or unexpected:
         raise UserError(
             f"the checkpoint does not fit its config.json: {len(missing)} tensors missing "
-            f"{missing[:4]}, {len(unexpected)} unexpected {unexpected[:4]}; check that the folder "
-            "holds the model that its config.json describes"
+            f"[{in_ranges(missing)}], {len(unexpected)} unexpected [{in_ranges(unexpected)}]; "
+            "check that the folder holds the model that its config.json describes"
         )
 
 
@@ -88,16 +122,16 @@ def from_torch(table: list[Entry], tensors: Mapping[str, np.ndarray]) -> dict:
     """Our nested dict from PyTorch tensors (as numpy arrays).
 
     Raises:
-        UserError: tensors are missing or unexpected.
+        UserError: tensors are missing or unexpected; the message names them all.
     """
-    check_names(table, tensors)
+    check_names(torch_names(table), tensors)
     params: dict = {}
     for entry in table:
         if entry.layers is None:
-            leaf = np.ascontiguousarray(_import(tensors[entry.name], entry))
+            leaf = np.ascontiguousarray(to_ours(tensors[entry.name], entry))
         else:
             layers = range(entry.layers)
-            leaf = np.stack([_import(tensors[entry.name.format(i=i)], entry) for i in layers])
+            leaf = np.stack([to_ours(tensors[entry.name.format(i=i)], entry) for i in layers])
         node = params
         for part in entry.path[:-1]:
             node = node.setdefault(part, {})
@@ -114,9 +148,9 @@ def to_torch(table: list[Entry], params: Mapping) -> dict[str, np.ndarray]:
             node = node[part]
         leaf = np.asarray(node)
         if entry.layers is None:
-            tensors[entry.name] = np.ascontiguousarray(_export(leaf, entry))
+            tensors[entry.name] = np.ascontiguousarray(to_theirs(leaf, entry))
         else:
             for i in range(entry.layers):
                 name = entry.name.format(i=i)
-                tensors[name] = np.ascontiguousarray(_export(leaf[i], entry))
+                tensors[name] = np.ascontiguousarray(to_theirs(leaf[i], entry))
     return tensors

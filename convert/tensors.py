@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from convert.safetensors_file import Header, TensorInfo, read_header, read_tensor
 from qvgen_jax.errors import UserError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+INDEX = ".safetensors.index.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,53 +42,118 @@ class Tensors(Mapping[str, np.ndarray]):
 
     bfloat16 arrives as `ml_dtypes.bfloat16`. At any time only what the caller keeps is in memory.
 
+    Attributes:
+        headers: of every file, by its name; checked before anything is read.
+        index: the index file; None where there is one file without an index.
+        infos: every tensor's type, shape and place.
+
     Raises:
-        UserError: the folder holds no safetensors, or a file is cut short or missing.
+        UserError: the folder holds no safetensors (a pickle is refused with the remedy), a file is
+            missing, damaged or outside the folder, index and files disagree, or a tensor holds NaN.
     """
 
     def __init__(self, folder: Path):
-        self._folder = folder
-        self._files: dict[str, Any] = {}
-        self._where = self._read_index()
-
-    def _read_index(self) -> dict[str, str]:
-        indexes = sorted(self._folder.glob("*.safetensors.index.json"))
-        if indexes:
-            where = read_json(indexes[0]).get("weight_map")
-            if not isinstance(where, dict):
-                raise UserError(f"{indexes[0]} has no weight_map; fetch the folder again")
-            return where
-        files = sorted(self._folder.glob("*.safetensors"))
-        if len(files) != 1:
-            raise UserError(
-                f"{self._folder} holds {len(files)} .safetensors files and no index: expected one "
-                "file, or several with a .safetensors.index.json; fetch the folder again"
-            )
-        return {name: files[0].name for name in self._open(files[0].name).keys()}  # noqa: SIM118
-
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            path = self._folder / file
-            try:
-                self._files[file] = safe_open(path, framework="numpy")
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} does not read ({error}); fetch it again") from error
-        return self._files[file]
+        self.index, where = _find_files(folder)
+        names = sorted(set(where.values())) if self.index else [_only_file(folder).name]
+        for name in names:
+            check_inside(folder / name, folder)
+        self.headers: dict[str, Header] = {name: read_header(folder / name) for name in names}
+        self.infos: dict[str, TensorInfo] = {}
+        held = [(file, info) for file, header in self.headers.items() for info in header.tensors]
+        if self.index:
+            _check_against_index(self.index, where, [(info.name, file) for file, info in held])
+        self.infos = {info.name: info for _, info in held}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        file = self._where[name]
-        try:
-            return self._open(file).get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(
-                f"{self._folder / file} does not give {name} ({error}); fetch it again"
-            ) from error
+        return read_tensor(self.infos[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self.infos)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self.infos)
+
+
+def _find_files(folder: Path) -> tuple[Path | None, dict[str, str]]:
+    """The index and its map from tensor to file; `(None, {})` where there is no index."""
+    # `model.fp16.safetensors.index.json` may lie beside `model.safetensors.index.json`.
+    indexes = sorted(folder.glob(f"*{INDEX}"), key=lambda path: (path.name.count("."), path.name))
+    if not indexes:
+        return None, {}
+    where = read_json(indexes[0]).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise UserError(f"{indexes[0]} has no weight_map; fetch the folder again")
+    strange = sorted({str(file) for file in where.values() if not is_plain_name(file)})
+    if strange:
+        raise UserError(
+            f"{indexes[0]} names files outside its folder: {', '.join(strange)}; expected plain "
+            "names of .safetensors files beside it. Do not trust this folder; fetch it again"
+        )
+    return indexes[0], where
+
+
+def is_plain_name(file: Any) -> bool:
+    """Whether a file that an index names is a safetensors file right beside it."""
+    return (
+        isinstance(file, str)
+        and file.endswith(".safetensors")
+        and not set(file) & {"/", "\\", "\0"}
+        and file[0] != "."
+    )
+
+
+def _only_file(folder: Path) -> Path:
+    files = sorted(folder.glob("*.safetensors"))
+    pickles = sorted(path for path in folder.glob("*") if path.suffix in PICKLES)
+    if not files and pickles:
+        raise pickle_refusal(pickles[0])
+    if len(files) != 1:
+        raise UserError(
+            f"{folder} holds {len(files)} .safetensors files and no index: expected one "
+            "file, or several with a .safetensors.index.json; fetch the folder again"
+        )
+    return files[0]
+
+
+def pickle_refusal(path: Path) -> UserError:
+    """Why a pickle is not read, and what to do instead."""
+    return UserError(
+        f"{path} is a pickle, and reading a pickle runs whatever code its author put there; only "
+        "safetensors are read. If you trust it, rewrite it once where PyTorch is installed: "
+        'python -c "import torch; from safetensors.torch import save_file; '
+        f"save_file(torch.load('{path.name}', map_location='cpu', weights_only=True), "
+        f"'{path.with_suffix('.safetensors').name}', metadata={{'format': 'pt'}})\""
+    )
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """See that a file of `folder` is not a link to something elsewhere.
+
+    The hub's cache is such links, from `snapshots/REVISION/` to `blobs/`: those are let through.
+
+    Raises:
+        UserError: the file lies outside.
+    """
+    real, root = path.resolve(), folder.resolve()
+    snapshots = [parent for parent in root.parents if parent.name == "snapshots"]
+    allowed = [root, *(parent.parent / "blobs" for parent in snapshots)]
+    if not any(real.is_relative_to(parent) for parent in allowed):
+        raise UserError(
+            f"{path} is a link to {real}, outside its folder; put the file itself there if you "
+            "trust it"
+        )
+
+
+def _check_against_index(
+    index: Path, where: Mapping[str, str], held: list[tuple[str, str]]
+) -> None:
+    stated, found = set(where.items()), set(held)
+    faults = [f"{name} is not in {file}" for name, file in sorted(stated - found)]
+    faults += [f"{file} holds {name} unknown to it" for name, file in sorted(found - stated)]
+    if faults:
+        raise UserError(
+            f"{index} and its files disagree: {'; '.join(faults)}; fetch the folder again"
+        )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
