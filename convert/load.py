@@ -58,10 +58,15 @@ def read_components(
         UserError: see `qvgen_jax.load`.
     """
     folder = find_folder(path)
-    check_index(folder)
+    pipeline = check_index(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     transformer = read_transformer(folder / "transformer", dtype)
     wan = isinstance(transformer.config, WanConfig)
+    if wan != (pipeline == "WanPipeline"):
+        raise UserError(
+            f"{folder / 'model_index.json'} says {pipeline}, but the transformer is of another "
+            "family; fetch the folder again"
+        )
     rule = WAN_PROMPTS if wan else COGVIDEOX_PROMPTS
     return {
         "transformer": transformer,
@@ -101,8 +106,8 @@ def find_folder(path: str | Path) -> Path:
         ) from error
 
 
-def check_index(folder: Path) -> None:
-    """See that a pipeline is of a supported kind.
+def check_index(folder: Path) -> str:
+    """The pipeline's class, if it is of a supported kind.
 
     Raises:
         UserError: its `model_index.json` names another class or a second transformer.
@@ -122,6 +127,7 @@ def check_index(folder: Path) -> None:
             f"{folder} holds a {name}{extra}; supported are text-to-video pipelines with one "
             "transformer: WanPipeline of Wan 2.1, CogVideoXPipeline of CogVideoX 2B, 5B and 1.5-5B"
         )
+    return name
 
 
 def _read_defaults(folder: Path, config: TransformerConfig, max_length: int) -> dict[str, Any]:
