@@ -52,6 +52,7 @@ def make_recipe(
         decay=rank_decay(config),
         optimizer=make_optimizer(config["train"]),
         noising=training_noise(scheduler, config["train"]),
+        temporal_patch=model.patch_size[0],
         train=config["train"],
         seed=config["seed"],
     )

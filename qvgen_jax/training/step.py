@@ -21,6 +21,7 @@ class Recipe(NamedTuple):
         decay: rank and gate as functions of step.
         optimizer: the update rule.
         noising: makes noisy latents and a timestep of a clean clip.
+        temporal_patch: latent frames per token of the model.
         train: the `train` section of the config.
         seed: of noise, timesteps and caption dropout.
     """
@@ -30,6 +31,7 @@ class Recipe(NamedTuple):
     decay: RankDecay
     optimizer: optax.GradientTransformation
     noising: Noising
+    temporal_patch: int
     train: Mapping
     seed: int
 
@@ -42,6 +44,19 @@ def sample_keys(seed: int, step: jax.Array, sample_index: jax.Array) -> jax.Arra
     """
     step_key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(lambda index: jax.random.fold_in(step_key, index))(sample_index)
+
+
+def fill_patches(batch: Mapping, temporal_patch: int) -> dict:
+    """Clips whose latent frames divide into patches: the first one is repeated in front.
+
+    As CogVideoX1.5's authors finetune it; with patches of one frame nothing changes.
+    """
+    extra = -batch["latent_mean"].shape[1] % temporal_patch
+    filled = dict(batch)
+    for name in ("latent_mean", "latent_logvar"):
+        frames = batch[name]
+        filled[name] = jnp.concatenate([*[frames[:, :1]] * extra, frames], axis=1)
+    return filled
 
 
 def noisy_inputs(
@@ -133,7 +148,8 @@ def train_step(
     step = state["step"]
     keys = sample_keys(recipe.seed, step, batch["sample_index"])
     dropout = recipe.train["caption_dropout"]
-    inputs = noisy_inputs(batch, keys, recipe.noising, dropout, empty_text)
+    filled = fill_patches(batch, recipe.temporal_patch)
+    inputs = noisy_inputs(filled, keys, recipe.noising, dropout, empty_text)
     gate = gate_at(step, recipe.decay)
 
     def loss_of(params: dict, part: dict) -> jax.Array:

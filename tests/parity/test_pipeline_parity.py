@@ -118,3 +118,98 @@ def test_the_trained_tiny_pipeline_gives_the_same_frames():
     ours = pipe.generate(PROMPTS, latents=noise, max_length=32)
     assert ours.shape == theirs.shape
     assert _difference(ours, theirs) < 1.0
+
+
+_COGVIDEOX = {
+    "2b": {},
+    "5b": {"use_rotary_positional_embeddings": True},
+    "1_5": {"use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False},
+}
+
+
+def _random_cogvideox(folder: Path, variant: str) -> Path:
+    """As `_random_folder`, of CogVideoX; its weights are random beyond their initial scale."""
+    torch.manual_seed(1)
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_embed_dim=24,
+        time_embed_dim=12,
+        num_layers=2,
+        sample_width=6,
+        sample_height=4,
+        sample_frames=9,
+        max_text_seq_length=32,
+        **_COGVIDEOX[variant],
+    )
+    vae = diffusers.AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 16),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_height=32,
+        sample_width=48,
+        scaling_factor=0.7,
+    )
+    text_config = transformers.T5Config(
+        vocab_size=126,
+        d_model=24,
+        d_kv=6,
+        d_ff=40,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    diffusers.CogVideoXPipeline(
+        tokenizer=transformers.AutoTokenizer.from_pretrained(TINY_WAN / "tokenizer"),
+        text_encoder=transformers.T5EncoderModel(text_config).eval(),
+        vae=vae.eval(),
+        scheduler=diffusers.CogVideoXDDIMScheduler(
+            prediction_type="v_prediction",
+            timestep_spacing="trailing",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=3.0,
+        ),
+        transformer=transformer.eval(),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("variant", "dynamic"), [("2b", False), ("5b", True), ("1_5", False)])
+def test_a_random_cogvideox_gives_the_same_frames(variant, dynamic, tmp_path):
+    """From the prompt on. Three latent frames: of 1.5 a fourth goes in front and is dropped."""
+    folder = _random_cogvideox(tmp_path / "pipeline", variant)
+    frames = 4 if variant == "1_5" else 3
+    noise = np.random.default_rng(0).standard_normal((3, frames, 4, 6, 4)).astype(np.float32)
+    negative = ["a blue square", "", "noise, noise"]
+    theirs = diffusers.CogVideoXPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(
+        prompt=PROMPTS,
+        negative_prompt=negative,
+        height=32,
+        width=48,
+        num_frames=9,
+        num_inference_steps=5,
+        guidance_scale=3.5,
+        use_dynamic_cfg=dynamic,
+        latents=torch.tensor(noise.transpose(0, 1, 4, 2, 3)),
+        max_sequence_length=32,
+        output_type="np",
+    ).frames
+    pipe = qvgen_jax.load(folder)
+    video = pipe.generate(
+        PROMPTS,
+        negative,
+        num_frames=9,
+        steps=5,
+        latents=noise,
+        max_length=32,
+        height=32,
+        width=48,
+        guidance=Guidance(3.5, dynamic=dynamic),
+    )
+    assert video.shape == expected.shape
+    assert _difference(video, expected) < 0.01
