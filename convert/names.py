@@ -67,10 +67,10 @@ def torch_names(table: Iterable[Entry]) -> list[str]:
     return names
 
 
-def check_names(table: Iterable[Entry], tensors: Iterable[str]) -> None:
+def check_names(expected: Iterable[str], given: Iterable[str]) -> None:
     """Raises UserError, naming the first few, if tensors are missing or unexpected."""
-    expected = set(torch_names(table))
-    missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+    expected, given = set(expected), set(given)
+    missing, unexpected = sorted(expected - given), sorted(given - expected)
     if missing or unexpected:
         raise UserError(
             f"the checkpoint does not fit its config.json: {len(missing)} tensors missing "
@@ -85,7 +85,7 @@ def from_torch(table: list[Entry], tensors: Mapping[str, np.ndarray]) -> dict:
     Raises:
         UserError: tensors are missing or unexpected.
     """
-    check_names(table, tensors)
+    check_names(torch_names(table), tensors)
     params: dict = {}
     for entry in table:
         if entry.layers is None:
