@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from convert.names import Entry, check_names
+from convert.names import Entry, check_names, torch_names
 from qvgen_jax.errors import UserError
 from qvgen_jax.text.int8 import quantize_rows
 from qvgen_jax.text.t5 import T5Config, T5Encoder
@@ -82,7 +82,7 @@ def read_int8(config: T5Config, tensors: Mapping[str, np.ndarray]) -> dict:
         return T5Encoder(config, key=jax.random.key(0), weights="int8")
 
     table, params = name_table(config), {}
-    check_names(table, tensors)
+    check_names(torch_names(table), tensors)
     expected = nnx.to_pure_dict(nnx.state(nnx.eval_shape(build), nnx.Param))
     for entry in table:
         *above, last = entry.path
