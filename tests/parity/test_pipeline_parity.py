@@ -11,6 +11,7 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 import qvgen_jax  # noqa: E402
+from qvgen_jax.diffusion.guidance import Guidance  # noqa: E402
 
 TINY_WAN = Path(__file__).parents[2] / "assets" / "tiny_wan"
 TRAINED = (TINY_WAN / "transformer" / "diffusion_pytorch_model.safetensors").exists()
