@@ -4,11 +4,11 @@
     python benchmarks/convert_memory.py random --folder /tmp --layers 8
 
 `sparse` makes files with every name and shape of the published float32 model (57 GB) whose bytes
-are holes, and imports and verifies them: all zeros, which the arrays do not store, so nearly no
-disk is used. `random` makes, imports, verifies and exports a model of some of its layers with real
-bytes, beside a plain copy of the same files; it needs three times the model's size. Every step is
-a process of its own whose peak resident memory the kernel reports, and starts with the source out
-of the page cache. What was made is deleted. docs/convert.md holds the results.
+are holes, and imports them: all zeros, which the arrays do not store, so nearly no disk is used.
+`random` makes, imports, verifies and exports a model of some of its layers with real bytes, beside
+a plain copy of the same files; it needs three times the model's size. Every step is a process of
+its own whose peak resident memory the kernel reports, and starts with the source out of the page
+cache. What was made is deleted. docs/convert.md holds the results.
 """
 
 import argparse
@@ -119,13 +119,14 @@ def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="convert_memory_", dir=arguments.folder))
     source, imported = root / "source", root / "imported"
     convert = [sys.executable, "-m", "convert"]
-    steps = {
-        "import": [*convert, "import", str(source), str(imported)],
-        "verify": [*convert, "verify", str(source), str(imported)],
-    }
+    steps = {"import": [*convert, "import", str(source), str(imported)]}
     if arguments.mode == "random":
-        copy = {"cp": ["cp", "-r", str(source), str(root / "copy")]}
-        steps = copy | steps | {"export": [*convert, "export", str(imported), str(root / "back")]}
+        steps = {
+            "cp": ["cp", "-r", str(source), str(root / "copy")],
+            **steps,
+            "verify": [*convert, "verify", str(source), str(imported)],
+            "export": [*convert, "export", str(imported), str(root / "back")],
+        }
     try:
         largest = write_source(source, config, arguments.mode == "random")
         files = list((source / "transformer").glob("*.safetensors"))

@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 
-from convert.travel import Progress
+from convert.travel import Report
 from qvgen_jax.errors import UserError
 
 _EVERY_SECONDS = 5.0
@@ -62,7 +62,7 @@ def run(command: str, source: str, target: str) -> int:
     return 0
 
 
-def _meter(unit: str, size: float) -> Progress:
+def _meter(unit: str, size: float) -> Report:
     """A line on stderr now and then."""
     last = time.monotonic()
 

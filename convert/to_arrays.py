@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,23 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from convert import array_tree
+from convert import array_tree, progress
 from convert.load import check_index, find_folder
 from convert.names import to_ours
 from convert.plan import Part, batches, parts, plan_leaves
 from convert.safetensors_file import sha256
 from convert.tensors import Tensors, read_json
-from convert.travel import (
-    Progress,
-    check_companions,
-    check_target,
-    copy_companions,
-    silent,
-)
+from convert.travel import Report, check_companions, check_target, copy_companions, silent
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import config_from_json
-
-_PROGRESS = "progress.jsonl"
 
 
 class Imported(NamedTuple):
@@ -37,9 +28,7 @@ class Imported(NamedTuple):
     converted: int
 
 
-def import_pipeline(
-    source: str | Path, target: str | Path, progress: Progress = silent
-) -> Imported:
+def import_pipeline(source: str | Path, target: str | Path, report: Report = silent) -> Imported:
     """Converts the transformer and copies everything else.
 
     The folder appears only when it is complete. Until then it grows in `TARGET.partial`; the same
@@ -49,7 +38,7 @@ def import_pipeline(
     Args:
         source: a folder in diffusers' layout, or the name of one on the Hugging Face hub.
         target: the folder to make.
-        progress: called with the transformer's bytes written so far, and all of them.
+        report: called with the transformer's bytes written so far, and all of them.
 
     Raises:
         UserError: the source is damaged, holds NaN or is of an unknown model; or the target exists.
@@ -61,29 +50,30 @@ def import_pipeline(
     leaves = plan_leaves(config_from_json(fields), tensors.infos)
     check_companions(source)
 
-    partial = target.with_name(target.name + ".partial")
+    partial, records = progress.start(target, _task(tensors))
     folder = partial / "transformer"
     (folder / array_tree.ARRAYS).mkdir(parents=True, exist_ok=True)
-    digests = _resume(partial, _fingerprint(tensors))
     copy_companions(source, partial)
+    digests = {name: digest for record in records for name, digest in record.items()}
     before, total = len(digests), sum(info.nbytes for info in tensors.infos.values())
     work = [part for part in parts(leaves) if part.name not in digests]
     for record in _write(work, tensors, folder / array_tree.ARRAYS):
         digests |= record
-        _append(partial / _PROGRESS, record)
-        progress(sum(tensors.infos[name].nbytes for name in digests), total)
+        progress.add(partial, record)
+        report(sum(tensors.infos[name].nbytes for name in digests), total)
     array_tree.write_metadata(folder / array_tree.ARRAYS, [leaf.entry.path for leaf in leaves])
     manifest = {
         "format_version": array_tree.FORMAT_VERSION,
         "leaves": {x.name: {"shape": list(x.shape), "dtype": x.dtype.name} for x in leaves},
         "sha256": digests,
         "files": {name: header.text for name, header in tensors.headers.items()},
-        "index": tensors.index
-        and {"name": tensors.index.name, "text": tensors.index.read_text(encoding="utf-8")},
+        "index": None,
     }
-    array_tree.write_durably(folder / array_tree.MANIFEST, json.dumps(manifest, indent=1))
-    (partial / _PROGRESS).unlink()
-    partial.rename(target)
+    if tensors.index:
+        text = tensors.index.read_bytes().decode()
+        manifest["index"] = {"name": tensors.index.name, "text": text}
+    progress.write_durably(folder / array_tree.MANIFEST, json.dumps(manifest, indent=1))
+    progress.finish(partial, target)
     return Imported(len(tensors), total, len(tensors) - before)
 
 
@@ -99,41 +89,17 @@ def _open_source(folder: Path) -> tuple[Tensors, dict[str, Any]]:
     return Tensors(folder), fields
 
 
-def _fingerprint(tensors: Tensors) -> dict[str, Any]:
+def _task(tensors: Tensors) -> dict[str, Any]:
     """What must be unchanged for an interrupted import to go on."""
     files = {info.file for info in tensors.infos.values()}
     stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
     headers = "".join(header.text for _, header in sorted(tensors.headers.items()))
     return {
+        "task": "import",
         "format_version": array_tree.FORMAT_VERSION,
         "files": dict(sorted(stamps.items())),
         "headers": hashlib.sha256(headers.encode()).hexdigest(),
     }
-
-
-def _resume(partial: Path, fingerprint: dict[str, Any]) -> dict[str, str]:
-    """The checksums of the tensors already written; starts the record if there is none."""
-    path = partial / _PROGRESS
-    if not path.exists():
-        array_tree.write_durably(path, json.dumps(fingerprint) + "\n")
-        return {}
-    # A line that the interruption cut short stands for nothing: its tensors are written again.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    first, *records = (json.loads(line) for line in lines[:-1])
-    if first != fingerprint:
-        raise UserError(
-            f"{partial} is what another import left unfinished, or its source has changed since; "
-            "delete it, or choose another folder"
-        )
-    array_tree.write_durably(path, "".join(f"{line}\n" for line in lines[:-1]))
-    return {name: digest for record in records for name, digest in record.items()}
-
-
-def _append(path: Path, record: dict[str, str]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write(work: list[Part], tensors: Tensors, root: Path) -> Iterator[dict[str, str]]:

@@ -1,23 +1,24 @@
 """Export: an imported pipeline folder becomes the safetensors files that it was made from."""
 
+import hashlib
 import os
 from pathlib import Path
 
 import numpy as np
 
-from convert import array_tree
+from convert import array_tree, progress
 from convert.array_tree import ArrayTensors
 from convert.load import find_folder
 from convert.names import check_names, in_ranges
 from convert.safetensors_file import TensorInfo, parse_header, sha256
 from convert.tables import table_for
 from convert.tensors import INDEX, is_plain_name, read_json
-from convert.travel import Progress, check_target, copy_companions, silent
+from convert.travel import Report, check_target, copy_companions, silent
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import config_from_json
 
 
-def export_safetensors(source: str | Path, target: str | Path, progress: Progress = silent) -> int:
+def export_safetensors(source: str | Path, target: str | Path, report: Report = silent) -> int:
     """Writes the transformer's files byte for byte as they were imported, and copies the rest.
 
     The folder appears only when it is complete. Until then it grows in `TARGET.partial`; the same
@@ -26,7 +27,7 @@ def export_safetensors(source: str | Path, target: str | Path, progress: Progres
     Args:
         source: a folder made by `import_pipeline`.
         target: the folder to make, in diffusers' layout.
-        progress: called with the transformer's bytes written so far, and all of them.
+        report: called with the transformer's bytes written so far, and all of them.
 
     Returns:
         The transformer's bytes.
@@ -48,22 +49,28 @@ def export_safetensors(source: str | Path, target: str | Path, progress: Progres
     tensors = ArrayTensors(folder, table)
     check_names(tensors, [info.name for infos in files.values() for info in infos])
 
-    partial = target.with_name(target.name + ".partial")
+    partial, records = progress.start(target, _task(folder))
     copy_companions(source, partial)
     total = sum(info.nbytes for infos in files.values() for info in infos)
     done = 0
     for name, infos in files.items():
         path, text = partial / "transformer" / name, manifest["files"][name]
-        size = 8 + len(text.encode()) + sum(info.nbytes for info in infos)
-        if not (path.is_file() and path.stat().st_size == size):
+        if {"file": name} not in records:
             _write_file(path, text, infos, tensors, manifest["sha256"])
+            progress.add(partial, {"file": name})
         done += sum(info.nbytes for info in infos)
-        progress(done, total)
+        report(done, total)
     if manifest["index"]:
         index = partial / "transformer" / manifest["index"]["name"]
-        array_tree.write_durably(index, manifest["index"]["text"])
-    partial.rename(target)
+        progress.write_durably(index, manifest["index"]["text"])
+    progress.finish(partial, target)
     return total
+
+
+def _task(folder: Path) -> dict[str, str]:
+    """What must be unchanged for an interrupted export to go on."""
+    manifest = (folder / array_tree.MANIFEST).read_bytes()
+    return {"task": "export", "manifest": hashlib.sha256(manifest).hexdigest()}
 
 
 def _planned_files(folder: Path, manifest: dict) -> dict[str, tuple[TensorInfo, ...]]:

@@ -9,13 +9,13 @@ from convert import array_tree
 from convert.tensors import INDEX, PICKLES, Tensors, check_inside
 from qvgen_jax.errors import UserError
 
-Progress = Callable[[int, int], None]
+Report = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
 CERTIFICATE = "certificate.json"
 
 
 def silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """A report that nobody reads."""
 
 
 def companions(source: Path) -> list[Path]:
@@ -25,13 +25,16 @@ def companions(source: Path) -> list[Path]:
     (the hub's bookkeeping), pickles and certificates, which speak of this folder only.
 
     Raises:
-        UserError: a file is a link to outside the folder.
+        UserError: a file is a link to outside the folder, or a folder a link.
     """
     arrays, found = source / "transformer" / array_tree.ARRAYS, []
     for directory, folders, files in os.walk(source):
         here = Path(directory)
         keep = [name for name in folders if not name.startswith(".") and here / name != arrays]
         folders[:] = keep
+        for name in keep:
+            if (here / name).is_symlink():
+                raise UserError(f"{here / name} is a link; put the folder itself there")
         found += [here / name for name in files if _travels(here.relative_to(source), name)]
     for path in found:
         check_inside(path, source)

@@ -11,10 +11,11 @@ import numpy as np
 
 from convert import array_tree
 from convert.load import find_folder
+from convert.progress import write_durably
 from convert.safetensors_file import sha256
 from convert.tables import table_for
 from convert.tensors import Tensors, read_json
-from convert.travel import CERTIFICATE, Progress, companions, silent
+from convert.travel import CERTIFICATE, Report, companions, silent
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import config_from_json
 
@@ -37,7 +38,7 @@ def open_tensors(pipeline: Path) -> Mapping[str, np.ndarray]:
     return array_tree.ArrayTensors(folder, table_for(config_from_json(fields)))
 
 
-def verify(source: str | Path, converted: str | Path, progress: Progress = silent) -> dict:
+def verify(source: str | Path, converted: str | Path, report: Report = silent) -> dict:
     """Compares two pipeline folders and writes the certificate into the second.
 
     Either may be safetensors or an import. Tensors are read one by one.
@@ -54,7 +55,7 @@ def verify(source: str | Path, converted: str | Path, progress: Progress = silen
     tensors = {}
     for name in ours:
         tensors[name] = _compare(name, ours, theirs) if name in theirs else None
-        progress(len(tensors), len(ours))
+        report(len(tensors), len(ours))
     missing = sorted(name for name, found in tensors.items() if found is None)
     unexpected = sorted(set(theirs) - set(ours))
     tensors = {name: found for name, found in tensors.items() if found}
@@ -78,7 +79,7 @@ def verify(source: str | Path, converted: str | Path, progress: Progress = silen
         "tensors": tensors,
         "files": files,
     }
-    array_tree.write_durably(converted / CERTIFICATE, json.dumps(certificate, indent=1) + "\n")
+    write_durably(converted / CERTIFICATE, json.dumps(certificate, indent=1) + "\n")
     return certificate
 
 

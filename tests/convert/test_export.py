@@ -121,6 +121,23 @@ def test_quantized_linears_of_the_tiny_pipeline_take_thirty_percent_of_bfloat16(
     assert tensors["blocks.5.attn1.to_out.0.codes"].shape == (128, 64)
 
 
+def test_licence_and_model_card_travel_with_the_export_and_arrays_do_not(tmp_path, params):
+    source = pipeline_folder(tmp_path / "source", SMALL)
+    for name in ("LICENSE", "README.md", "transformer/NOTICE"):
+        (source / name).write_text(name)
+    (source / "transformer" / "arrays").mkdir()
+    for name in ("arrays/manifest.ocdbt", "arrays.json"):
+        (source / "transformer" / name).write_text("of an import")
+    export_pipeline(source, tmp_path / "export", SMALL, params, QuantConfig(rank=0))
+    for name in ("LICENSE", "README.md", "transformer/NOTICE"):
+        assert (tmp_path / "export" / name).read_text() == name
+    assert sorted(path.name for path in (tmp_path / "export" / "transformer").iterdir()) == [
+        "NOTICE",
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+
+
 def test_a_student_with_a_branch_is_refused(tmp_path, params):
     source = pipeline_folder(tmp_path / "source", SMALL)
     params = {**params, "proj_out": {**params["proj_out"], "L": jnp.ones((12, 4))}}

@@ -112,27 +112,31 @@ def test_chunks_hold_one_layer_and_split_what_a_mesh_splits(imported):
     assert chunk_shape((40, 5120, 5120), 2, True) == (1, 1280, 1280)
     assert chunk_shape((40, 5120), 4, True) == (1, 5120)
     assert chunk_shape((5120, 64), 4, False) == (5120, 64)
-    store = open_leaf(imported / "transformer" / "arrays", "blocks.ffn.up.kernel")
+    arrays = imported / "transformer" / "arrays"
+    store = open_leaf(arrays, "blocks.ffn.up.kernel")
     assert store.chunk_layout.read_chunk.shape == (1, 24, 35)
+    # 90 chunks and 30 descriptions, but one write.
+    assert len(list((arrays / "d").iterdir())) <= 4
 
 
 KILLED = """
     import os, signal, sys
-    from convert import plan, to_arrays
+    from convert import plan, progress
+    from convert.to_arrays import import_pipeline
 
-    record, count = to_arrays._append, 0
+    record, count = progress.add, 0
 
-    def killed(path, line):
+    def killed(partial, done):
         global count
         count += 1
         if count == 6:  # Written, but not yet on record.
-            with path.open("a") as file:
+            with (partial / "progress.jsonl").open("a") as file:
                 file.write('{"blocks.0.norm2.wei')
             os.kill(os.getpid(), signal.SIGKILL)
-        record(path, line)
+        record(partial, done)
 
-    plan._BATCH_BYTES, to_arrays._append = 4000, killed
-    to_arrays.import_pipeline(*sys.argv[1:])
+    plan._BATCH_BYTES, progress.add = 4000, killed
+    import_pipeline(*sys.argv[1:])
 """
 
 
@@ -155,14 +159,14 @@ def test_a_killed_import_continues_where_it_was(tmp_path, source, imported):
     ).read_bytes()
 
 
+def full_disk(*args):
+    raise OSError("No space left on device")
+
+
 def test_an_unfinished_import_of_another_source_is_not_continued(tmp_path, tensors, monkeypatch):
     source, target = write_pipeline(tmp_path / "source", tensors), tmp_path / "target"
-
-    def full(*args):
-        raise OSError("No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr("convert.to_arrays._append", full)
+        patch.setattr("convert.progress.add", full_disk)
         with pytest.raises(OSError, match="No space"):
             import_pipeline(source, target)
     write_pipeline(source, tensors | {"proj_out.bias": -tensors["proj_out.bias"]})
@@ -170,14 +174,30 @@ def test_an_unfinished_import_of_another_source_is_not_continued(tmp_path, tenso
         import_pipeline(source, target)
 
 
-def test_an_interrupted_export_keeps_the_files_that_are_whole(tmp_path, source, imported):
-    whole = tmp_path / "back.partial" / "transformer" / FILES[0]
-    whole.parent.mkdir(parents=True)
-    shutil.copy(source / "transformer" / FILES[0], whole)
-    stamp = whole.stat().st_ino
+def test_an_interrupted_export_keeps_the_files_that_are_whole(
+    tmp_path, source, imported, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("convert.progress.finish", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            export_safetensors(imported, tmp_path / "back")
+    record = tmp_path / "back.partial" / "progress.jsonl"
+    record.write_text("".join(record.read_text().splitlines(keepends=True)[:2]))
+    files = [tmp_path / "back.partial" / "transformer" / name for name in FILES]
+    before = [path.stat().st_ino for path in files]
     export_safetensors(imported, tmp_path / "back")
-    assert (tmp_path / "back" / "transformer" / FILES[0]).stat().st_ino == stamp
+    after = [(tmp_path / "back" / "transformer" / name).stat().st_ino for name in FILES]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]
     assert file_bytes(tmp_path / "back") == file_bytes(source)
+
+
+def test_an_import_does_not_go_on_in_an_unfinished_export(tmp_path, source, imported, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("convert.progress.finish", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            export_safetensors(imported, tmp_path / "target")
+    with pytest.raises(UserError, match="another conversion left unfinished"):
+        import_pipeline(source, tmp_path / "target")
 
 
 def test_licence_and_model_card_travel_and_pickles_do_not(tmp_path, tensors):

@@ -128,6 +128,11 @@ def licence_from_elsewhere(folder: Path) -> None:
     (folder.parent / "NOTICE").symlink_to(folder.parent.parent / "secret")
 
 
+def folder_from_elsewhere(folder: Path) -> None:
+    (folder.parent / "vae").rename(folder.parent.parent / "vae")
+    (folder.parent / "vae").symlink_to(folder.parent.parent / "vae")
+
+
 def file_missing(folder: Path) -> None:
     (folder / FILES[1]).unlink()
 
@@ -196,6 +201,7 @@ CORRUPTIONS = [
     (index_to_pickle, r"names files outside its folder: model\.bin"),
     (link_to_elsewhere, r"is a link to .*elsewhere.safetensors, outside its folder"),
     (licence_from_elsewhere, r"NOTICE is a link to .*secret, outside its folder"),
+    (folder_from_elsewhere, r"source/vae is a link; put the folder itself there"),
     (file_missing, r"00002-of-00003.safetensors does not read \(No such file"),
     (index_disagrees, r"disagree: proj_out.bias is not in .*holds proj_out.bias unknown to it"),
     (not_a_number, r"blocks.2.attn1.to_q.weight holds 2 values that are NaN or infinite"),

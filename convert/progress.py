@@ -1,0 +1,75 @@
+"""A folder that grows beside its target, with a record of what in it is done.
+
+The record's first line says what is being made from what; each further line is written when its
+part is safe on disk. The folder gets its name when it is whole.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from qvgen_jax.errors import UserError
+
+_RECORD = "progress.jsonl"
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all, even if the power fails."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def start(target: Path, task: dict[str, Any]) -> tuple[Path, list[dict]]:
+    """Makes `TARGET.partial`, or goes on in what an interrupted call left there.
+
+    Args:
+        target: the folder to become.
+        task: what tells this conversion from any other, as JSON.
+
+    Returns:
+        The folder to work in, and the records of what is done already.
+
+    Raises:
+        UserError: what is there belongs to another task.
+    """
+    partial = target.with_name(target.name + ".partial")
+    record = partial / _RECORD
+    if not record.is_file():
+        if partial.exists() and any(partial.iterdir()):
+            raise _not_ours(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        write_durably(record, json.dumps(task) + "\n")
+        return partial, []
+    # A line that the interruption cut short stands for nothing: its part is done again.
+    lines = record.read_text(encoding="utf-8").split("\n")[:-1]
+    first, *done = (json.loads(line) for line in lines)
+    if first != task:
+        raise _not_ours(partial)
+    write_durably(record, "".join(f"{line}\n" for line in lines))
+    return partial, done
+
+
+def _not_ours(partial: Path) -> UserError:
+    return UserError(
+        f"{partial} is what another conversion left unfinished, or its source has changed since; "
+        "delete it, or choose another folder"
+    )
+
+
+def add(partial: Path, done: dict) -> None:
+    """Puts a part on record."""
+    with (partial / _RECORD).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(done) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def finish(partial: Path, target: Path) -> None:
+    """Gives the whole folder its name."""
+    (partial / _RECORD).unlink()
+    partial.rename(target)
