@@ -14,13 +14,17 @@ from convert.save import write_json
 from convert.tensors import read_json, write_tensors
 from convert.travel import copy_companions
 from qvgen_jax.errors import UserError
-from qvgen_jax.models.wan import WanConfig, quantizable
+from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.packed import quantization_config
 
 
 def export_pipeline(
-    source: str | Path, folder: str | Path, model: WanConfig, params: Mapping, quant: QuantConfig
+    source: str | Path,
+    folder: str | Path,
+    model: TransformerConfig,
+    params: Mapping,
+    quant: QuantConfig,
 ) -> None:
     """Writes a folder of the same layout as `source`, its transformer packed.
 

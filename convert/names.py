@@ -27,10 +27,11 @@ class Entry(NamedTuple):
     Attributes:
         path: where it lies in our nested dict.
         name: the PyTorch name; `{i}` stands for the layer index of a stacked leaf.
-        layout: "same", "linear", "conv2d", "conv3d", "flat" (any shape to a vector) or "patch" (a
-            convolution whose stride is its kernel, as a product over `[t*h*w*in, out]`).
+        layout: "same", "linear", "conv2d", "conv3d", "flat" (any shape to a vector), "patch" (a
+            convolution whose stride is its kernel, as a product over `[t*h*w*in, out]`) or "unfold"
+            (the same over `[in*h*w, out]`, PyTorch's own order).
         layers: how many layers are stacked on our leading axis; None where nothing is stacked.
-        shape: PyTorch's shape, needed to restore "flat" and "patch" leaves.
+        shape: PyTorch's shape, needed to restore "flat", "patch" and "unfold" leaves.
     """
 
     path: tuple[str, ...]
@@ -46,6 +47,8 @@ def to_ours(array: np.ndarray, entry: Entry) -> np.ndarray:
         return array.reshape(-1)
     if entry.layout == "patch":
         return array.transpose(2, 3, 4, 1, 0).reshape(-1, array.shape[0])
+    if entry.layout == "unfold":
+        return array.reshape(array.shape[0], -1).T
     axes = _AXES[entry.layout]
     return array if axes is None else array.transpose(axes)
 
@@ -57,6 +60,8 @@ def to_theirs(array: np.ndarray, entry: Entry) -> np.ndarray:
     if entry.layout == "patch":
         out, channels, *window = entry.shape
         return array.reshape(*window, channels, out).transpose(4, 3, 0, 1, 2)
+    if entry.layout == "unfold":
+        return array.T.reshape(entry.shape)
     axes = _AXES[entry.layout]
     return array if axes is None else array.transpose(np.argsort(axes))
 

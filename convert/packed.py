@@ -1,4 +1,4 @@
-"""A packed Wan transformer between our params and diffusers' tensor names."""
+"""A packed transformer between our params and diffusers' tensor names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from flax import nnx
 
 from convert.names import Entry, from_torch, to_torch, torch_names
 from qvgen_jax.errors import UserError
-from qvgen_jax.models.wan import WanConfig, WanTransformer, quantizable
+from qvgen_jax.models import TransformerConfig, build_transformer, quantizable
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, dense_factory
 from qvgen_jax.quant.packed import leaves_of, pack_layer, unpack_layer
@@ -73,11 +73,11 @@ def to_packed(
 
 
 def packed_definition(
-    config: WanConfig, quant: QuantConfig, dtype: jnp.dtype
+    config: TransformerConfig, quant: QuantConfig, dtype: jnp.dtype
 ) -> tuple[nnx.GraphDef, dict, dict]:
     """The network, the shapes of its params, and its levels."""
     model = nnx.eval_shape(
-        lambda: WanTransformer(
+        lambda: build_transformer(
             config,
             key=jax.random.key(0),
             dense=dense_factory(quant, "packed"),

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from qvgen_jax.evaluation.evaluate import REFERENCE, evaluate_variants, table
 from qvgen_jax.evaluation.report import write_report
 from qvgen_jax.evaluation.samples import write_pairs
-from qvgen_jax.models.wan import WanConfig, quantizable
+from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.pipeline import Pipeline, load
 from qvgen_jax.quant.initialize import round_to_nearest
 from qvgen_jax.training.student import quant_config, student_definition
@@ -21,7 +21,7 @@ _PACKED = ("codes", "scale", "zero_point", "clips")
 
 def untrained(config: Mapping, pipe: Pipeline) -> Pipeline:
     """Round-to-nearest at the config's bit-widths: min-max ranges, nothing learned."""
-    model: WanConfig = pipe.transformer.config
+    model: TransformerConfig = pipe.transformer.config
     quant = quant_config(config["quant"], model)
     params, levels = round_to_nearest(pipe.transformer.states[0], quantizable(model), quant)
     dtype = jnp.dtype(config["compute_dtype"])

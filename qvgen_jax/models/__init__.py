@@ -1,1 +1,82 @@
-"""Video diffusion transformers."""
+"""Video diffusion transformers: what a `config.json` describes, whichever family it is of."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from qvgen_jax.errors import UserError
+from qvgen_jax.models import cogvideox, wan
+from qvgen_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
+from qvgen_jax.models.wan import WanConfig, WanTransformer
+
+TransformerConfig = WanConfig | CogVideoXConfig
+
+# `_class_name` in config.json -> its config, its network and its module.
+_FAMILIES = {
+    "WanTransformer3DModel": (WanConfig, WanTransformer, wan),
+    "CogVideoXTransformer3DModel": (CogVideoXConfig, CogVideoXTransformer, cogvideox),
+}
+
+
+def config_from_json(fields: Mapping[str, Any]) -> TransformerConfig:
+    """The config of a transformer from the contents of its `config.json`.
+
+    Raises:
+        UserError: the file describes a network of another kind.
+    """
+    name = fields.get("_class_name", "WanTransformer3DModel")
+    if name not in _FAMILIES:
+        raise UserError(
+            f"the transformer's config.json is of a {name}; supported are WanTransformer3DModel of "
+            f"Wan 2.1 text-to-video and CogVideoXTransformer3DModel of {cogvideox.SUPPORTED}"
+        )
+    return _FAMILIES[name][0].from_json(fields)
+
+
+def _family(config: TransformerConfig) -> tuple:
+    return next(family for family in _FAMILIES.values() if isinstance(config, family[0]))
+
+
+def build_transformer(config: TransformerConfig, **options: Any) -> nnx.Module:
+    """A `WanTransformer` or a `CogVideoXTransformer`; `options` are those of its class."""
+    return _family(config)[1](config, **options)
+
+
+def quantizable(config: TransformerConfig) -> tuple[str, ...]:
+    """Dotted names of every linear that QVGen quantizes; `blocks.` ones stand for all layers."""
+    return _family(config)[2].quantizable(config)
+
+
+def text_only(config: TransformerConfig) -> tuple[str, ...]:
+    """Those of the quantizable linears that see only the prompt."""
+    return _family(config)[2].TEXT_ONLY
+
+
+def abstract_params(config: TransformerConfig | Mapping[str, Any] | str | Path) -> dict:
+    """The parameters of a full-precision transformer as shapes and dtypes; nothing is allocated.
+
+    Args:
+        config: of the transformer, or the contents of its `config.json`, or the path of that file.
+
+    Returns:
+        The nested dict of parameters with `jax.ShapeDtypeStruct` leaves.
+
+    Raises:
+        UserError: the file cannot be read, or describes a network of another kind.
+    """
+    if isinstance(config, str | Path):
+        try:
+            config = json.loads(Path(config).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{config} is not a readable config.json ({error}); give the one beside the "
+                "transformer's weights"
+            ) from error
+    if isinstance(config, Mapping):
+        config = config_from_json(config)
+    model = nnx.eval_shape(lambda: build_transformer(config, key=jax.random.key(0)))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))

@@ -1,11 +1,14 @@
-"""Norms, the timestep embedding and patches: what every video transformer here is made of."""
+"""Norms, pairs of linears, the timestep embedding and patches: what both transformers share."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from qvgen_jax.quant.dense import QuantContext
 
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
@@ -42,6 +45,50 @@ class RMSNorm(nnx.Module):
         return x * jax.lax.rsqrt(variance + self.eps) * self.scale[...].astype(jnp.float32)
 
 
+class TwoLinears(nnx.Module):
+    """`linear_2(activation(linear_1(x)))`, the form of the condition embedders."""
+
+    def __init__(
+        self,
+        name: str,
+        features: tuple[int, int],
+        activation: Callable,
+        *,
+        key: jax.Array,
+        dense: Callable,
+        dtype: jnp.dtype,
+    ):
+        fan_in, dim = features
+        keys = jax.random.split(key)
+        self.linear_1 = dense(f"{name}.linear_1", fan_in, dim, key=keys[0], dtype=dtype)
+        self.linear_2 = dense(f"{name}.linear_2", dim, dim, key=keys[1], dtype=dtype)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
+        return self.linear_2(self.activation(self.linear_1(x, ctx)), ctx)
+
+
+class FeedForward(nnx.Module):
+    """Two linears around a tanh-approximated GELU."""
+
+    def __init__(
+        self,
+        name: str,
+        dim: int,
+        hidden: int,
+        *,
+        key: jax.Array,
+        dense: Callable,
+        dtype: jnp.dtype,
+    ):
+        keys = jax.random.split(key)
+        self.up = dense(f"{name}.up", dim, hidden, key=keys[0], dtype=dtype)
+        self.down = dense(f"{name}.down", hidden, dim, key=keys[1], dtype=dtype)
+
+    def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
+        return self.down(jax.nn.gelu(self.up(x, ctx), approximate=True), ctx)
+
+
 def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
     """Sinusoids of the timestep, cosines first: `timesteps [batch]` to float32 `[batch, dim]`.
 
@@ -54,19 +101,36 @@ def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def patchify(latents: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
-    """`[batch, frames, height, width, channels]` to `[batch, tokens, pt * ph * pw * channels]`."""
+def patchify(
+    latents: jax.Array, patch: tuple[int, int, int], *, channels_first: bool = False
+) -> jax.Array:
+    """`[batch, frames, height, width, channels]` to `[batch, tokens, pt * ph * pw * channels]`.
+
+    Args:
+        patch: frames, height and width of a patch.
+        channels_first: the order of a token's features: `(channels, pt, ph, pw)` in CogVideoX,
+            `(pt, ph, pw, channels)` in Wan. Their checkpoints' linears are trained with it.
+    """
     b, f, h, w, c = latents.shape
     pt, ph, pw = patch
     x = latents.reshape(b, f // pt, pt, h // ph, ph, w // pw, pw, c)
-    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pt * ph * pw * c)
+    features = (7, 2, 4, 6) if channels_first else (2, 4, 6, 7)
+    return x.transpose(0, 1, 3, 5, *features).reshape(b, -1, pt * ph * pw * c)
 
 
 def unpatchify(
-    tokens: jax.Array, grid: tuple[int, int, int], patch: tuple[int, int, int]
+    tokens: jax.Array,
+    grid: tuple[int, int, int],
+    patch: tuple[int, int, int],
+    *,
+    channels_first: bool = False,
 ) -> jax.Array:
     """The inverse of `patchify`; `grid` is the number of patches along frames, height and width."""
     (f, h, w), (pt, ph, pw) = grid, patch
-    x = tokens.reshape(tokens.shape[0], f, h, w, pt, ph, pw, -1)
-    x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    if channels_first:
+        x = tokens.reshape(tokens.shape[0], f, h, w, -1, pt, ph, pw)
+        x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
+    else:
+        x = tokens.reshape(tokens.shape[0], f, h, w, pt, ph, pw, -1)
+        x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
     return x.reshape(x.shape[0], f * pt, h * ph, w * pw, -1)

@@ -1,4 +1,4 @@
-"""Rotary positions over frames, rows and columns (diffusers, `WanRotaryPosEmbed`)."""
+"""Rotary positions over frames, rows and columns."""
 
 import jax
 import jax.numpy as jnp
@@ -8,24 +8,39 @@ import numpy as np
 def rotary_table(
     grid: tuple[int, int, int], head_dim: int, theta: float = 10000.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and signed sines of every token, both float32 `[tokens, 1, head_dim]`.
+    """Wan's table (diffusers, `WanRotaryPosEmbed`), as of `axial_table`.
 
-    The head is split into a temporal part and two spatial ones of `2 * (head_dim // 6)`. Angles are
-    computed in float64. Channels `2i` and `2i + 1` are one complex number, so each value stands
-    twice, and the sine of the even channel carries the minus sign of the rotation.
+    The head is split into a temporal part and two spatial ones of `2 * (head_dim // 6)`.
 
     Args:
         grid: number of patches along frames, height and width.
     """
     spatial = 2 * (head_dim // 6)
+    dims = (head_dim - 2 * spatial, spatial, spatial)
+    return axial_table([np.arange(length) for length in grid], dims, theta)
+
+
+def axial_table(
+    positions: list[np.ndarray], dims: tuple[int, int, int], theta: float = 10000.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and signed sines of every token, both float32 `[tokens, 1, head_dim]`.
+
+    Angles are computed in float64. Channels `2i` and `2i + 1` are one complex number, so each value
+    stands twice, and the sine of the even channel carries the minus sign of the rotation.
+
+    Args:
+        positions: where the frames, the rows and the columns of the grid lie.
+        dims: channels of the head for each of them; their sum is `head_dim`.
+    """
+    grid = tuple(map(len, positions))
     parts = []
-    for axis, dim in enumerate((head_dim - 2 * spatial, spatial, spatial)):
+    for axis, (places, dim) in enumerate(zip(positions, dims, strict=True)):
         frequencies = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
-        angles = np.outer(np.arange(grid[axis]), frequencies)
+        angles = np.outer(places, frequencies)
         shape = [1, 1, 1, angles.shape[1]]
         shape[axis] = grid[axis]
         parts.append(np.broadcast_to(angles.reshape(shape), (*grid, angles.shape[1])))
-    angles = np.concatenate(parts, axis=-1).reshape(-1, 1, head_dim // 2)
+    angles = np.concatenate(parts, axis=-1).reshape(-1, 1, sum(dims) // 2)
     cos = np.repeat(np.cos(angles), 2, axis=-1)
     sin = np.repeat(np.sin(angles), 2, axis=-1)
     sin[..., 0::2] *= -1

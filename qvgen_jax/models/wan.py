@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qvgen_jax.errors import UserError
-from qvgen_jax.models.layers import layer_norm, patchify, timestep_embedding, unpatchify
+from qvgen_jax.models.layers import (
+    TwoLinears,
+    layer_norm,
+    patchify,
+    timestep_embedding,
+    unpatchify,
+)
 from qvgen_jax.models.rope import rotary_table
 from qvgen_jax.models.wan_block import WanBlock
 from qvgen_jax.quant import clips
@@ -86,6 +92,11 @@ class WanConfig:
         values["patch_size"] = tuple(values.get("patch_size", cls.patch_size))
         values["out_channels"] = values.get("out_channels") or values.get("in_channels", 16)
         config = cls(**values)
+        if config.in_channels == 48:
+            raise UserError(
+                "in_channels = 48 in the transformer's config.json: this is Wan 2.2 TI2V-5B, whose "
+                "latents come from another VAE; only Wan 2.1 text-to-video models are supported"
+            )
         if config.in_channels != config.out_channels:
             raise UserError(
                 f"in_channels = {config.in_channels} but out_channels = {config.out_channels} in "
@@ -111,29 +122,6 @@ def quantizable(config: WanConfig) -> tuple[str, ...]:
         "blocks.ffn.down",
         "proj_out",
     )
-
-
-class TwoLinears(nnx.Module):
-    """`linear_2(activation(linear_1(x)))`, the form of both condition embedders."""
-
-    def __init__(
-        self,
-        name: str,
-        features: tuple[int, int],
-        activation: Callable,
-        *,
-        key: jax.Array,
-        dense: Callable,
-        dtype: jnp.dtype,
-    ):
-        fan_in, dim = features
-        keys = jax.random.split(key)
-        self.linear_1 = dense(f"{name}.linear_1", fan_in, dim, key=keys[0], dtype=dtype)
-        self.linear_2 = dense(f"{name}.linear_2", dim, dim, key=keys[1], dtype=dtype)
-        self.activation = activation
-
-    def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
-        return self.linear_2(self.activation(self.linear_1(x, ctx)), ctx)
 
 
 def _gelu_tanh(x: jax.Array) -> jax.Array:

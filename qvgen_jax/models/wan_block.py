@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qvgen_jax.models.attention import attention
-from qvgen_jax.models.layers import LayerNorm, RMSNorm, layer_norm
+from qvgen_jax.models.layers import FeedForward, LayerNorm, RMSNorm, layer_norm
 from qvgen_jax.models.rope import rotate
 from qvgen_jax.quant.dense import QuantContext
 
@@ -54,27 +54,6 @@ class WanAttention(nnx.Module):
 
     def _split(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.heads, -1)
-
-
-class FeedForward(nnx.Module):
-    """Two linears around a tanh-approximated GELU."""
-
-    def __init__(
-        self,
-        name: str,
-        dim: int,
-        hidden: int,
-        *,
-        key: jax.Array,
-        dense: Callable,
-        dtype: jnp.dtype,
-    ):
-        keys = jax.random.split(key)
-        self.up = dense(f"{name}.up", dim, hidden, key=keys[0], dtype=dtype)
-        self.down = dense(f"{name}.down", hidden, dim, key=keys[1], dtype=dtype)
-
-    def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(x, ctx), approximate=True), ctx)
 
 
 class WanBlock(nnx.Module):

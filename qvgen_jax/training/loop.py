@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from qvgen_jax.data.dataset import EncodedDataset, batches
 from qvgen_jax.data.prepare import ensure_encoded
 from qvgen_jax.errors import UserError
-from qvgen_jax.models.wan import WanConfig, quantizable
+from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.pipeline import Pipeline, load
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.low_rank import drop_branch, small_singular_share
@@ -38,7 +38,7 @@ def rank_decay(config: Mapping) -> RankDecay:
     return RankDecay(phase, quant["rank"], quant["shrink"], quant["decay_shape"])
 
 
-def make_recipe(config: Mapping, model: WanConfig, *, branch: bool) -> Recipe:
+def make_recipe(config: Mapping, model: TransformerConfig, *, branch: bool) -> Recipe:
     """Everything static of the run, with the low-rank branch or, at rank 0, without it."""
     quant, dtype = quant_config(config["quant"], model), jnp.dtype(config["compute_dtype"])
     remat = config["train"]["remat"]
@@ -52,7 +52,7 @@ def make_recipe(config: Mapping, model: WanConfig, *, branch: bool) -> Recipe:
     )
 
 
-def initial_state(config: Mapping, model: WanConfig, teacher: dict) -> dict:
+def initial_state(config: Mapping, model: TransformerConfig, teacher: dict) -> dict:
     """The student at step 0: the teacher's weights, searched scales, and Phi as their error."""
     quant = quant_config(config["quant"], model)
     params, levels = quantize_params(teacher, quantizable(model), quant)
@@ -60,7 +60,7 @@ def initial_state(config: Mapping, model: WanConfig, teacher: dict) -> dict:
 
 
 def newest_state(
-    config: Mapping, model: WanConfig, teacher: dict, manager: ocp.CheckpointManager
+    config: Mapping, model: TransformerConfig, teacher: dict, manager: ocp.CheckpointManager
 ) -> dict:
     """The state to continue from: the newest checkpoint's, or step 0's."""
     step = manager.latest_step()
@@ -102,7 +102,7 @@ class _Pace:
 
 
 def run_steps(
-    config: Mapping, workdir: Path, model: WanConfig, teacher: dict, dataset: EncodedDataset
+    config: Mapping, workdir: Path, model: TransformerConfig, teacher: dict, dataset: EncodedDataset
 ) -> dict:
     """Train from wherever the workdir stands to `train.steps`; the final state, at rank 0."""
     train = config["train"]
@@ -121,7 +121,7 @@ def run_steps(
 def _steps(
     config: Mapping,
     state: dict,
-    model: WanConfig,
+    model: TransformerConfig,
     teacher: dict,
     dataset: EncodedDataset,
     writer: MetricWriter,

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qvgen_jax.errors import UserError
-from qvgen_jax.models.wan import TEXT_ONLY, WanConfig, WanTransformer, quantizable
+from qvgen_jax.models import TransformerConfig, build_transformer, quantizable, text_only
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, dense_factory
 
 _BEHAVIOURS = ("default", "released")
 
 
-def quant_config(quant: Mapping, model: WanConfig) -> QuantConfig:
+def quant_config(quant: Mapping, model: TransformerConfig) -> QuantConfig:
     """The `quant` section of a config as the quantizers read it.
 
     Raises:
@@ -38,27 +38,32 @@ def quant_config(quant: Mapping, model: WanConfig) -> QuantConfig:
     if quant["behaviour"] == "released":
         config = QuantConfig.released(**chosen)
     else:
-        single = tuple(name for name in TEXT_ONLY if name not in chosen["full_precision"])
+        single = tuple(name for name in text_only(model) if name not in chosen["full_precision"])
         config = QuantConfig(single_clip=single, **chosen)
     config.quantized(quantizable(model))
     return config
 
 
-def teacher_definition(model: WanConfig, dtype: jnp.dtype) -> nnx.GraphDef:
+def teacher_definition(model: TransformerConfig, dtype: jnp.dtype) -> nnx.GraphDef:
     """The full-precision network described, nothing allocated."""
     teacher = nnx.eval_shape(
-        lambda: WanTransformer(model, key=jax.random.key(0), dtype=dtype, remat=False)
+        lambda: build_transformer(model, key=jax.random.key(0), dtype=dtype, remat=False)
     )
     return nnx.split(teacher)[0]
 
 
 def student_definition(
-    model: WanConfig, quant: QuantConfig, dtype: jnp.dtype, *, branch: bool, remat: bool = False
+    model: TransformerConfig,
+    quant: QuantConfig,
+    dtype: jnp.dtype,
+    *,
+    branch: bool,
+    remat: bool = False,
 ) -> nnx.GraphDef:
     """The quantized network described; at rank 0 there is no `branch` any more."""
     quant = quant if branch else dataclasses.replace(quant, rank=0)
     student = nnx.eval_shape(
-        lambda: WanTransformer(
+        lambda: build_transformer(
             model,
             key=jax.random.key(0),
             dense=dense_factory(quant, "train"),
@@ -70,7 +75,7 @@ def student_definition(
     return nnx.split(student, nnx.Param, Levels)[0]
 
 
-def describe_layers(model: WanConfig, quant: QuantConfig) -> str:
+def describe_layers(model: TransformerConfig, quant: QuantConfig) -> str:
     """One line per kind of layer: what is quantized to how many bits, and what is not."""
     names = quantizable(model)
     lines = []
@@ -82,5 +87,6 @@ def describe_layers(model: WanConfig, quant: QuantConfig) -> str:
         clips = "" if name in quant.full_precision else f", {quant.buckets_of(name)} clip pairs"
         lines.append(f"  {name:45s} x {count:3d}  {kind}{clips}")
     total = sum(model.num_layers if n.startswith("blocks.") else 1 for n in names)
-    kept = "  patch embedding, norms, modulation tables, attention products    full precision"
+    patches = "" if "patch_embed.proj" in names else "patch embedding, "
+    kept = f"  {patches}norms, modulation tables, attention products    full precision"
     return "\n".join([f"{total} linears:", *lines, kept])

@@ -128,12 +128,6 @@ def test_converting_there_and_back_keeps_every_tensor(weights, params):
     assert all(np.array_equal(back[name], weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize(("fields", "count"), [(WAN_1_3B, 1418996800), (WAN_14B, 14288491584)])
-def test_real_sizes_have_the_published_number_of_parameters(fields, count):
-    state = nnx.state(abstract(fields), nnx.Param)
-    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == count
-
-
 def test_the_factory_is_asked_for_exactly_the_quantizable_linears():
     asked = set()
 
@@ -173,6 +167,7 @@ def test_a_config_reads_the_published_fields():
         ({"image_dim": 1280}, "image_dim = 1280"),
         ({"added_kv_proj_dim": 5120}, "added_kv_proj_dim = 5120"),
         ({"in_channels": 36}, "in_channels = 36"),
+        ({"in_channels": 48, "out_channels": 48}, "Wan 2.2"),
         ({"vace_layers": [0, 5]}, "vace_layers"),
         ({"_class_name": "CogVideoXTransformer3DModel"}, "CogVideoX"),
         ({"qk_norm": None}, "qk_norm = None"),

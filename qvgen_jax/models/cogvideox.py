@@ -1,0 +1,323 @@
+"""The CogVideoX text-to-video transformers (diffusers, `cogvideox_transformer_3d.py`).
+
+Three of them: the 2B adds sin-cos positions, the 5B rotates by positions, and 1.5-5B rotates and
+has patches of two frames. Channels last.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qvgen_jax.errors import UserError
+from qvgen_jax.models.cogvideox_block import CogVideoXBlock
+from qvgen_jax.models.cogvideox_positions import rotations, sincos_table
+from qvgen_jax.models.layers import (
+    LayerNorm,
+    TwoLinears,
+    patchify,
+    timestep_embedding,
+    unpatchify,
+)
+from qvgen_jax.quant import clips
+from qvgen_jax.quant.dense import Dense, QuantContext
+
+TEXT_ONLY = ("patch_embed.text_proj",)
+"""Linears that see only the prompt: nothing in them depends on the timestep."""
+
+TIME_ONLY = (
+    "time_embedding.linear_1",
+    "time_embedding.linear_2",
+    "blocks.norm1.linear",
+    "blocks.norm2.linear",
+    "norm_out.linear",
+)
+"""Linears that see only the timestep."""
+
+SUPPORTED = "CogVideoX-2B, CogVideoX-5B and CogVideoX1.5-5B text-to-video"
+
+# Fields of config.json that only other variants use, and the value that the supported ones have.
+_FIXED = {
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "dropout": 0.0,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "norm_elementwise_affine": True,
+    "ofs_embed_dim": None,
+    "temporal_compression_ratio": 4,
+    "timestep_activation_fn": "silu",
+    "use_learned_positional_embeddings": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CogVideoXConfig:
+    """The fields of a CogVideoX transformer's `config.json` that vary between the three models.
+
+    Attributes:
+        patch_size: frames, height and width; two frames make it a CogVideoX1.5.
+        max_text_seq_length: to which prompts are padded; the network takes any length.
+        sample_width: of the latents the 5B was trained at, with `sample_height`; rotary positions
+            of other sizes are fitted into it. For 2B and 1.5 only the size diffusers defaults to.
+    """
+
+    num_attention_heads: int = 30
+    attention_head_dim: int = 64
+    in_channels: int = 16
+    out_channels: int = 16
+    time_embed_dim: int = 512
+    text_embed_dim: int = 4096
+    num_layers: int = 30
+    sample_width: int = 90
+    sample_height: int = 60
+    sample_frames: int = 49
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    max_text_seq_length: int = 226
+    norm_eps: float = 1e-5
+    spatial_interpolation_scale: float = 1.875
+    temporal_interpolation_scale: float = 1.0
+    use_rotary_positional_embeddings: bool = False
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def unfolds_patches(self) -> bool:
+        """Whether patches go through a linear, which is quantized, or a convolution, which is not.
+
+        CogVideoX1.5 against the others, in PyTorch; the arithmetic is the same.
+        """
+        return self.patch_size[0] > 1
+
+    def extra_frames(self, frames: int) -> int:
+        """How many latent frames to put before `frames` of them to fill the temporal patches.
+
+        0 but for CogVideoX1.5. Sampling draws their noise like the others' and drops them before
+        decoding (diffusers, `pipeline_cogvideox.py`); training repeats the first latent frame (the
+        model authors' finetuning). The transformer itself takes whole patches only.
+        """
+        return -frames % self.patch_size[0]
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "CogVideoXConfig":
+        """From the contents of `config.json`; keys with a leading underscore are notes.
+
+        Raises:
+            UserError: the file describes another variant (image-to-video, ...).
+        """
+        fields = dict(fields)
+        name = fields.get("_class_name", "CogVideoXTransformer3DModel")
+        fields.pop("quantization_config", None)
+        values = {key: value for key, value in fields.items() if not key.startswith("_")}
+        for key, expected in _FIXED.items():
+            if values.pop(key, expected) != expected:
+                raise UserError(
+                    f"{key} = {fields[key]!r} in the transformer's config.json: only {SUPPORTED} "
+                    f"models are supported, which have {key} = {expected!r}"
+                )
+        frames, patch = values.pop("patch_size_t", None), values.pop("patch_size", 2)
+        bias = values.pop("patch_bias", True)
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if name != "CogVideoXTransformer3DModel" or unknown:
+            raise UserError(
+                f"the transformer's config.json is of a {name} with unknown fields {unknown}: "
+                f"supported is CogVideoXTransformer3DModel of {SUPPORTED}"
+            )
+        config = cls(**values, patch_size=(frames or 1, patch, patch))
+        if config.in_channels != config.out_channels:
+            raise UserError(
+                f"in_channels = {config.in_channels} but out_channels = {config.out_channels} in "
+                "the transformer's config.json: image-to-video models are not supported, only "
+                f"{SUPPORTED}, where both are equal"
+            )
+        rotary = config.use_rotary_positional_embeddings
+        # PyTorch's linear over temporal patches has its bias whatever patch_bias says.
+        known = rotary and frames > 1 if frames is not None else bias
+        divided = config.attention_head_dim if rotary else config.dim
+        if not known or divided % 16:
+            raise UserError(
+                f"patch_size_t = {frames}, patch_bias = {bias}, use_rotary_positional_embeddings = "
+                f"{rotary} and {divided} channels that tell positions in the transformer's "
+                f"config.json: no such model is known, supported are {SUPPORTED}"
+            )
+        return config
+
+
+def quantizable(config: CogVideoXConfig) -> tuple[str, ...]:
+    """Dotted names of every linear that QVGen quantizes; `blocks.` ones stand for all layers.
+
+    Everything but a convolution over patches: 245 linears in CogVideoX-2B (method: Linear layers,
+    all).
+    """
+    return (
+        *(("patch_embed.proj",) if config.unfolds_patches else ()),
+        *TEXT_ONLY,
+        *TIME_ONLY,
+        *(f"blocks.attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out")),
+        "blocks.ffn.up",
+        "blocks.ffn.down",
+        "proj_out",
+    )
+
+
+class PatchEmbed(nnx.Module):
+    """Tokens of the prompt and of the video."""
+
+    def __init__(
+        self, config: CogVideoXConfig, *, key: jax.Array, dense: Callable, dtype: jnp.dtype
+    ):
+        keys = jax.random.split(key)
+        patch, dim = config.patch_size, config.dim
+        project = dense if config.unfolds_patches else Dense
+        self.proj = project(
+            "patch_embed.proj",
+            patch[0] * patch[1] * patch[2] * config.in_channels,
+            dim,
+            key=keys[0],
+            dtype=dtype,
+        )
+        self.text_proj = dense(
+            "patch_embed.text_proj", config.text_embed_dim, dim, key=keys[1], dtype=dtype
+        )
+        self.patch_size = patch
+
+    def __call__(
+        self, latents: jax.Array, text_embeds: jax.Array, ctx: QuantContext
+    ) -> tuple[jax.Array, jax.Array]:
+        """`[b, text tokens, dim]` and `[b, tokens, dim]`."""
+        patches = patchify(latents, self.patch_size, channels_first=True)
+        return self.text_proj(text_embeds, ctx), self.proj(patches, ctx)
+
+
+class OutputNorm(nnx.Module):
+    """diffusers' `AdaLayerNorm` with the order shift, scale."""
+
+    def __init__(self, config: CogVideoXConfig, *, key: jax.Array, dense: Callable):
+        features = (config.time_embed_dim, 2 * config.dim)
+        self.linear = dense("norm_out.linear", *features, key=key, dtype=jnp.float32)
+        self.norm = LayerNorm(config.dim, eps=config.norm_eps)
+
+    def __call__(self, x: jax.Array, condition: jax.Array, ctx: QuantContext) -> jax.Array:
+        """Float32 `[b, tokens, dim]` of `x`; `condition [b, time_dim]`."""
+        shift, scale = jnp.split(self.linear(condition, ctx)[:, None], 2, axis=-1)
+        return self.norm(x) * (1 + scale) + shift
+
+
+class CogVideoXTransformer(nnx.Module):
+    """Predicts v of noisy latents: `sqrt(alpha_bar) * noise - sqrt(1 - alpha_bar) * latents`.
+
+    Args:
+        key: PRNG key of the initial weights.
+        dense: factory of the quantizable linears, with the signature of `Dense`.
+        dtype: in which matrix products and activations are computed; parameters keep their own.
+        clip_mode: how a timestep chooses its learned clip pair, see `quant.clips.clip_index`.
+        remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        config: CogVideoXConfig,
+        *,
+        key: jax.Array,
+        dense: Callable = Dense,
+        dtype: jnp.dtype = jnp.float32,
+        clip_mode: str = "bucket",
+        remat: bool = True,
+    ):
+        keys = jax.random.split(key, 5)
+        dim, time_dim = config.dim, config.time_embed_dim
+        self.patch_embed = PatchEmbed(config, key=keys[0], dense=dense, dtype=dtype)
+        # The timestep's path has one row per sample: float32 costs nothing there.
+        self.time_embedding = TwoLinears(
+            "time_embedding",
+            (dim, time_dim),
+            jax.nn.silu,
+            key=keys[1],
+            dense=dense,
+            dtype=jnp.float32,
+        )
+
+        def make_block(key: jax.Array) -> CogVideoXBlock:
+            sizes = (dim, config.num_attention_heads, time_dim, config.norm_eps)
+            return CogVideoXBlock(*sizes, key=key, dense=dense, dtype=dtype)
+
+        self.blocks = jax.vmap(make_block)(jax.random.split(keys[2], config.num_layers))
+        self.norm_final = LayerNorm(dim, eps=config.norm_eps)
+        self.norm_out = OutputNorm(config, key=keys[3], dense=dense)
+        patch = config.patch_size
+        features = patch[0] * patch[1] * patch[2] * config.out_channels
+        self.proj_out = dense("proj_out", dim, features, key=keys[4], dtype=dtype)
+        self.config = config
+        self.dtype = dtype
+        self.clip_mode = clip_mode
+        self.remat = remat
+
+    def __call__(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        text_embeds: jax.Array,
+        *,
+        gate: jax.Array | None = None,
+        clip_index: jax.Array | None = None,
+    ) -> jax.Array:
+        """v of `latents [batch, frames, height, width, channels]`, same shape and dtype.
+
+        Args:
+            timesteps: `[batch]`, 0 to 999.
+            text_embeds: `[batch, text tokens, text_embed_dim]`; padding is attended in CogVideoX.
+            gate: `[rank]`, weights of the low-rank branches; None where there are none.
+            clip_index: int32 `[batch]`; chosen by the timesteps if None.
+
+        Raises:
+            UserError: frames, height or width do not fit the patches.
+        """
+        config, text_tokens = self.config, text_embeds.shape[1]
+        grid = self._grid(latents.shape)
+        if clip_index is None:
+            clip_index = clips.clip_index(timesteps, self.clip_mode)
+        ctx = QuantContext(clip_index, gate)
+        embedding = self.time_embedding(timestep_embedding(timesteps, config.dim), ctx)
+        condition = jax.nn.silu(embedding)
+        text, video = self.patch_embed(latents, text_embeds, ctx)
+        video, rotary = self._place(video, grid, text_tokens)
+        x = jnp.concatenate([text, video], axis=1)
+        is_text = jnp.arange(x.shape[1])[:, None] < text_tokens
+
+        def body(x: jax.Array, block: CogVideoXBlock) -> tuple[jax.Array, None]:
+            return block(x, condition, is_text, rotary, ctx), None
+
+        if self.remat:
+            body = jax.checkpoint(body, prevent_cse=False)
+        x, _ = jax.lax.scan(body, x, self.blocks)
+
+        x = self.norm_out(self.norm_final(x[:, text_tokens:]), condition, ctx)
+        x = self.proj_out(x.astype(self.dtype), ctx)
+        return unpatchify(x, grid, config.patch_size, channels_first=True).astype(latents.dtype)
+
+    def _place(
+        self, video: jax.Array, grid: tuple[int, int, int], text_tokens: int
+    ) -> tuple[jax.Array, tuple | None]:
+        """The video's tokens with their positions in them, or the table that will turn them."""
+        config = self.config
+        if not config.use_rotary_positional_embeddings:
+            scales = (config.spatial_interpolation_scale, config.temporal_interpolation_scale)
+            return (video + sincos_table(grid, config.dim, *scales)).astype(self.dtype), None
+        _, height, width = config.patch_size
+        trained_at = (config.sample_height // height, config.sample_width // width)
+        base = None if config.unfolds_patches else trained_at
+        return video, rotations(grid, config.attention_head_dim, base, text_tokens)
+
+    def _grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        patch, size = self.config.patch_size, shape[1:4]
+        if any(length % p for length, p in zip(size, patch, strict=True)):
+            raise UserError(
+                f"latents of {size} frames, height and width: each must be a multiple of the patch "
+                f"{patch}; choose another size, or add extra_frames({size[0]}) frames in front"
+            )
+        return tuple(length // p for length, p in zip(size, patch, strict=True))

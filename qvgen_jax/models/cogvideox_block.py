@@ -1,0 +1,124 @@
+"""One block of the CogVideoX transformer: joint attention over text and video, and feed-forward."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qvgen_jax.models.attention import attention
+from qvgen_jax.models.layers import FeedForward, LayerNorm
+from qvgen_jax.models.rope import rotate
+from qvgen_jax.quant.dense import QuantContext
+
+
+class ModulatedNorm(nnx.Module):
+    """diffusers' `CogVideoXLayerNormZero`: one norm, modulated apart for text and video."""
+
+    def __init__(
+        self, name: str, time_dim: int, dim: int, eps: float, *, key: jax.Array, dense: Callable
+    ):
+        # One row per sample: float32 costs nothing here.
+        self.linear = dense(f"{name}.linear", time_dim, 6 * dim, key=key, dtype=jnp.float32)
+        self.norm = LayerNorm(dim, eps=eps)
+
+    def __call__(
+        self, x: jax.Array, condition: jax.Array, is_text: jax.Array, ctx: QuantContext
+    ) -> tuple[jax.Array, jax.Array]:
+        """The modulated `x [batch, tokens, dim]` and the gate of what is computed from it, float32.
+
+        Args:
+            condition: float32 `[batch, time_dim]`, the activated embedding of the timestep.
+            is_text: bool `[tokens, 1]`.
+        """
+        video, text = jnp.split(self.linear(condition, ctx)[:, None], 2, axis=-1)
+        shift, scale, gate = (
+            jnp.where(is_text, of_text, of_video)
+            for of_text, of_video in zip(
+                jnp.split(text, 3, axis=-1), jnp.split(video, 3, axis=-1), strict=True
+            )
+        )
+        return self.norm(x) * (1 + scale) + shift, gate
+
+
+class JointAttention(nnx.Module):
+    """Multi-head self-attention whose q and k go through a LayerNorm per head."""
+
+    def __init__(
+        self,
+        name: str,
+        dim: int,
+        heads: int,
+        *,
+        key: jax.Array,
+        dense: Callable,
+        dtype: jnp.dtype,
+    ):
+        keys = jax.random.split(key, 4)
+        self.to_q = dense(f"{name}.to_q", dim, dim, key=keys[0], dtype=dtype)
+        self.to_k = dense(f"{name}.to_k", dim, dim, key=keys[1], dtype=dtype)
+        self.to_v = dense(f"{name}.to_v", dim, dim, key=keys[2], dtype=dtype)
+        self.to_out = dense(f"{name}.to_out", dim, dim, key=keys[3], dtype=dtype)
+        self.norm_q = LayerNorm(dim // heads, eps=1e-6)  # Not the config's norm_eps.
+        self.norm_k = LayerNorm(dim // heads, eps=1e-6)
+        self.heads = heads
+        self.dtype = dtype
+
+    def __call__(
+        self, x: jax.Array, ctx: QuantContext, rotary: tuple[jax.Array, jax.Array] | None
+    ) -> jax.Array:
+        """`x [batch, tokens, dim]` looks at itself; `rotary` has a row for each of its tokens."""
+        q = self.norm_q(self._split(self.to_q(x, ctx)))
+        k = self.norm_k(self._split(self.to_k(x, ctx)))
+        v = self._split(self.to_v(x, ctx))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        y = attention(q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype))
+        return self.to_out(y.reshape(x.shape), ctx)
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.heads, -1)
+
+
+class CogVideoXBlock(nnx.Module):
+    """diffusers' `CogVideoXBlock`, on text and video as one sequence."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        time_dim: int,
+        eps: float,
+        *,
+        key: jax.Array,
+        dense: Callable,
+        dtype: jnp.dtype,
+    ):
+        keys = jax.random.split(key, 4)
+        norm = (time_dim, dim, eps)
+        build = {"dense": dense, "dtype": dtype}
+        self.norm1 = ModulatedNorm("blocks.norm1", *norm, key=keys[0], dense=dense)
+        self.attn1 = JointAttention("blocks.attn1", dim, heads, key=keys[1], **build)
+        self.norm2 = ModulatedNorm("blocks.norm2", *norm, key=keys[2], dense=dense)
+        self.ffn = FeedForward("blocks.ffn", dim, 4 * dim, key=keys[3], **build)
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x: jax.Array,
+        condition: jax.Array,
+        is_text: jax.Array,
+        rotary: tuple[jax.Array, jax.Array] | None,
+        ctx: QuantContext,
+    ) -> jax.Array:
+        """The block on `x [batch, text and video tokens, dim]`.
+
+        Args:
+            condition: float32 `[batch, time_dim]`, the activated embedding of the timestep.
+            is_text: bool `[tokens, 1]`.
+            rotary: table with a row per token; None where positions were added to the tokens.
+        """
+        y, gate = self.norm1(x, condition, is_text, ctx)
+        x = (x + self.attn1(y.astype(self.dtype), ctx, rotary) * gate).astype(self.dtype)
+        y, gate = self.norm2(x, condition, is_text, ctx)
+        return (x + self.ffn(y.astype(self.dtype), ctx) * gate).astype(self.dtype)
