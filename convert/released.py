@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from convert.tables import config_from_json
 from convert.tensors import Tensors, check_inside, read_json
 from convert.travel import Progress, check_companions, check_target, copy_companions, silent
 from qvgen_jax.errors import UserError
+from qvgen_jax.models import TransformerConfig
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.packed import pack_tensors, packed_bytes, quantization_config
 from qvgen_jax.quant.schedule import RankDecay, phase_rank
@@ -126,7 +126,7 @@ def _checkpoint_folder(source: str | Path) -> Path:
     return inner if inner.is_dir() and not list(folder.glob("*.safetensors")) else folder
 
 
-def _check_same_model(folder: Path, config: Any) -> None:
+def _check_same_model(folder: Path, config: TransformerConfig) -> None:
     """See that a config.json beside the checkpoint, if there is one, is of the base model."""
     path = folder / "config.json"
     if path.is_file() and config_from_json(read_json(path)) != config:

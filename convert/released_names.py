@@ -16,8 +16,8 @@ A quantized linear X of diffusers' model holds
 and any other linear X.weight and X.bias, as everything that is no linear keeps diffusers' name.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from convert.names import Entry, in_ranges, torch_names, torch_shape
 from convert.packed import linear_stems, split_table
@@ -25,7 +25,9 @@ from convert.plan import leaf_shapes
 from convert.safetensors_file import TensorInfo
 from convert.tables import table_for
 from qvgen_jax.errors import UserError
-from qvgen_jax.models import wan
+from qvgen_jax.models import TransformerConfig, quantizable
+from qvgen_jax.models.cogvideox import CogVideoXConfig
+from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.quant.config import QuantConfig
 
 SCALE = "wquantizer.scale"
@@ -36,20 +38,18 @@ class Recipe(NamedTuple):
     """What the release's files leave unsaid about one family.
 
     Attributes:
-        quantizable: our names of the linears.
         phase_steps: of the published training recipe.
         float32: parts of names that diffusers keeps in float32 in a pipeline of any type.
     """
 
-    quantizable: Callable[[Any], tuple[str, ...]]
     phase_steps: int
     float32: tuple[str, ...]
 
 
-_RECIPES = {wan.WanConfig: Recipe(wan.quantizable, 444, ("time_embedder",))}
+_RECIPES = {WanConfig: Recipe(444, ("time_embedder",)), CogVideoXConfig: Recipe(333, ())}
 
 
-def recipe_of(config: Any) -> Recipe:
+def recipe_of(config: TransformerConfig) -> Recipe:
     """The recipe of a transformer's family."""
     return _RECIPES[type(config)]
 
@@ -90,10 +90,10 @@ def is_released(names: Iterable[str]) -> bool:
     return any(name.endswith(f".{SCALE}") for name in names)
 
 
-def linears_of(config: Any) -> dict[str, list[Linear]]:
+def linears_of(config: TransformerConfig) -> dict[str, list[Linear]]:
     """Every quantizable linear of the model: our name, and one `Linear` per block."""
     table, shapes = table_for(config), leaf_shapes(config)
-    kernels, _ = split_table(table, recipe_of(config).quantizable(config))
+    kernels, _ = split_table(table, quantizable(config))
     with_bias = {entry.path[:-1] for entry in table if entry.path[-1] == "bias"}
     linears = {}
     for name, entry in kernels.items():
@@ -103,10 +103,10 @@ def linears_of(config: Any) -> dict[str, list[Linear]]:
     return linears
 
 
-def other_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+def other_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Name and PyTorch shape of everything that is no quantizable linear."""
     shapes = leaf_shapes(config)
-    _, rest = split_table(table_for(config), recipe_of(config).quantizable(config))
+    _, rest = split_table(table_for(config), quantizable(config))
     return {name: _shape(entry, shapes) for entry in rest for name in torch_names([entry])}
 
 
@@ -152,7 +152,7 @@ def _is_quantized(linear: Linear, infos: Mapping[str, TensorInfo]) -> bool:
     return any(f"{linear.stem}.{leaf}" in infos for leaf in leaves)
 
 
-def plan_released(config: Any, infos: Mapping[str, TensorInfo]) -> ReleasedPlan:
+def plan_released(config: TransformerConfig, infos: Mapping[str, TensorInfo]) -> ReleasedPlan:
     """Pairs every tensor of a released checkpoint with its use, from the headers alone.
 
     Args:

@@ -15,14 +15,18 @@ import numpy as np
 import pytest
 
 from convert.load import read_transformer
+from convert.packed import from_packed, packed_definition
 from convert.released import import_released
 from convert.released_export import export_released
 from convert.released_names import is_released
 from convert.save import write_json
+from convert.tables import config_from_json, table_for
 from convert.tensors import Tensors, read_json, write_tensors
+from qvgen_jax.components import Transformer
 from qvgen_jax.errors import UserError
+from qvgen_jax.models import quantizable
 from qvgen_jax.quant.clips import countdown
-from qvgen_jax.quant.packed import unpack_codes
+from qvgen_jax.quant.packed import read_quantization_config, unpack_codes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -38,7 +42,32 @@ WAN = {
     "ffn_dim": 35,
     "num_layers": 2,
 }
+COGVIDEOX = {
+    "_class_name": "CogVideoXTransformer3DModel",
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 2,
+    "out_channels": 2,
+    "text_embed_dim": 6,
+    "time_embed_dim": 8,
+    "num_layers": 2,
+    "sample_height": 8,
+    "sample_width": 6,
+    "max_text_seq_length": 5,
+}
 TOLERANCE = 5e-6
+
+
+def read_packed(folder: Path) -> Transformer:
+    """The packed transformer of either family."""
+    fields = read_json(folder / "config.json")
+    config, quant = (
+        config_from_json(fields),
+        read_quantization_config(fields["quantization_config"]),
+    )
+    graphdef, shapes, levels = packed_definition(config, quant, jnp.float32)
+    params = from_packed(table_for(config), Tensors(folder), quantizable(config), quant, shapes)
+    return Transformer(config, graphdef, (params, levels))
 
 
 class Release:
@@ -70,9 +99,16 @@ class Release:
     def check(self, case: str, folder: Path, key: str = "velocity", **arguments) -> None:
         expected = self.golden[f"{case}/{key}"]
         with jax.default_matmul_precision("highest"):
-            model = read_transformer(folder / "transformer", jnp.float32)
-            ours = model(*self.inputs(case), **arguments)
+            ours = read_packed(folder / "transformer")(*self.inputs(case), **arguments)
         np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
+
+
+def imported_last(release: Release) -> Path:
+    """The checkpoint imported with the clips of an inference without `--fix`."""
+    folder = release.root / "last"
+    if not folder.exists():
+        import_released(release.source, release.base, folder, clip_index="last")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +117,18 @@ def release(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def cogvideox(tmp_path_factory):
+    return Release(tmp_path_factory.mktemp("cogvideox"), "cogvideox", COGVIDEOX)
+
+
+@pytest.fixture(scope="module")
 def imported(release):
-    import_released(release.source, release.base, release.root / "last", clip_index="last")
-    return release.root / "last"
+    return imported_last(release)
+
+
+@pytest.fixture(params=["wan", "cogvideox"])
+def either(request, release, cogvideox):
+    return {"wan": release, "cogvideox": cogvideox}[request.param]
 
 
 def codes_of(folder: Path) -> dict[str, np.ndarray]:
@@ -95,31 +140,45 @@ def codes_of(folder: Path) -> dict[str, np.ndarray]:
     }
 
 
-def test_the_forward_is_that_of_the_released_inference(release, imported):
-    release.check("last", imported)
+def test_the_forward_is_that_of_the_released_inference(either):
+    either.check("last", imported_last(either))
 
 
-def test_the_forward_is_that_of_the_released_training(release, tmp_path):
-    import_released(release.source, release.base, tmp_path / "ours", clip_index="t_mod_50")
-    release.check("t_mod_50", tmp_path / "ours")
+def test_a_packed_transformer_is_read_as_any_other(release, imported):
+    model = read_transformer(imported / "transformer", jnp.float32)
+    expected = read_packed(imported / "transformer")(*release.inputs("last"))
+    np.testing.assert_array_equal(model(*release.inputs("last")), expected)
 
 
-@pytest.mark.parametrize("call", [0, 1, 49, 60])
-def test_by_default_the_clips_count_down_as_in_the_released_scripts(release, tmp_path, call):
-    import_released(release.source, release.base, tmp_path / "ours")
+def test_the_forward_is_that_of_the_released_training(either, tmp_path):
+    import_released(either.source, either.base, tmp_path / "ours", clip_index="t_mod_50")
+    either.check("t_mod_50", tmp_path / "ours")
+
+
+def test_by_default_the_clips_count_down_as_in_the_released_scripts(either, tmp_path):
+    import_released(either.source, either.base, tmp_path / "ours")
     config = read_json(tmp_path / "ours" / "transformer" / "config.json")
     assert config["quantization_config"]["clip_index"] == "countdown"
-    index = countdown(jnp.full((1,), call))
-    release.check("countdown", tmp_path / "ours", f"call_{call}", clip_index=index)
+    for call in (0, 1, 49, 60):
+        index = countdown(jnp.full((1,), call))
+        either.check("countdown", tmp_path / "ours", f"call_{call}", clip_index=index)
+
+
+def check_step(release: Release, folder: Path, step: int, rank: int) -> None:
+    moment = {"released_step": step, "phase_steps": PHASE}
+    import_released(release.source, release.base, folder, clip_index="last", **moment)
+    config = read_json(folder / "transformer" / "config.json")["quantization_config"]
+    assert (config["format_version"], config["rank"]) == (2, rank)
+    release.check(f"step_{step}", folder)
 
 
 @pytest.mark.parametrize(("step", "rank"), [(2, 4), (6, 2), (8, 2), (17, 1)])
 def test_rank_and_gate_of_a_step_are_rebuilt(release, tmp_path, step, rank):
-    moment = {"released_step": step, "phase_steps": PHASE}
-    import_released(release.source, release.base, tmp_path / "ours", clip_index="last", **moment)
-    config = read_json(tmp_path / "ours" / "transformer" / "config.json")["quantization_config"]
-    assert (config["format_version"], config["rank"]) == (2, rank)
-    release.check(f"step_{step}", tmp_path / "ours")
+    check_step(release, tmp_path / "ours", step, rank)
+
+
+def test_rank_and_gate_of_a_cogvideox_step_are_rebuilt(cogvideox, tmp_path):
+    check_step(cogvideox, tmp_path / "ours", step=8, rank=2)
 
 
 def test_without_a_step_the_branch_is_left_away_as_in_the_released_inference(release, imported):
@@ -143,16 +202,16 @@ def test_adapters_are_merged(release, tmp_path, case, alpha):
     release.check(case, tmp_path / "ours")
 
 
-def test_a_bfloat16_checkpoint_gets_the_codes_of_a_bfloat16_pipeline(release, tmp_path):
+def test_a_bfloat16_checkpoint_gets_the_codes_of_a_bfloat16_pipeline(either, tmp_path):
     def halve(tensors):
         tensors |= {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items()}
 
-    source = release.checkpoint("half", halve)
-    import_released(source, release.base, tmp_path / "ours")
+    source = either.checkpoint("half", halve)
+    import_released(source, either.base, tmp_path / "ours")
     codes, weights = codes_of(tmp_path / "ours" / "transformer"), Tensors(source)
     ours = [codes[name][:, : weights[f"{name[:-5]}w"].shape[1]] for name in sorted(codes)]
     np.testing.assert_array_equal(
-        np.concatenate([part.ravel() for part in ours]), release.golden["bfloat16_codes"]
+        np.concatenate([part.ravel() for part in ours]), either.golden["bfloat16_codes"]
     )
 
 
@@ -169,9 +228,9 @@ def test_everything_else_comes_from_the_base_and_the_licence_from_the_checkpoint
     assert (imported / "transformer" / "LICENSE").read_text() == "the checkpoint's licence"
 
 
-def test_the_released_code_computes_our_forward_from_our_export(release, imported):
+def test_the_released_code_computes_our_forward_from_our_export(either):
     """Golden: their inference over the weights of our import and export."""
-    release.check("exported", imported)
+    either.check("exported", imported_last(either))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

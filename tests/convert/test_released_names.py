@@ -88,9 +88,11 @@ def test_every_tensor_of_the_released_wan_1_3b_is_accounted_for(rank):
     leaves += ("wquantizer.L", "wquantizer.R") if rank else ()
     used = {f"{linear.stem}.{leaf}" for linear in linears for leaf in leaves}
     assert used | set(plan.others) == set(shapes)
-    assert sum(linear.fan_out * linear.fan_in + linear.fan_out for linear in linears) + sum(
-        math.prod(shapes[name]) for name in plan.others
-    ) == 1_418_996_800
+    assert (
+        sum(linear.fan_out * linear.fan_in + linear.fan_out for linear in linears)
+        + sum(math.prod(shapes[name]) for name in plan.others)
+        == 1_418_996_800
+    )
     assert (plan.rank, plan.buckets, plan.adapter_rank, plan.kept) == (rank, BUCKETS, 0, {})
     assert recipe_of(WAN_1_3B).phase_steps == 444
 

@@ -1,6 +1,6 @@
 """Golden files of whole transformers with QVGen's released quantizers: checkpoint and outputs.
 
-    python tests/golden/make_released_models.py CHECKOUT
+    python tests/golden/make_released_models.py CHECKOUT [wan] [cogvideox]
 
 CHECKOUT is a clone of ModelTC/QVGen (commit 198e761). Every linear of a tiny diffusers model is
 replaced by their quantized linear, as `training/trainer.py` and `inference/*.py` do it. Needs torch
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
 from make_released_quantizers import load_release, perturb
 from safetensors.torch import load_file, save_file
 
@@ -96,7 +96,27 @@ WAN = Family(
     (5, 10),
     (0, 4, 1, 2, 3),
 )
-FAMILIES = (WAN,)
+COGVIDEOX = Family(
+    "cogvideox",
+    CogVideoXTransformer3DModel,
+    {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 2,
+        "out_channels": 2,
+        "text_embed_dim": 6,
+        "time_embed_dim": 8,
+        "num_layers": 2,
+        "sample_height": 8,
+        "sample_width": 6,
+        "max_text_seq_length": 5,
+    },
+    "norm_out.linear",
+    (2, 2, 6, 2),
+    (5, 6),
+    (0, 1, 4, 2, 3),
+)
+FAMILIES = {family.name: family for family in (WAN, COGVIDEOX)}
 
 
 def quantized(
@@ -324,11 +344,11 @@ def write(release, family: Family) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2 or not set(sys.argv[2:]) <= set(FAMILIES):
         sys.exit(__doc__)
     release = load_release(Path(sys.argv[1]))
-    for family in FAMILIES:
-        write(release, family)
+    for name in sys.argv[2:] or FAMILIES:
+        write(release, FAMILIES[name])
 
 
 if __name__ == "__main__":

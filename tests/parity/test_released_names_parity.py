@@ -1,5 +1,6 @@
 """The released names over diffusers' own module tree at real size; nothing is allocated."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from convert.tables import config_from_json
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 BUCKETS, RANK = 50, 32
 
 
@@ -39,11 +40,12 @@ def released_headers(model: torch.nn.Module) -> dict[str, TensorInfo]:
     return {n: TensorInfo(Path("x"), n, "BF16", shape, 0, 0) for n, shape in shapes.items()}
 
 
-@pytest.mark.parametrize(("kind", "fields", "count"), [("WanTransformer3DModel", WAN_1_3B, 306)])
-def test_every_tensor_of_the_released_model_has_its_place(kind, fields, count):
+@pytest.mark.parametrize(("name", "count"), [("Wan2.1-T2V-1.3B", 306), ("CogVideoX-2B", 245)])
+def test_every_tensor_of_the_released_model_has_its_place(name, count):
+    fields = json.loads((CONFIGS / f"{name}.json").read_text())
+    config = config_from_json(fields)
     with torch.device("meta"):
-        model = getattr(diffusers, kind)(**fields)
-    config = config_from_json({"_class_name": kind, **dict(model.config)})
+        model = getattr(diffusers, fields["_class_name"]).from_config(fields)
     plan = plan_released(config, released_headers(model))
     assert sum(map(len, plan.quantized.values())) == count
     assert (plan.rank, plan.full_precision) == (RANK, ())
