@@ -1,5 +1,6 @@
 """A trained student to a pipeline folder with a packed transformer."""
 
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,7 @@ def export_pipeline(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     copy_companions(source, partial)
+    quant = dataclasses.replace(quant, rank=0)  # The config's is that of step 0.
     fields = {**fields, "quantization_config": quantization_config(quant)}
     write_json(partial / "transformer" / "config.json", fields)
     write_tensors(partial / "transformer" / "diffusion_pytorch_model.safetensors", tensors)

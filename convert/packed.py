@@ -14,10 +14,10 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, build_transformer, quantizable
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, dense_factory
-from qvgen_jax.quant.packed import LEAVES, pack_layer, unpack_layer
+from qvgen_jax.quant.packed import leaves_of, pack_layer, unpack_layer
 
 
-def _split_table(
+def split_table(
     table: list[Entry], quantized: tuple[str, ...]
 ) -> tuple[dict[str, Entry], list[Entry]]:
     """Kernel entries of the quantized linears by name, and the entries of everything else."""
@@ -31,7 +31,7 @@ def _split_table(
     return kernels, rest
 
 
-def _stems(entry: Entry) -> list[str]:
+def linear_stems(entry: Entry) -> list[str]:
     stem = entry.name.removesuffix(".weight")
     return [stem] if entry.layers is None else [stem.format(i=i) for i in range(entry.layers)]
 
@@ -57,7 +57,7 @@ def to_packed(
     tables, biases) is float32: 0.2 % of a packed 14B model, and the export computes what was
     trained.
     """
-    kernels, rest = _split_table(table, quant.quantized(names))
+    kernels, rest = split_table(table, quant.quantized(names))
     tensors = to_torch(rest, params)
     kept = {entry.name for entry in rest if ".".join(entry.path[:-1]) in quant.full_precision}
     for entry in rest:
@@ -66,7 +66,7 @@ def to_packed(
             tensors[name] = tensors[name].astype(ml_dtypes.bfloat16 if matrix else np.float32)
     for name, entry in kernels.items():
         layers = _layers(_at(params, name), entry.layers is not None)
-        for stem, layer in zip(_stems(entry), layers, strict=True):
+        for stem, layer in zip(linear_stems(entry), layers, strict=True):
             packed = pack_layer(layer, quant.bits_of(name)[0])
             tensors |= {f"{stem}.{leaf}": array for leaf, array in packed.items()}
     return tensors
@@ -114,9 +114,13 @@ def from_packed(
     Raises:
         UserError: tensors are missing, unexpected or of another shape.
     """
-    kernels, rest = _split_table(table, quant.quantized(names))
+    kernels, rest = split_table(table, quant.quantized(names))
+    leaves = leaves_of(quant)
     packed_names = {
-        f"{stem}.{leaf}" for entry in kernels.values() for stem in _stems(entry) for leaf in LEAVES
+        f"{stem}.{leaf}"
+        for entry in kernels.values()
+        for stem in linear_stems(entry)
+        for leaf in leaves
     }
     missing = sorted(packed_names - set(tensors))
     if missing:
@@ -128,8 +132,8 @@ def from_packed(
     for name, entry in kernels.items():
         expected = _at(shapes, name)
         layers = []
-        for stem in _stems(entry):
-            layer = {leaf: tensors[f"{stem}.{leaf}"] for leaf in LEAVES}
+        for stem in linear_stems(entry):
+            layer = {leaf: tensors[f"{stem}.{leaf}"] for leaf in leaves}
             layers.append(unpack_layer(layer, quant.bits_of(name)[0], expected["codes"].shape[-2]))
         node = {k: np.stack([layer[k] for layer in layers]) for k in layers[0]}
         if entry.layers is None:

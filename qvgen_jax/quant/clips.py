@@ -36,6 +36,18 @@ def clip_index(timesteps: jax.Array, mode: str = "bucket", buckets: int = 50) ->
     if mode == "countdown":
         raise ValueError(
             "clip_index='countdown' counts the transformer's calls (49, 48, ... 0, 0) and cannot "
-            "be computed from the timestep; pass clip_index=[batch] at every call"
+            "be computed from the timestep; pass clip_index=[batch] at every call, see countdown"
         )
     raise ValueError(f"clip_index={mode!r}; expected one of {', '.join(CLIP_INDEX_MODES)}")
+
+
+def countdown(call: jax.Array | int, buckets: int = 50) -> jax.Array:
+    """The clip index of `countdown`: 49 at the transformer's first call, one less at each, then 0.
+
+    The release's inference with `--fix`; Wan's guidance calls the transformer twice per step, the
+    prompt first, CogVideoX's once.
+
+    Args:
+        call: int32, how many calls went before.
+    """
+    return jnp.maximum(buckets - 1 - jnp.asarray(call, jnp.int32), 0)

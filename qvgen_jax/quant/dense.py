@@ -171,11 +171,12 @@ def branch(values: jax.Array, left: jax.Array, right: jax.Array, gate: jax.Array
 
 
 class PackedDense(_TokenQuantizer):
-    """A linear at inference: integers in memory, the same arithmetic as `QuantDense` at rank 0.
+    """A linear at inference: integers in memory, the same arithmetic as `QuantDense`.
 
     Params: `codes` int4 (up to 4 bits) or int8 `[in, out]`, `scale`, `zero_point`, `code_sum` (the
-    codes summed over the input axis) and `bias` `[out]`, `lower` and `upper` `[buckets]`. The
-    values come from `qvgen_jax.quant.packed`.
+    codes summed over the input axis) and `bias` `[out]`, `lower` and `upper` `[buckets]`; where the
+    config has a rank, `L`, `R` and the `gate [rank]` they were saved with. The values come from
+    `qvgen_jax.quant.packed`.
     """
 
     def __init__(
@@ -197,6 +198,10 @@ class PackedDense(_TokenQuantizer):
         self.zero_point = nnx.Param(jnp.zeros((out_features,), jnp.float32))
         self.code_sum = nnx.Param(jnp.zeros((out_features,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if use_bias else None
+        if config.rank:
+            self.L = nnx.Param(jnp.zeros((out_features, config.rank), jnp.float32))
+            self.R = nnx.Param(jnp.zeros((config.rank, in_features), jnp.float32))
+            self.gate = nnx.Param(jnp.zeros((config.rank,), jnp.float32))
 
     def __call__(
         self, x: jax.Array | QuantizedTokens, ctx: QuantContext = QuantContext()
@@ -205,7 +210,8 @@ class PackedDense(_TokenQuantizer):
         tokens = x
         if not isinstance(x, QuantizedTokens):
             tokens = quantize_tokens(x, **self._clip_arguments(x, ctx))
-        return quantized_matmul(
+        low_rank = hasattr(self, "L")
+        y = quantized_matmul(
             tokens,
             self.codes[...],
             self.scale[...],
@@ -214,8 +220,12 @@ class PackedDense(_TokenQuantizer):
             None if self.bias is None else self.bias[...],
             code_sum=self.code_sum[...],
             product_dtype=self.product_dtype,
-            out_dtype=self.dtype,
+            out_dtype=jnp.float32 if low_rank else self.dtype,
         )
+        if low_rank:
+            values = dequantize_tokens(tokens).astype(self.dtype)
+            y = y + branch(values, self.L[...], self.R[...], self.gate[...]).astype(y.dtype)
+        return y.astype(self.dtype)
 
 
 def code_container(bits: int) -> jnp.dtype:

@@ -1,4 +1,4 @@
-"""The packed format on disk, version 1. This module alone knows it.
+"""The packed format on disk, versions 1 and 2. This module alone knows it.
 
 Each quantized linear, under its PyTorch name:
 
@@ -9,6 +9,13 @@ Each quantized linear, under its PyTorch name:
                                       is multiplied by sigmoid(lower) * clip_ratio, its maximum by
                                       sigmoid(upper) * clip_ratio
     bias        float32 [out]         where the layer has one
+
+Version 2 adds a low-rank branch of one rank to every quantized linear, for checkpoints taken before
+it was gone: weight + (L * gate) @ R. A folder without one is written as version 1.
+
+    L           float32 [out, rank]
+    R           float32 [rank, in]
+    gate        float32 [rank]        1 for what stays, less for what was leaving
 
 The transformer's config.json holds a `quantization_config`, see `quantization_config`. Its layer
 names are the model's `quantizable` names: `blocks.attn1.to_q` stands for every block's.
@@ -27,8 +34,9 @@ from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import code_container
 from qvgen_jax.quant.weights import quantize_weight
 
-FORMAT_VERSION = 1
+PLAIN_VERSION, BRANCH_VERSION = 1, 2
 LEAVES = ("codes", "scale", "zero_point", "clips", "bias")
+BRANCH_LEAVES = ("L", "R", "gate")
 
 # Codes are cut into planes whose widths divide a byte; the first plane holds the lowest bits.
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
@@ -99,7 +107,17 @@ def pack_layer(layer: Mapping[str, Any], bits: int) -> dict[str, np.ndarray]:
         `LEAVES` by name, without `bias` if the layer has none.
     """
     signed = _signed_codes(layer["kernel"], layer["scale"], layer["zero_point"], bits)
-    codes = np.asarray(signed, np.int16).T + 2 ** (bits - 1)
+    return pack_tensors(np.asarray(signed, np.int16).T + 2 ** (bits - 1), layer, bits)
+
+
+def pack_tensors(codes: np.ndarray, layer: Mapping[str, Any], bits: int) -> dict[str, np.ndarray]:
+    """The tensors of one linear whose codes are known.
+
+    Args:
+        codes: unsigned, `[out, in]`.
+        layer: `scale`, `zero_point`, `lower`, `upper`; `bias` where there is one.
+        bits: of the codes.
+    """
     tensors = {
         "codes": pack_codes(codes, bits),
         "scale": np.asarray(layer["scale"], np.float32),
@@ -124,16 +142,22 @@ def unpack_layer(
         "lower": np.asarray(tensors["clips"][:, 0], np.float32),
         "upper": np.asarray(tensors["clips"][:, 1], np.float32),
     }
-    if "bias" in tensors:
-        layer["bias"] = np.asarray(tensors["bias"], np.float32)
+    for leaf in ("bias", *BRANCH_LEAVES):
+        if leaf in tensors:
+            layer[leaf] = np.asarray(tensors[leaf], np.float32)
     return layer
 
 
+def leaves_of(config: QuantConfig) -> tuple[str, ...]:
+    """What every quantized linear of a folder holds."""
+    return LEAVES + BRANCH_LEAVES if config.rank else LEAVES
+
+
 def quantization_config(config: QuantConfig) -> dict[str, Any]:
-    """The JSON object that describes packed tensors."""
-    return {
+    """The JSON object that describes packed tensors; `config.rank` is that of their branch."""
+    fields = {
         "quant_method": "qvgen",
-        "format_version": FORMAT_VERSION,
+        "format_version": BRANCH_VERSION if config.rank else PLAIN_VERSION,
         "bits": {"weights": config.weight_bits, "activations": config.act_bits},
         "bits_by_layer": {
             name: {"weights": weights, "activations": activations}
@@ -147,10 +171,11 @@ def quantization_config(config: QuantConfig) -> dict[str, Any]:
         "include_zero": config.include_zero,
         "range_dtype": config.range_dtype,
     }
+    return fields | ({"rank": config.rank} if config.rank else {})
 
 
 def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
-    """The config that packed tensors were written with, at rank 0 and with int8 products.
+    """The config that packed tensors were written with, with int8 products.
 
     Raises:
         UserError: another method, another version, or a field that is missing or out of range.
@@ -161,10 +186,11 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
             f"quantization_config has quant_method={method!r}; only exports of this project "
             "('qvgen') can be read: give a full-precision folder or one written by --job export"
         )
-    if version != FORMAT_VERSION:
+    if version not in (PLAIN_VERSION, BRANCH_VERSION):
         raise UserError(
             f"quantization_config has format_version={version!r}, this program reads "
-            f"{FORMAT_VERSION}; export again, or install the version that wrote the folder"
+            f"{PLAIN_VERSION} and {BRANCH_VERSION}; export again, or install the version that "
+            "wrote the folder"
         )
     try:
         ratio = float(fields["clip_ratio"])
@@ -175,7 +201,7 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
                 name: (pair["weights"], pair["activations"])
                 for name, pair in fields["bits_by_layer"].items()
             },
-            rank=0,
+            rank=fields["rank"] if version == BRANCH_VERSION else 0,
             buckets=fields["clip_buckets"],
             clip_index=fields["clip_index"],
             single_clip=tuple(fields["single_clip"]),

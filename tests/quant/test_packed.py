@@ -77,16 +77,23 @@ def test_codes_of_another_size_are_refused():
     [
         QuantConfig(rank=0, bits={"proj_out": (8, 8)}, single_clip=("a",), full_precision=("b",)),
         QuantConfig.released(weight_bits=3, act_bits=5, rank=0),
+        QuantConfig(rank=4),
     ],
 )
 def test_the_config_survives_json(config):
     assert read_quantization_config(json.loads(json.dumps(quantization_config(config)))) == config
 
 
+def test_only_a_branch_needs_the_second_version():
+    assert quantization_config(QuantConfig(rank=0))["format_version"] == 1
+    assert quantization_config(QuantConfig(rank=4))["format_version"] == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version=2, this program reads 1"),
+        ({"format_version": 3}, "format_version=3, this program reads 1 and 2"),
+        ({"format_version": 2}, "damaged .KeyError: 'rank'"),
         ({"quant_method": "bitsandbytes"}, "'bitsandbytes'; only exports of this project"),
         ({"bits": {"weights": 9, "activations": 4}}, "expected .weight bits, activation bits"),
         ({"bits": None}, "damaged"),

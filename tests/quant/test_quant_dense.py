@@ -194,6 +194,17 @@ def test_the_packed_layer_computes_the_same_bits(bits, config):
     )
 
 
+def test_the_packed_layer_with_a_branch_computes_the_same_bits():
+    config, gate = QuantConfig(rank=4), jnp.asarray([1, 1, 0.3, 0], jnp.float32)
+    layer, levels = quantized_layer(config)
+    x = tokens_of()
+    y = nnx.merge(definition(config), layer, levels)(x, QuantContext(INDEX, gate))
+    tensors = pack_layer(layer, 4) | {"L": layer["L"], "R": layer["R"], "gate": gate}
+    linear = nnx.merge(definition(config, PackedDense), unpack_layer(tensors, 4, IN), levels)
+    # The gate saved with the layer counts, not the step's.
+    np.testing.assert_array_equal(linear(x, QuantContext(INDEX, jnp.zeros(4))), y)
+
+
 @pytest.mark.parametrize("form", [QuantDense, PackedDense])
 def test_tokens_already_quantized_are_accepted(form):
     config = QuantConfig(rank=0)
