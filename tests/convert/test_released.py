@@ -20,11 +20,11 @@ from convert.released import import_released
 from convert.released_export import export_released
 from convert.released_names import is_released
 from convert.save import write_json
-from convert.tables import config_from_json, table_for
+from convert.tables import table_for
 from convert.tensors import Tensors, read_json, write_tensors
 from qvgen_jax.components import Transformer
 from qvgen_jax.errors import UserError
-from qvgen_jax.models import quantizable
+from qvgen_jax.models import config_from_json, quantizable
 from qvgen_jax.quant.clips import countdown
 from qvgen_jax.quant.packed import read_quantization_config, unpack_codes
 
