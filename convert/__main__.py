@@ -3,6 +3,8 @@
     python -m convert import SRC DST    # safetensors -> sharded arrays, for the trainer and `load`
     python -m convert export SRC DST    # an import -> the same safetensors, for PyTorch
     python -m convert verify SRC DST    # compare the two; writes DST/certificate.json
+    python -m convert import CHECKPOINT DST --base SRC   # QVGen's release -> a packed pipeline
+    python -m convert export PACKED DST --released       # a packed pipeline -> QVGen's release
 
 The same import or export again continues an interrupted one. Exit code 0: done, or equal; 1: verify
 found a difference; 2: something given is wrong, and one line says what.
@@ -11,6 +13,7 @@ found a difference; 2: something given is wrong, and one line says what.
 import argparse
 import sys
 import time
+from typing import Any
 
 from convert.travel import Report
 from qvgen_jax.errors import UserError
@@ -28,38 +31,115 @@ def parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, help_source, help_target in (
-        ("import", "a folder in diffusers' layout, or a hub name owner/name", "the folder to make"),
-        ("export", "a folder that import made", "the folder to make"),
-        ("verify", "what the conversion was made from", "the conversion"),
-    ):
-        command = commands.add_parser(name)
-        command.add_argument("source", metavar="SRC", help=help_source)
-        command.add_argument("target", metavar="DST", help=help_target)
+    importing, exporting, verifying = (
+        _command(commands, name, source, target)
+        for name, source, target in (
+            ("import", "a folder in diffusers' layout, or a hub name owner/name", "folder to make"),
+            ("export", "a folder that import made, or a packed pipeline", "folder to make"),
+            ("verify", "what the conversion was made from", "the conversion"),
+        )
+    )
+    del verifying
+    released = importing.add_argument_group("SRC is a checkpoint of QVGen's release")
+    released.add_argument("--base", help="the full-precision pipeline it was trained from")
+    released.add_argument(
+        "--clip-index",
+        choices=("countdown", "last", "t_mod_50"),
+        default="countdown",
+        help="as their inference with --fix (default), without it, or as their training",
+    )
+    released.add_argument("--bits", type=_bits, default=(4, 4), help="weights,activations: 4,4")
+    released.add_argument(
+        "--released-step", type=int, help="steps it had trained: rank and gate are rebuilt and kept"
+    )
+    released.add_argument("--phase-steps", type=int, help="T of that training; the published one")
+    released.add_argument("--lora-alpha", type=float, help="adapters are merged with alpha / r")
+    back = exporting.add_argument_group("SRC is a packed pipeline, DST for the release's scripts")
+    back.add_argument("--released", action="store_true", help="write the release's names")
+    back.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    back.add_argument(
+        "--approximate", action="store_true", help="even what their code computes differently"
+    )
     return parser.parse_args(argv)
 
 
-def run(command: str, source: str, target: str) -> int:
+def _command(commands: Any, name: str, source: str, target: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name)
+    command.add_argument("source", metavar="SRC", help=source)
+    command.add_argument("target", metavar="DST", help=target)
+    return command
+
+
+def _bits(text: str) -> tuple[int, int]:
+    weights, activations = (int(part) for part in text.split(","))
+    return weights, activations
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Does one command. Imports are here so that a wrong argument is told at once."""
-    start = time.monotonic()
-    if command == "verify":
+    source, target, start = arguments.source, arguments.target, time.monotonic()
+    if arguments.command == "verify":
         from convert.verify import as_table, verify
 
         certificate = verify(source, target, _meter("tensors", 1))
         print(as_table(certificate))
         return 0 if certificate["equal"] else 1
-    if command == "import":
-        from convert.to_arrays import import_pipeline
-
-        done = import_pipeline(source, target, _meter("GB", 1e9))
-        what, nbytes = f"{done.converted} of {done.tensors} tensors in this call", done.nbytes
-    else:
-        from convert.to_safetensors import export_safetensors
-
-        what, nbytes = "byte for byte", export_safetensors(source, target, _meter("GB", 1e9))
+    work = _import if arguments.command == "import" else _export
+    nbytes, what = work(arguments)
     seconds = time.monotonic() - start
     print(f"{target}: {nbytes:,} bytes of transformer, {what}, {seconds:.0f} s")
     return 0
+
+
+def _import(arguments: argparse.Namespace) -> tuple[int, str]:
+    """The bytes written, and what they are."""
+    from convert.released import holds_released, import_released
+    from convert.to_arrays import import_pipeline
+
+    if not holds_released(arguments.source):
+        if arguments.base:
+            raise UserError(
+                f"{arguments.source} is no checkpoint of QVGen's release: no tensor has its names; "
+                "leave --base away to import a pipeline"
+            )
+        done = import_pipeline(arguments.source, arguments.target, _meter("GB", 1e9))
+        return done.nbytes, f"{done.converted} of {done.tensors} tensors in this call"
+    if not arguments.base:
+        raise UserError(
+            f"{arguments.source} is a checkpoint of QVGen's release, a transformer alone: give the "
+            "full-precision pipeline it was trained from, --base FOLDER"
+        )
+    nbytes = import_released(
+        arguments.source,
+        arguments.base,
+        arguments.target,
+        clip_index=arguments.clip_index,
+        bits=arguments.bits,
+        released_step=arguments.released_step,
+        phase_steps=arguments.phase_steps,
+        lora_alpha=arguments.lora_alpha,
+        progress=_meter("tensors", 1),
+    )
+    return nbytes, "packed"
+
+
+def _export(arguments: argparse.Namespace) -> tuple[int, str]:
+    """The bytes written, and what they are."""
+    if arguments.released:
+        from convert.released_export import export_released
+
+        nbytes = export_released(
+            arguments.source,
+            arguments.target,
+            dtype=arguments.dtype,
+            approximate=arguments.approximate,
+            progress=_meter("tensors", 1),
+        )
+        return nbytes, "in the release's names"
+    from convert.to_safetensors import export_safetensors
+
+    nbytes = export_safetensors(arguments.source, arguments.target, _meter("GB", 1e9))
+    return nbytes, "byte for byte"
 
 
 def _meter(unit: str, size: float) -> Report:
@@ -79,7 +159,7 @@ def main(argv: list[str]) -> int:
     """Exit code: see above; 130 when interrupted."""
     arguments = parse(argv)
     try:
-        return run(arguments.command, arguments.source, arguments.target)
+        return run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:  # A full disk, a folder that may not be written.

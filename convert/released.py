@@ -9,11 +9,18 @@ import numpy as np
 
 from convert import released_arithmetic as arithmetic
 from convert.load import find_folder
-from convert.released_names import SCALE, Linear, ReleasedPlan, plan_released, recipe_of
+from convert.released_names import (
+    SCALE,
+    Linear,
+    ReleasedPlan,
+    is_released,
+    plan_released,
+    recipe_of,
+)
 from convert.safetensors_writer import Spec, write_stream
 from convert.save import write_json
 from convert.tensors import Tensors, check_inside, read_json
-from convert.travel import Progress, check_companions, check_target, copy_companions, silent
+from convert.travel import Report, check_companions, check_target, copy_companions, silent
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, config_from_json
 from qvgen_jax.quant.config import QuantConfig
@@ -37,7 +44,7 @@ def import_released(
     released_step: int | None = None,
     phase_steps: int | None = None,
     lora_alpha: float | None = None,
-    progress: Progress = silent,
+    progress: Report = silent,
 ) -> int:
     """Writes a pipeline folder whose transformer is the checkpoint's, packed.
 
@@ -117,6 +124,16 @@ def copy_cards(source: Path, target: Path) -> None:
         for file in source.glob(pattern):
             check_inside(file, source)
             shutil.copy2(file, target / file.name)
+
+
+def holds_released(source: str | Path) -> bool:
+    """Whether a folder, or hub repository, holds a checkpoint in the release's naming.
+
+    Raises:
+        UserError: it cannot be found, or its files are damaged.
+    """
+    folder = _checkpoint_folder(source)
+    return bool(list(folder.glob("*.safetensors"))) and is_released(Tensors(folder).infos)
 
 
 def _checkpoint_folder(source: str | Path) -> Path:

@@ -29,7 +29,7 @@ from convert.released_names import (
 from convert.safetensors_writer import Spec, write_stream
 from convert.save import write_json
 from convert.tensors import Tensors, read_json
-from convert.travel import Progress, check_target, silent
+from convert.travel import Report, check_target, silent
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import config_from_json
 from qvgen_jax.quant.config import QuantConfig
@@ -48,7 +48,7 @@ def export_released(
     *,
     dtype: str = "bfloat16",
     approximate: bool = False,
-    progress: Progress = silent,
+    progress: Report = silent,
 ) -> int:
     """Writes a folder that the release's scripts load as `--quant_model_path`.
 

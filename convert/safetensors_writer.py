@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from convert.safetensors_file import DTYPES
-from convert.travel import Progress, silent
+from convert.travel import Report, silent
 
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 
@@ -30,7 +30,7 @@ def write_stream(
     path: Path,
     specs: Mapping[str, Spec],
     arrays: Iterable[tuple[str, np.ndarray]],
-    progress: Progress = silent,
+    progress: Report = silent,
 ) -> int:
     """Writes the file, marked as PyTorch's as transformers demands, and returns its bytes.
 
