@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test parity lint clean
+.PHONY: demo test parity parity-table lint clean
 
 demo: $(VENV)/.ready-base
 	$(RUN) main.py --config configs/tiny_w4a4.py
@@ -19,6 +19,10 @@ test: $(VENV)/.ready-test
 # Numbers against PyTorch diffusers and transformers (installs torch).
 parity: $(VENV)/.ready-parity
 	$(RUN) -m pytest -n 2 tests/parity $(PYTEST_ARGS)
+
+# The same, one test after the other and the slow ones too, and docs/parity_table.md from it.
+parity-table: $(VENV)/.ready-parity
+	$(RUN) -m pytest tests/parity -m "slow or not slow" --parity-table docs/parity_table.md
 
 lint: $(VENV)/.ready-test
 	$(RUN) -m ruff check .

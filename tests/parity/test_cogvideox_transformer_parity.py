@@ -14,6 +14,7 @@ from convert.cogvideox_transformer import name_table
 from convert.names import from_torch, to_torch
 from qvgen_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
 from qvgen_jax.models.cogvideox_positions import rotations, sincos_table
+from tests.parity.table import hold
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -113,20 +114,23 @@ def compare(fields: dict, shape: tuple[int, ...], text_tokens: int) -> float:
 )
 def test_v_equals_diffusers(variant, shape, text_tokens):
     frames = shape[1] * VARIANTS[variant].get("patch_size_t", 1)
-    assert compare(VARIANTS[variant], (shape[0], frames, *shape[2:]), text_tokens) < 1e-4
+    error = compare(VARIANTS[variant], (shape[0], frames, *shape[2:]), text_tokens)
+    hold("CogVideoX transformer", f"random {variant}, odd sizes", error)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_odd_heights_and_widths_equal_diffusers_where_the_patch_permits(variant):
     fields = VARIANTS[variant] | {"patch_size": 1, "in_channels": 5, "out_channels": 5}
-    assert compare(fields, (2, 4, 5, 3, 5), 4) < 1e-4
+    error = compare(fields, (2, 4, 5, 3, 5), 4)
+    hold("CogVideoX transformer", f"random {variant}, odd sizes", error)
 
 
 @pytest.mark.parametrize("model", ["CogVideoX-2B", "CogVideoX-5B", "CogVideoX1.5-5B"])
 def test_one_layer_at_the_real_dimensions_equals_diffusers(model):
     fields = json.loads((CONFIGS / f"{model}.json").read_text()) | {"num_layers": 1}
     del fields["_class_name"]
-    assert compare(fields, (1, 2, 6, 10, 16), 9) < 1e-4
+    error = compare(fields, (1, 2, 6, 10, 16), 9)
+    hold("CogVideoX transformer", f"{model}, one layer at its real dimensions", error)
 
 
 @pytest.mark.parametrize("model", ["CogVideoX-5B", "CogVideoX1.5-5B"])

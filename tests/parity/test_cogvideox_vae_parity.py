@@ -15,6 +15,7 @@ from convert.cogvideox_vae import name_table
 from convert.names import from_torch, to_torch
 from qvgen_jax.autoencoders.cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from qvgen_jax.autoencoders.tiling import Tiling
+from tests.parity.table import hold
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -105,8 +106,12 @@ def check_encode(theirs, run, shape):
     with torch.no_grad():
         moments = theirs.encode(to_torch_layout(video)).latent_dist
     mean, logvar = run("encode", video)
-    assert relative(mean, moments.mean) <= 1e-4
-    assert relative(logvar, moments.logvar) <= 1e-4
+    for ours, reference in ((mean, moments.mean), (logvar, moments.logvar)):
+        hold(
+            "CogVideoX VAE",
+            "encode: odd frames and sizes, tiled and whole",
+            relative(ours, reference),
+        )
 
 
 def check_decode(theirs, run, shape):
@@ -115,7 +120,8 @@ def check_decode(theirs, run, shape):
     with torch.no_grad():
         video = theirs.decode(to_torch_layout(latents)).sample
     assert video.abs().max() < 1  # Ours is clipped there, theirs is not.
-    assert relative(run("decode", latents), video) <= 1e-4
+    error = relative(run("decode", latents), video)
+    hold("CogVideoX VAE", "decode: odd frames and sizes, tiled and whole", error)
 
 
 # Alone; one batch; two even ones; an odd first one of up to fifteen; time halved once.

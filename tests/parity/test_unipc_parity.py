@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from qvgen_jax.diffusion.unipc import UniPCConfig, sample, unipc_schedule  # noqa: E402
+from tests.parity.table import hold  # noqa: E402
 
 WAN = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
@@ -42,7 +43,8 @@ def test_any_number_of_steps_follows_diffusers(steps, shift, order):
 
     np.testing.assert_array_equal(schedule.timesteps, timesteps)
     # Both are float32 sums of the same terms in another order: rounding only.
-    assert np.abs(ours - expected).max() / np.abs(expected).max() <= 1e-5
+    error = np.abs(ours - expected).max() / np.abs(expected).max()
+    hold("Samplers", "UniPCMultistepScheduler (flow), up to 50 steps", error, 1e-5)
 
 
 def test_timesteps_are_diffusers_for_every_step_count():
