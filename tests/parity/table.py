@@ -1,4 +1,4 @@
-"""The parity table: every largest relative error that the suite holds, one row per component and case.
+"""The parity table: every largest relative error that the suite holds, by component and case.
 
     make parity-table          # writes docs/parity_table.md
 
