@@ -12,11 +12,10 @@ from convert.load import find_folder
 from convert.released_names import SCALE, Linear, ReleasedPlan, plan_released, recipe_of
 from convert.safetensors_writer import Spec, write_stream
 from convert.save import write_json
-from convert.tables import config_from_json
 from convert.tensors import Tensors, check_inside, read_json
 from convert.travel import Progress, check_companions, check_target, copy_companions, silent
 from qvgen_jax.errors import UserError
-from qvgen_jax.models import TransformerConfig
+from qvgen_jax.models import TransformerConfig, config_from_json
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.packed import pack_tensors, packed_bytes, quantization_config
 from qvgen_jax.quant.schedule import RankDecay, phase_rank

@@ -28,10 +28,10 @@ from convert.released_names import (
 )
 from convert.safetensors_writer import Spec, write_stream
 from convert.save import write_json
-from convert.tables import config_from_json
 from convert.tensors import Tensors, read_json
 from convert.travel import Progress, check_target, silent
 from qvgen_jax.errors import UserError
+from qvgen_jax.models import config_from_json
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.packed import leaves_of, read_quantization_config, unpack_codes
 

@@ -20,11 +20,11 @@ from convert.released import import_released
 from convert.released_export import export_released
 from convert.released_names import is_released
 from convert.save import write_json
-from convert.tables import config_from_json, table_for
+from convert.tables import table_for
 from convert.tensors import Tensors, read_json, write_tensors
 from qvgen_jax.components import Transformer
 from qvgen_jax.errors import UserError
-from qvgen_jax.models import quantizable
+from qvgen_jax.models import config_from_json, quantizable
 from qvgen_jax.quant.clips import countdown
 from qvgen_jax.quant.packed import read_quantization_config, unpack_codes
 
@@ -150,9 +150,9 @@ def test_a_packed_transformer_is_read_as_any_other(release, imported):
     np.testing.assert_array_equal(model(*release.inputs("last")), expected)
 
 
-def test_the_forward_is_that_of_the_released_training(either, tmp_path):
-    import_released(either.source, either.base, tmp_path / "ours", clip_index="t_mod_50")
-    either.check("t_mod_50", tmp_path / "ours")
+def test_the_forward_is_that_of_the_released_training(release, tmp_path):
+    import_released(release.source, release.base, tmp_path / "ours", clip_index="t_mod_50")
+    release.check("t_mod_50", tmp_path / "ours")
 
 
 def test_by_default_the_clips_count_down_as_in_the_released_scripts(either, tmp_path):

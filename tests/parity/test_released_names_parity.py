@@ -7,7 +7,7 @@ import pytest
 
 from convert.released_names import plan_released
 from convert.safetensors_file import TensorInfo
-from convert.tables import config_from_json
+from qvgen_jax.models import config_from_json
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
