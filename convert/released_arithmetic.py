@@ -35,7 +35,7 @@ def effective(parameter: np.ndarray, fan_in: int, bits: int, dtype: np.dtype) ->
     """A learned scale or zero point as their forward sees it.
 
     Scaling the gradient by a factor g is written `(p - p g) + p g` there: equal to p but for
-    rounding, which moves about one bfloat16 value in a hundred to its neighbour.
+    rounding, which moves up to one bfloat16 value in a hundred to its neighbour.
     """
     factor = np.float32(1 / math.sqrt(fan_in * (2**bits - 1)))
     parameter = _round_to(parameter, dtype)

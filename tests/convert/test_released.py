@@ -150,9 +150,9 @@ def test_a_packed_transformer_is_read_as_any_other(release, imported):
     np.testing.assert_array_equal(model(*release.inputs("last")), expected)
 
 
-def test_the_forward_is_that_of_the_released_training(either, tmp_path):
-    import_released(either.source, either.base, tmp_path / "ours", clip_index="t_mod_50")
-    either.check("t_mod_50", tmp_path / "ours")
+def test_the_forward_is_that_of_the_released_training(release, tmp_path):
+    import_released(release.source, release.base, tmp_path / "ours", clip_index="t_mod_50")
+    release.check("t_mod_50", tmp_path / "ours")
 
 
 def test_by_default_the_clips_count_down_as_in_the_released_scripts(either, tmp_path):
