@@ -3,8 +3,8 @@
 from typing import Any
 
 
-def load(path: Any, dtype: Any = None, mesh: Any = None) -> Any:
+def load(path: Any, dtype: Any = None, mesh: Any = None, **options: Any) -> Any:
     """Loads a pipeline: see `qvgen_jax.pipeline.load`."""
-    from qvgen_jax.pipeline import load as load_pipeline
+    from qvgen_jax.pipeline import load as load_pipeline  # Importing jax takes a second.
 
-    return load_pipeline(path, dtype, mesh)
+    return load_pipeline(path, dtype, mesh, **options)

@@ -12,7 +12,9 @@ from flax import nnx
 
 import qvgen_jax
 from convert.save import save_pipeline
+from qvgen_jax.autoencoders.tiling import Tiling
 from qvgen_jax.autoencoders.wan import WanVAE, WanVAEConfig
+from qvgen_jax.diffusion.guidance import Guidance
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.wan import WanConfig, WanTransformer
 from qvgen_jax.pipeline import to_uint8
@@ -289,3 +291,34 @@ def test_weights_in_several_files_are_read_through_their_index(pipe, folder, tmp
     sharded = qvgen_jax.load(copy)
     same = jax.tree.map(np.array_equal, sharded.transformer.states, pipe.transformer.states)
     assert jax.tree.all(same)
+
+
+def test_a_freed_text_encoder_stays_on_the_host_and_gives_the_same_embeddings(folder, pipe):
+    freed = qvgen_jax.load(folder, free_text_encoder=True)
+    np.testing.assert_array_equal(freed.encode_prompt(PROMPTS), pipe.encode_prompt(PROMPTS))
+    kinds = {type(leaf) for leaf in jax.tree.leaves(freed.text_encoder.states)}
+    assert kinds == {np.ndarray}
+
+
+def test_text_weights_in_a_byte_each_stay_near(folder, pipe):
+    exact = pipe.encode_prompt(PROMPTS)
+    near = qvgen_jax.load(folder, text_weights="int8").encode_prompt(PROMPTS)
+    # Random layers 16 wide; a real one 4096 wide is within 1.5 %.
+    assert 0 < np.linalg.norm(near - exact) < 0.05 * np.linalg.norm(exact)
+
+
+def test_a_video_within_one_tile_decodes_as_without_tiles(pipe):
+    latents = np.random.default_rng(0).standard_normal((1, 2, 2, 4, 4)).astype(np.float32)
+    whole = pipe.to_video(latents)
+    np.testing.assert_array_equal(pipe.to_video(latents, tiling=True), whole)
+    tiles = Tiling(8, 16, stride_height=8, stride_width=8)
+    assert pipe.to_video(latents, tiling=tiles).shape == whole.shape
+
+
+def test_guidance_may_stop_before_the_last_steps(pipe):
+    scaled = pipe.sample_latents(PROMPTS[0], guidance_scale=2.0)
+    same = pipe.sample_latents(PROMPTS[0], guidance=Guidance(2.0))
+    np.testing.assert_array_equal(same, scaled)
+    stopped = pipe.sample_latents(PROMPTS[0], guidance=Guidance(2.0, unguided_steps=2))
+    unguided = pipe.sample_latents(PROMPTS[0], guidance_scale=1.0)
+    np.testing.assert_allclose(stopped, unguided, atol=1e-5)  # Both steps; two programs.
