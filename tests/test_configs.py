@@ -1,0 +1,36 @@
+"""Every config is whole, and the published recipes are the published ones."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from qvgen_jax.training.check import check_config
+from qvgen_jax.training.loop import rank_decay
+
+NAMES = sorted(
+    path.stem for path in Path(__file__).parents[1].joinpath("configs").glob("*_w?a?.py")
+)
+
+
+def config(name: str, argument: str = "") -> dict:
+    return importlib.import_module(f"configs.{name}").get_config(argument).to_dict()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_passes_its_checks_and_its_bits_are_in_its_name(name):
+    for argument in ("", "full" if name.startswith("tiny") else "released"):
+        values = config(name, argument)
+        check_config(values)
+        quant = values["quant"]
+        assert name.endswith(f"w{quant['weight_bits']}a{quant['act_bits']}")
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "phase"), [("wan1_3b_w4a4", 2667, 444), ("cogvideox2b_w4a4", 2000, 333)]
+)
+def test_the_released_recipe_has_the_published_phase_length(name, steps, phase):
+    values = config(name, "released")
+    assert values["train"]["steps"] == steps
+    assert rank_decay(values).phase_steps == phase
+    assert values["quant"]["behaviour"] == "released"
