@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from convert.cogvideox_vae import name_table
-from convert.names import from_torch, to_torch
+from convert.names import from_torch, to_torch, torch_names
 from qvgen_jax.autoencoders.cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from qvgen_jax.autoencoders.tiling import Tiling
 
@@ -53,7 +53,7 @@ def make_pair(fields):
     torch.manual_seed(0)
     theirs = diffusers.AutoencoderKLCogVideoX(**fields).eval()
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
+        for parameter in theirs.parameters():
             if parameter.ndim == 1:  # The initial 1 and ~0 would hide mistakes.
                 parameter.add_(0.3 * torch.randn_like(parameter))
         theirs.decoder.conv_out.conv.weight.mul_(0.1)  # So that no pixel reaches the clip.
@@ -163,6 +163,13 @@ def test_exported_weights_are_those_that_diffusers_saved():
     assert back.keys() == state.keys()
     for name, value in state.items():
         np.testing.assert_array_equal(back[name], value)
+
+
+def test_every_tensor_of_the_published_model_has_its_place():
+    with torch.device("meta"):
+        state = diffusers.AutoencoderKLCogVideoX().state_dict()
+    assert sorted(torch_names(name_table(CogVideoXVAEConfig()))) == sorted(state)
+    assert sum(tensor.numel() for tensor in state.values()) == 215_583_907
 
 
 @pytest.mark.slow
