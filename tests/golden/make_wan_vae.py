@@ -21,6 +21,11 @@ CONFIG = {
 }
 
 
+def to_torch(x: np.ndarray) -> torch.Tensor:
+    """`[b, t, h, w, c]` to `[b, c, t, h, w]`."""
+    return torch.from_numpy(x.astype(np.float32)).permute(0, 4, 1, 2, 3)
+
+
 def to_numpy(x: torch.Tensor) -> np.ndarray:
     """`[b, c, t, h, w]` to `[b, t, h, w, c]`."""
     return x.permute(0, 2, 3, 4, 1).numpy()
@@ -37,11 +42,14 @@ def main() -> None:
     model.load_state_dict({k: torch.from_numpy(v.astype(np.float32)) for k, v in weights.items()})
     video = rng.integers(0, 256, (1, 9, 8, 16, 3)).astype(np.uint8)
     latents = rng.standard_normal((1, 3, 1, 2, 2)).astype(np.float16)
+    wide_video = rng.integers(0, 256, (1, 1, 8, 40, 3)).astype(np.uint8)
+    wide_latents = rng.standard_normal((1, 2, 1, 5, 2)).astype(np.float16)
     with torch.no_grad():
-        frames = torch.from_numpy(video.astype(np.float32) / 127.5 - 1)
-        moments = model.encode(frames.permute(0, 4, 1, 2, 3)).latent_dist
-        z = torch.from_numpy(latents.astype(np.float32))
-        decoded = model.decode(z.permute(0, 4, 1, 2, 3)).sample
+        moments = model.encode(to_torch(video / 127.5 - 1)).latent_dist
+        decoded = model.decode(to_torch(latents)).sample
+        model.enable_tiling(16, 24, 16, 16)
+        wide_moments = model.encode(to_torch(wide_video / 127.5 - 1)).latent_dist
+        wide_decoded = model.decode(to_torch(wide_latents)).sample
     np.savez_compressed(
         Path(__file__).with_name("wan_vae.npz"),
         video=video,
@@ -49,6 +57,10 @@ def main() -> None:
         logvar=to_numpy(moments.logvar),
         latents=latents,
         decoded=to_numpy(decoded).astype(np.float16),  # in [-1, 1]: 2.5e-4 at worst
+        wide_video=wide_video,
+        wide_mean=to_numpy(wide_moments.mean),
+        wide_latents=wide_latents,
+        wide_decoded=to_numpy(wide_decoded).astype(np.float16),
         # One vector: a hundred small members would cost more than they hold.
         weights=np.concatenate([value.ravel() for value in weights.values()]),
         shapes=json.dumps({name: value.shape for name, value in weights.items()}),

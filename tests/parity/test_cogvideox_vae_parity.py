@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from convert.cogvideox_vae import name_table
-from convert.names import from_torch, to_torch
+from convert.names import from_torch, to_torch, torch_names
 from qvgen_jax.autoencoders.cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from qvgen_jax.autoencoders.tiling import Tiling
 from tests.parity.table import hold
@@ -54,7 +54,7 @@ def make_pair(fields):
     torch.manual_seed(0)
     theirs = diffusers.AutoencoderKLCogVideoX(**fields).eval()
     with torch.no_grad():
-        for _, parameter in theirs.named_parameters():
+        for parameter in theirs.parameters():
             if parameter.ndim == 1:  # The initial 1 and ~0 would hide mistakes.
                 parameter.add_(0.3 * torch.randn_like(parameter))
         theirs.decoder.conv_out.conv.weight.mul_(0.1)  # So that no pixel reaches the clip.
@@ -106,11 +106,9 @@ def check_encode(theirs, run, shape):
     with torch.no_grad():
         moments = theirs.encode(to_torch_layout(video)).latent_dist
     mean, logvar = run("encode", video)
-    for ours, reference in ((mean, moments.mean), (logvar, moments.logvar)):
+    for got, expected in ((mean, moments.mean), (logvar, moments.logvar)):
         hold(
-            "CogVideoX VAE",
-            "encode: odd frames and sizes, tiled and whole",
-            relative(ours, reference),
+            "CogVideoX VAE", "encode: odd sizes, chunked, whole and tiled", relative(got, expected)
         )
 
 
@@ -121,7 +119,7 @@ def check_decode(theirs, run, shape):
         video = theirs.decode(to_torch_layout(latents)).sample
     assert video.abs().max() < 1  # Ours is clipped there, theirs is not.
     error = relative(run("decode", latents), video)
-    hold("CogVideoX VAE", "decode: odd frames and sizes, tiled and whole", error)
+    hold("CogVideoX VAE", "decode: odd sizes, chunked, whole and tiled", error)
 
 
 # Alone; one batch; two even ones; an odd first one of up to fifteen; time halved once.
@@ -169,6 +167,13 @@ def test_exported_weights_are_those_that_diffusers_saved():
     assert back.keys() == state.keys()
     for name, value in state.items():
         np.testing.assert_array_equal(back[name], value)
+
+
+def test_every_tensor_of_the_published_model_has_its_place():
+    with torch.device("meta"):
+        state = diffusers.AutoencoderKLCogVideoX().state_dict()
+    assert sorted(torch_names(name_table(CogVideoXVAEConfig()))) == sorted(state)
+    assert sum(tensor.numel() for tensor in state.values()) == 215_583_907
 
 
 @pytest.mark.slow
