@@ -50,7 +50,7 @@ def make_pair(fields):
         **fields, latents_mean=[0.0] * z, latents_std=[1.0] * z
     ).eval()
     with torch.no_grad():
-        for _, parameter in theirs.named_parameters():
+        for name, parameter in theirs.named_parameters():
             if name.endswith(("gamma", "bias")):  # The initial 1 and ~0 would hide mistakes.
                 parameter.add_(0.3 * torch.randn_like(parameter))
     config = WanVAEConfig.from_json(json.loads(theirs.to_json_string()))
