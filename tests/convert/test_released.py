@@ -5,110 +5,29 @@ value, float32 rounding through two blocks; the inputs lie away from every round
 that all codes must be equal.
 """
 
-import shutil
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from convert.load import read_transformer
-from convert.packed import from_packed, packed_definition
 from convert.released import import_released
 from convert.released_export import export_released
-from convert.released_names import is_released
 from convert.save import write_json
-from convert.tables import table_for
-from convert.tensors import Tensors, read_json, write_tensors
-from qvgen_jax.components import Transformer
+from convert.tensors import Tensors, read_json
 from qvgen_jax.errors import UserError
-from qvgen_jax.models import config_from_json, quantizable
 from qvgen_jax.quant.clips import countdown
-from qvgen_jax.quant.packed import read_quantization_config, unpack_codes
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-PHASE, BUCKETS = 6, 50
-WAN = {
-    "_class_name": "WanTransformer3DModel",
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 3,
-    "out_channels": 3,
-    "text_dim": 10,
-    "freq_dim": 16,
-    "ffn_dim": 35,
-    "num_layers": 2,
-}
-COGVIDEOX = {
-    "_class_name": "CogVideoXTransformer3DModel",
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 2,
-    "out_channels": 2,
-    "text_embed_dim": 6,
-    "time_embed_dim": 8,
-    "num_layers": 2,
-    "sample_height": 8,
-    "sample_width": 6,
-    "max_text_seq_length": 5,
-}
-TOLERANCE = 5e-6
-
-
-def read_packed(folder: Path) -> Transformer:
-    """The packed transformer of either family."""
-    fields = read_json(folder / "config.json")
-    config, quant = (
-        config_from_json(fields),
-        read_quantization_config(fields["quantization_config"]),
-    )
-    graphdef, shapes, levels = packed_definition(config, quant, jnp.float32)
-    params = from_packed(table_for(config), Tensors(folder), quantizable(config), quant, shapes)
-    return Transformer(config, graphdef, (params, levels))
-
-
-class Release:
-    """The golden checkpoint of one family as a folder, its base pipeline, and what it computes."""
-
-    def __init__(self, root: Path, family: str, fields: dict):
-        self.root, self.base, self.source = root, root / "base", root / "checkpoint"
-        write_json(self.base / "transformer" / "config.json", fields)
-        write_json(self.base / "model_index.json", {"_class_name": "WanPipeline"})
-        write_json(self.base / "vae" / "config.json", {"z_dim": 4})
-        self.source.mkdir()
-        shutil.copy(GOLDEN / f"released_{family}.safetensors", self.source / WEIGHTS)
-        (self.source / "LICENSE").write_text("the checkpoint's licence")
-        with np.load(GOLDEN / f"released_{family}.npz") as arrays:
-            self.golden = dict(arrays)
-
-    def inputs(self, case: str) -> list[np.ndarray]:
-        return [self.golden[f"{case}/{key}"] for key in ("latents", "timesteps", "text")]
-
-    def checkpoint(self, name: str, change) -> Path:
-        """A folder with a changed copy of the checkpoint's tensors."""
-        tensors = dict(Tensors(self.source))
-        change(tensors)
-        folder = self.root / name
-        folder.mkdir(exist_ok=True)
-        write_tensors(folder / WEIGHTS, tensors)
-        return folder
-
-    def check(self, case: str, folder: Path, key: str = "velocity", **arguments) -> None:
-        expected = self.golden[f"{case}/{key}"]
-        with jax.default_matmul_precision("highest"):
-            ours = read_packed(folder / "transformer")(*self.inputs(case), **arguments)
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
-
-
-def imported_last(release: Release) -> Path:
-    """The checkpoint imported with the clips of an inference without `--fix`."""
-    folder = release.root / "last"
-    if not folder.exists():
-        import_released(release.source, release.base, folder, clip_index="last")
-    return folder
+from qvgen_jax.quant.packed import unpack_codes
+from tests.convert.released_checkpoints import (
+    COGVIDEOX,
+    PHASE,
+    WAN,
+    Release,
+    imported_last,
+    read_packed,
+)
 
 
 @pytest.fixture(scope="module")
@@ -231,95 +150,6 @@ def test_everything_else_comes_from_the_base_and_the_licence_from_the_checkpoint
 def test_the_released_code_computes_our_forward_from_our_export(either):
     """Golden: their inference over the weights of our import and export."""
     either.check("exported", imported_last(either))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_export_and_import_give_the_same_codes(release, imported, tmp_path, dtype):
-    export_released(imported, tmp_path / "theirs", dtype=dtype)
-    exported = Tensors(tmp_path / "theirs")
-    assert is_released(exported)
-    assert exported["proj_out.w"].dtype == dtype
-    # A bfloat16 pipeline keeps the time embedder in float32.
-    embedder = "condition_embedder.time_embedder.linear_1"
-    assert exported[f"{embedder}.w"].dtype == np.float32
-    assert (tmp_path / "theirs" / "LICENSE").read_text() == "the checkpoint's licence"
-
-    import_released(tmp_path / "theirs", release.base, tmp_path / "ours", clip_index="last")
-    once, twice = Tensors(imported / "transformer"), Tensors(tmp_path / "ours" / "transformer")
-    assert set(once) == set(twice)
-    # Half a unit in the last of bfloat16's 8 places, and rarely one where no number leads there.
-    tolerance = 0 if dtype == "float32" else 2**-7
-    for name, array in once.items():
-        if name.endswith((".codes", ".clips")):
-            np.testing.assert_array_equal(twice[name], array)
-        else:
-            scale = np.abs(array.astype(np.float32)).max()
-            np.testing.assert_allclose(twice[name], array, rtol=0, atol=tolerance * scale)
-
-
-def as_trained_by_us(folder: Path, target: Path, **changes) -> Path:
-    """The packed folder with other settings of quantization, its clips once instead of twice."""
-    shutil.copytree(folder, target)
-    config = read_json(target / "transformer" / "config.json")
-    config["quantization_config"] |= {"clip_ratio": 1.0, **changes}
-    write_json(target / "transformer" / "config.json", config)
-    tensors = dict(Tensors(target / "transformer"))
-    for name in [name for name in tensors if name.endswith(".clips")]:
-        kept = 0.95 / (1 + np.exp(-tensors[name].astype(np.float64)))
-        tensors[name] = np.log(kept / (1 - kept)).astype(np.float32)
-    write_tensors(target / "transformer" / WEIGHTS, tensors)
-    return target
-
-
-def test_clips_learned_by_us_keep_what_they_keep_under_the_released_constant(imported, tmp_path):
-    ours = as_trained_by_us(imported, tmp_path / "ours")
-    export_released(ours, tmp_path / "theirs", dtype="float32")
-    exported, before = Tensors(tmp_path / "theirs"), Tensors(imported / "transformer")
-    for side, column in (("lower", 0), ("upper", 1)):
-        clips = exported[f"proj_out.aquantizer.{side}"]
-        np.testing.assert_allclose(clips, before["proj_out.clips"][:, column], rtol=1e-4)
-
-
-def test_one_clip_pair_becomes_fifty(imported, tmp_path):
-    ours = shutil.copytree(imported, tmp_path / "ours") / "transformer"
-    config = read_json(ours / "config.json")
-    config["quantization_config"]["single_clip"] = ["proj_out"]
-    write_json(ours / "config.json", config)
-    tensors = dict(Tensors(ours))
-    tensors["proj_out.clips"] = tensors["proj_out.clips"][:1]
-    write_tensors(ours / WEIGHTS, tensors)
-    export_released(tmp_path / "ours", tmp_path / "theirs", dtype="float32")
-    upper = Tensors(tmp_path / "theirs")["proj_out.aquantizer.upper"]
-    np.testing.assert_array_equal(upper, np.repeat(tensors["proj_out.clips"][0, 1], BUCKETS))
-
-
-def test_what_the_released_code_would_compute_differently_is_refused_unless_asked(
-    imported, tmp_path
-):
-    changes = {"include_zero": True, "clip_index": "bucket"}
-    ours = as_trained_by_us(imported, tmp_path / "ours", **changes)
-    tensors = dict(Tensors(ours / "transformer"))
-    tensors["proj_out.clips"] = np.full_like(tensors["proj_out.clips"], 9.0)
-    write_tensors(ours / "transformer" / WEIGHTS, tensors)
-    reasons = "one side of 0 .*; the timestep chooses .*; clips keep more than 0.95.*: proj_out"
-    with pytest.raises(UserError, match=reasons):
-        export_released(ours, tmp_path / "theirs")
-    assert not (tmp_path / "theirs").exists()
-    export_released(ours, tmp_path / "theirs", approximate=True)
-    assert is_released(Tensors(tmp_path / "theirs"))
-
-
-def test_what_the_released_code_cannot_run_is_refused(release, imported, tmp_path):
-    bits = {"proj_out": {"weights": 4, "activations": 8}}
-    ours = as_trained_by_us(imported, tmp_path / "ours", bits_by_layer=bits)
-    with pytest.raises(UserError, match="layers have bits of their own: proj_out"):
-        export_released(ours, tmp_path / "theirs", approximate=True)
-    moment = {"released_step": 2, "phase_steps": PHASE}
-    import_released(release.source, release.base, tmp_path / "branch", **moment)
-    with pytest.raises(UserError, match="low-rank branch"):
-        export_released(tmp_path / "branch", tmp_path / "theirs", approximate=True)
-    with pytest.raises(UserError, match="is in full precision"):
-        export_released(release.base, tmp_path / "theirs")
 
 
 def test_every_name_and_shape_that_does_not_fit_is_told_at_once(release, tmp_path):

@@ -123,21 +123,13 @@ def quantized(
     release, model, weight: str, skipped: list[int], *, cali: str, adapters: bool = False
 ):
     """The model with their linears, initialised but not loaded."""
-    settings = {
-        "w": {
-            "bit": 4,
-            "granularity": "per_channel",
-            "cali": cali,
-            "use_grad_scaling": True,
-            "rank": RANK,
-            "alpha_T": PHASE,
-        },
-        "act": {"bit": 4, "granularity": "per_token", "cali": "minmax", "clip_ratio": 0.95},
-    }
+    weights = {"bit": 4, "granularity": "per_channel", "cali": cali, "use_grad_scaling": True}
+    decay = {"rank": RANK, "alpha_T": PHASE}
+    acts = {"bit": 4, "granularity": "per_token", "cali": "minmax", "clip_ratio": 0.95}
     release.replace_linear(
         model,
         {"w": weight, "act": "learnable_clipped_dynamic"},
-        settings,
+        {"w": weights | decay, "act": acts},
         {"rank": ADAPTER_RANK, "alpha": ADAPTER_ALPHA, "dropout": 0.0},
         use_lora=adapters,
         random_list=skipped,
