@@ -23,6 +23,8 @@ from qvgen_jax.diffusion.guidance import Guidance, guided
 from qvgen_jax.diffusion.schedulers import Schedule, sample
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig
+from qvgen_jax.models.wan import WanConfig
+from qvgen_jax.quant.clips import countdown
 from qvgen_jax.text.t5 import T5Config
 
 
@@ -122,13 +124,22 @@ def _sample(
     step_noise,
 ):
     network, (two_passes, skips) = nnx.merge(graphdef, *states), passes
+    counts = network.clip_mode == "countdown"
+    # PyTorch's Wan pipeline calls its transformer once per prompt, CogVideoX's once for both.
+    twice = negative_embeds is not None and isinstance(network.config, WanConfig)
 
-    def model(latents: jax.Array, timesteps: jax.Array, text_embeds: jax.Array) -> jax.Array:
-        return network(latents, timesteps, text_embeds, gate=gate)
+    def predict(latents: jax.Array, timestep: jax.Array, step: jax.Array) -> jax.Array:
+        def model(latents: jax.Array, timesteps: jax.Array, text_embeds: jax.Array) -> jax.Array:
+            index = None
+            if counts:
+                negative = jnp.arange(len(latents)) // len(noise)  # those rows come second
+                index = countdown(2 * step + negative if twice else step + 0 * negative)
+            return network(latents, timesteps, text_embeds, gate=gate, clip_index=index)
 
-    predict = guided(
-        model, text_embeds, negative_embeds, scales, two_passes=two_passes, skips=skips
-    )
+        # In two passes a row does not know which prompt is its own.
+        form = {"two_passes": two_passes and not (counts and twice), "skips": skips}
+        return guided(model, text_embeds, negative_embeds, scales, **form)(latents, timestep, step)
+
     return sample(predict, noise, schedule, step_noise)
 
 
