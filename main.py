@@ -77,10 +77,11 @@ def run(job: str, config: ConfigDict, workdir: Path) -> None:
         raise UserError(f"--job {job} needs a config with a train section, not one of pretraining")
     plain = {**config.to_dict(), "command": f"python {shlex.join(sys.argv)}"}
     if job == "encode":
-        from qvgen_jax.data.prepare import ensure_encoded
-        from qvgen_jax.pipeline import load
+        from qvgen_jax.data.prepare import check_source, ensure_encoded
+        from qvgen_jax.training.loop import load_model
 
-        print(f"encoded clips: {ensure_encoded(plain, workdir, load(config.model))}")
+        check_source(plain, workdir)
+        print(f"encoded clips: {ensure_encoded(plain, workdir, load_model(plain))}")
     elif job == "generate":
         from qvgen_jax.evaluation.samples import generate_files
 

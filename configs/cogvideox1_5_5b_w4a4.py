@@ -8,6 +8,9 @@ The paper trained it on 16 H100, about 51 GPU-days, and published neither batch 
 phase length: those three are ours (batch 64, hence 4000 steps for 16 epochs; decay over 70 % of
 them), and so is the size of the clips, the model's own. The rest is the recipe of CogVideoX-2B.
 Not run here. Expected (paper, VBench): near BF16.
+
+Hardware of ours: none yet. Float32 weights, gradients and moments of 5.57 B parameters are 89 GB
+before activations, so it takes sharding over several chips, which is not there yet.
 """
 
 from ml_collections import ConfigDict
@@ -22,6 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.model = "zai-org/CogVideoX1.5-5B"
+    config.text_weights = "float"  # Of the text encoder: "float", or "int8", a byte each.
     config.compute_dtype = "bfloat16"
 
     config.data = ConfigDict()

@@ -2,7 +2,8 @@
 
     python main.py --config configs/cogvideox2b_w3a3.py --config.data.source=FOLDER
 
-Hardware and what to expect: see `cogvideox2b_w4a4`. Not run here.
+Hardware: see `cogvideox2b_w4a4`. Not run here. Expected (paper, VBench): imaging 58.36 (BF16
+59.15), dynamic 53.89 (67.78), scene 23.85 (36.24).
 """
 
 from ml_collections import ConfigDict

@@ -23,6 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.model = "zai-org/CogVideoX-2b"
+    config.text_weights = "float"  # Of the text encoder: "float", or "int8", a byte each.
     config.compute_dtype = "bfloat16"
 
     config.data = ConfigDict()

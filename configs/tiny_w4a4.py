@@ -21,6 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.model = "assets/tiny_wan"
+    config.text_weights = "float"  # Of the text encoder: "float", or "int8", a byte each.
     config.compute_dtype = "float32"
 
     config.data = ConfigDict()

@@ -2,7 +2,7 @@
 
     python main.py --config configs/wan14b_w3a3.py --config.data.source=FOLDER
 
-Hardware and what to expect: see `wan14b_w4a4`. Not run here.
+Hardware: see `wan14b_w4a4`. Not run here; we know no published W3A3 figures of this model.
 """
 
 from ml_collections import ConfigDict

@@ -7,6 +7,9 @@ FOLDER holds videos and their captions (the paper: 16,000 clips, 16 epochs).
 The paper trained it on 32 H100, about 182 GPU-days, and published neither batch nor steps nor
 phase length: those three are ours (batch 64, hence 4000 steps for 16 epochs; decay over 70 % of
 them). The rest is the recipe of the 1.3B. Not run here. Expected (paper, VBench): near BF16.
+
+Hardware of ours: none yet. Float32 weights, gradients and moments of 14.3 B parameters are 229 GB
+before activations, so it takes sharding over several chips, which is not there yet.
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.model = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+    config.text_weights = "float"  # Of the text encoder: "float", or "int8", a byte each.
     config.compute_dtype = "bfloat16"
 
     config.data = ConfigDict()

@@ -22,6 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.model = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    config.text_weights = "float"  # Of the text encoder: "float", or "int8", a byte each.
     config.compute_dtype = "bfloat16"
 
     config.data = ConfigDict()

@@ -12,6 +12,30 @@ if TYPE_CHECKING:
     from qvgen_jax.pipeline import Pipeline
 
 
+def check_source(config: Mapping, workdir: str | Path) -> None:
+    """See that there are videos, or encoded clips, before a model is fetched for them.
+
+    Raises:
+        UserError: `data.source` is empty or no folder, and nothing is encoded yet.
+    """
+    data = config["data"]
+    if (_encoded(config, workdir) / MANIFEST).is_file():
+        return
+    if not data["source"]:
+        raise UserError(
+            "config.data.source is empty: give the folder of your videos and their captions, "
+            "--config.data.source=FOLDER"
+        )
+    if not Path(data["source"]).is_dir():
+        raise UserError(
+            f"data folder {data['source']} does not exist; give the folder of the videos"
+        )
+
+
+def _encoded(config: Mapping, workdir: str | Path) -> Path:
+    return Path(config["data"]["encoded"] or Path(workdir) / "encoded")
+
+
 def ensure_encoded(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Path:
     """The folder of encoded clips for `config.data`, complete; encodes what is missing.
 
@@ -28,16 +52,12 @@ def ensure_encoded(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Pa
             `skip_unusable` is off; the others are encoded by then, and stay.
     """
     data = config["data"]
-    encoded = Path(data["encoded"] or Path(workdir) / "encoded")
+    encoded = _encoded(config, workdir)
     size = {name: data[name] for name in ("num_frames", "height", "width", "max_length")}
     if (encoded / MANIFEST).is_file() and not (data["source"] and Path(data["source"]).is_dir()):
         _check_size(encoded, size)
         return encoded
-    if not data["source"]:
-        raise UserError(
-            "config.data.source is empty: give the folder of your videos and their captions, "
-            "--config.data.source=FOLDER"
-        )
+    check_source(config, workdir)
     batch_size = data["encode_batch_size"]
     manifest = encode_folder(pipe, data["source"], encoded, **size, batch_size=batch_size)
     refused = list(manifest["refused"].values())

@@ -62,7 +62,7 @@ def compare_and_report(config: Mapping, workdir: Path, teacher: Pipeline) -> Pat
 
     The judge knows the tiny pipeline's world only: other models say `evaluate.videos = 0`.
     """
-    student = load(workdir / "export")
+    student = load(workdir / "export", text_weights=config["text_weights"], free_text_encoder=True)
     if config["evaluate"]["videos"]:
         print(table(_evaluate(config, workdir, teacher, student)), flush=True)
     write_pairs(config, workdir, teacher, student)

@@ -19,6 +19,7 @@ _POSITIVE = (
 )
 _CHOICES = {
     "compute_dtype": ("float32", "bfloat16"),
+    "text_weights": ("float", "int8"),
     "quant.behaviour": ("default", "released"),
     "quant.branch_moments": ("reset", "keep"),
     "quant.decay_shape": ("cosine", "linear"),

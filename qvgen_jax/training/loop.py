@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from qvgen_jax.data.dataset import EncodedDataset, batches
-from qvgen_jax.data.prepare import ensure_encoded
+from qvgen_jax.data.prepare import check_source, ensure_encoded
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.diffusion.schedulers import Scheduler
 from qvgen_jax.errors import UserError
@@ -160,6 +160,11 @@ def _steps(
     return state
 
 
+def load_model(config: Mapping) -> Pipeline:
+    """The full-precision pipeline; its text encoder is on the devices only while it encodes."""
+    return load(config["model"], text_weights=config["text_weights"], free_text_encoder=True)
+
+
 def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
     """Train the student of `config` in `workdir`, or continue, or find it done.
 
@@ -171,7 +176,8 @@ def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
     """
     check_config(config)
     checkpoint.compare_workdir(workdir, config)
-    pipe = load(config["model"])
+    check_source(config, workdir)
+    pipe = load_model(config)
     model, teacher = pipe.transformer.config, pipe.transformer.states[0]
     training_noise(pipe.scheduler, config["train"])  # A model of the other family: told now.
     print(describe_layers(model, quant_config(config["quant"], model)), flush=True)
@@ -199,7 +205,7 @@ def finished_state(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
                 f"{workdir} has {stands}, needed is the end of training, step {steps}; run the "
                 "same command with --job train first"
             )
-        pipe = load(config["model"])
+        pipe = load_model(config)
         model, teacher = pipe.transformer.config, pipe.transformer.states[0]
         state = newest_state(config, model, teacher, manager)
     return pipe, enter_step(state, steps, rank_decay(config), config["quant"]["branch_moments"])
