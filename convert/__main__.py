@@ -6,19 +6,23 @@
     python -m convert import CHECKPOINT DST --base SRC   # QVGen's release -> a packed pipeline
     python -m convert export PACKED DST --released       # a packed pipeline -> QVGen's release
 
-The same import or export again continues an interrupted one. Exit code 0: done, or equal; 1: verify
-found a difference; 2: something given is wrong, and one line says what.
+The same import or export again continues an interrupted one; from and to QVGen's release, and
+verify, start again. Exit code 0: done, or equal; 1: verify found a difference; 2: something given
+is wrong, and one line says what.
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from convert.travel import Report
 from qvgen_jax.errors import UserError
 
 _EVERY_SECONDS = 5.0
+_OF_IMPORT = ("base", "clip_index", "bits", "released_step", "phase_steps", "lora_alpha")
+_OF_EXPORT = ("dtype", "approximate")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -45,10 +49,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     released.add_argument(
         "--clip-index",
         choices=("countdown", "last", "t_mod_50"),
-        default="countdown",
         help="as their inference with --fix (default), without it, or as their training",
     )
-    released.add_argument("--bits", type=_bits, default=(4, 4), help="weights,activations: 4,4")
+    released.add_argument("--bits", type=_bits, help="weights,activations (default 4,4)")
     released.add_argument(
         "--released-step", type=int, help="steps it had trained: rank and gate are rebuilt and kept"
     )
@@ -56,9 +59,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     released.add_argument("--lora-alpha", type=float, help="adapters are merged with alpha / r")
     back = exporting.add_argument_group("SRC is a packed pipeline, DST for the release's scripts")
     back.add_argument("--released", action="store_true", help="write the release's names")
-    back.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    back.add_argument("--dtype", choices=("bfloat16", "float32"), help="default bfloat16")
+    # None, not False, where it is not given: see `_given`.
     back.add_argument(
-        "--approximate", action="store_true", help="even what their code computes differently"
+        "--approximate",
+        action="store_const",
+        const=True,
+        help="even what their code computes differently",
     )
     return parser.parse_args(argv)
 
@@ -71,8 +78,23 @@ def _command(commands: Any, name: str, source: str, target: str) -> argparse.Arg
 
 
 def _bits(text: str) -> tuple[int, int]:
-    weights, activations = (int(part) for part in text.split(","))
+    try:
+        weights, activations = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, expected WEIGHTS,ACTIVATIONS such as 4,4"
+        ) from error
     return weights, activations
+
+
+def _given(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of the options that the command line gave."""
+    options = {name: getattr(arguments, name) for name in names}
+    return {name: option for name, option in options.items() if option is not None}
+
+
+def _options(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -96,11 +118,12 @@ def _import(arguments: argparse.Namespace) -> tuple[int, str]:
     from convert.released import holds_released, import_released
     from convert.to_arrays import import_pipeline
 
+    given = _given(arguments, _OF_IMPORT)
     if not holds_released(arguments.source):
-        if arguments.base:
+        if given:
             raise UserError(
                 f"{arguments.source} is no checkpoint of QVGen's release: no tensor has its names; "
-                "leave --base away to import a pipeline"
+                f"leave {_options(given)} away to import a pipeline"
             )
         done = import_pipeline(arguments.source, arguments.target, _meter("GB", 1e9))
         return done.nbytes, f"{done.converted} of {done.tensors} tensors in this call"
@@ -111,13 +134,9 @@ def _import(arguments: argparse.Namespace) -> tuple[int, str]:
         )
     nbytes = import_released(
         arguments.source,
-        arguments.base,
+        given.pop("base"),
         arguments.target,
-        clip_index=arguments.clip_index,
-        bits=arguments.bits,
-        released_step=arguments.released_step,
-        phase_steps=arguments.phase_steps,
-        lora_alpha=arguments.lora_alpha,
+        **given,
         progress=_meter("tensors", 1),
     )
     return nbytes, "packed"
@@ -125,17 +144,22 @@ def _import(arguments: argparse.Namespace) -> tuple[int, str]:
 
 def _export(arguments: argparse.Namespace) -> tuple[int, str]:
     """The bytes written, and what they are."""
+    given = _given(arguments, _OF_EXPORT)
     if arguments.released:
         from convert.released_export import export_released
 
         nbytes = export_released(
             arguments.source,
             arguments.target,
-            dtype=arguments.dtype,
-            approximate=arguments.approximate,
+            **given,
             progress=_meter("tensors", 1),
         )
         return nbytes, "in the release's names"
+    if given:
+        raise UserError(
+            f"{_options(given)} asks for the release's names: add --released to write them, or "
+            "leave it away to export an import"
+        )
     from convert.to_safetensors import export_safetensors
 
     nbytes = export_safetensors(arguments.source, arguments.target, _meter("GB", 1e9))
@@ -165,9 +189,16 @@ def main(argv: list[str]) -> int:
     except OSError as error:  # A full disk, a folder that may not be written.
         print(f"error: {error}; set it right and run the same command again", file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print(f"interrupted; the same command {_again(arguments)}", file=sys.stderr)
         return 130
     return 2
+
+
+def _again(arguments: argparse.Namespace) -> str:
+    """What the same command does after an interruption."""
+    starts_again = arguments.command == "verify" or getattr(arguments, "released", False)
+    starts_again = starts_again or getattr(arguments, "base", None)
+    return "starts again" if starts_again else "continues"
 
 
 if __name__ == "__main__":

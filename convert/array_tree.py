@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from convert.names import Entry, to_theirs, torch_names
+from convert.names import Entry, in_ranges, to_theirs, torch_names
 from convert.progress import write_durably
 from convert.tensors import read_json
 from qvgen_jax.errors import UserError
@@ -43,7 +43,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a transformer's folder.
 
     Raises:
-        UserError: it is missing, damaged, or of another version.
+        UserError: it is missing, damaged, or of another version; everything wrong with its
+            structure is named at once.
     """
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -51,7 +52,40 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder / MANIFEST} has format_version {manifest.get('format_version')!r}, expected "
             f"{FORMAT_VERSION}; import the model again with this version of qvgen-jax"
         )
+    faults = list(_faults(manifest))
+    if faults:
+        raise UserError(
+            f"{folder / MANIFEST} is damaged: {'; '.join(faults)}; import the model again"
+        )
     return manifest
+
+
+def _faults(manifest: dict[str, Any]) -> Iterator[str]:
+    """What in a manifest is not what an import writes."""
+    for field in ("files", "sha256"):
+        if not _is_strings(manifest.get(field)):
+            yield f"{field} is not an object of strings"
+    index = manifest.get("index")
+    if index is not None and not (_is_strings(index) and set(index) == {"name", "text"}):
+        yield "index is neither null nor {name, text}"
+    leaves = manifest.get("leaves")
+    if not isinstance(leaves, dict):
+        yield "leaves is not an object"
+        return
+    wrong = [name for name, leaf in leaves.items() if not _is_leaf(leaf)]
+    if wrong:
+        yield f"{in_ranges(wrong)} without a shape of whole numbers and a dtype"
+
+
+def _is_strings(fields: Any) -> bool:
+    return isinstance(fields, dict) and all(isinstance(value, str) for value in fields.values())
+
+
+def _is_leaf(leaf: Any) -> bool:
+    if not isinstance(leaf, dict) or not isinstance(leaf.get("dtype"), str):
+        return False
+    shape = leaf.get("shape")
+    return isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int, stacked: bool) -> tuple[int, ...]:

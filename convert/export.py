@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from convert import progress
 from convert.load import find_folder
 from convert.packed import to_packed
 from convert.save import write_json
@@ -17,6 +18,9 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.packed import quantization_config
+
+# Hidden: it does not travel with a copy of the pipeline, which is then no longer ours to replace.
+_MARKER = ".qvgen_jax_export"
 
 
 def export_pipeline(
@@ -39,26 +43,30 @@ def export_pipeline(
         quant: how it was quantized.
 
     Raises:
-        UserError: the student still has its branch, or `folder` holds something else.
+        UserError: the student still has its branch, or `folder` or `FOLDER.partial` holds
+            something else than an export.
     """
     _refuse_branch(params)
     source, folder = find_folder(source), Path(folder)
     if folder.resolve() == source.resolve():
         raise UserError(f"{folder} is the pipeline itself; choose another folder for the export")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is no pipeline folder and not empty; choose another folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / _MARKER).is_file():
+        raise UserError(
+            f"{folder} is not empty and no earlier export (it has no {_MARKER}); choose another "
+            "folder, or delete it"
+        )
     tensors = to_packed(table_for(model), params, quantizable(model), quant)
     fields = read_json(source / "transformer" / "config.json")
 
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = progress.start_over(folder, {"task": "packed export"})
     copy_companions(source, partial)
     quant = dataclasses.replace(quant, rank=0)  # The config's is that of step 0.
     fields = {**fields, "quantization_config": quantization_config(quant)}
     write_json(partial / "transformer" / "config.json", fields)
     write_tensors(partial / "transformer" / "diffusion_pytorch_model.safetensors", tensors)
+    (partial / _MARKER).touch()
     shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    progress.finish(partial, folder)
 
 
 def _refuse_branch(params: Mapping) -> None:

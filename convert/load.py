@@ -114,11 +114,14 @@ def check_index(folder: Path) -> str:
     """
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name")
-    second = [
-        part
-        for part in ("transformer_2", "image_encoder")
-        if (index.get(part) or [None])[0] is not None
-    ]
+    parts = {part: index.get(part) for part in ("transformer_2", "image_encoder")}
+    strange = [part for part, held in parts.items() if not isinstance(held, list | None)]
+    if strange:
+        raise UserError(
+            f"{folder / 'model_index.json'} has {strange[0]}: {parts[strange[0]]!r}, expected null "
+            "or [library, class]; fetch the folder again"
+        )
+    second = [part for part, held in parts.items() if held and held[0] is not None]
     if index.get("expand_timesteps"):
         second.append("expand_timesteps")
     if name not in ("WanPipeline", "CogVideoXPipeline") or second:

@@ -6,6 +6,7 @@ part is safe on disk. The folder gets its name when it is whole.
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,45 @@ def start(target: Path, task: dict[str, Any]) -> tuple[Path, list[dict]]:
     partial = target.with_name(target.name + ".partial")
     record = partial / _RECORD
     if not record.is_file():
-        if partial.exists() and any(partial.iterdir()):
+        if partial.exists() and (not partial.is_dir() or any(partial.iterdir())):
             raise _not_ours(partial)
         partial.mkdir(parents=True, exist_ok=True)
         write_durably(record, json.dumps(task) + "\n")
         return partial, []
-    # A line that the interruption cut short stands for nothing: its part is done again.
-    lines = record.read_text(encoding="utf-8").split("\n")[:-1]
-    first, *done = (json.loads(line) for line in lines)
+    first, *done = _read_whole_lines(record) or [None]
     if first != task:
         raise _not_ours(partial)
-    write_durably(record, "".join(f"{line}\n" for line in lines))
+    write_durably(record, "".join(json.dumps(line) + "\n" for line in (first, *done)))
     return partial, done
+
+
+def start_over(target: Path, task: dict[str, Any]) -> Path:
+    """Makes `TARGET.partial`, or empties what an interrupted call of the same task left there.
+
+    Raises:
+        UserError: what is there belongs to another task.
+    """
+    partial, _ = start(target, task)
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _RECORD:
+            path.unlink()
+    return partial
+
+
+def _read_whole_lines(record: Path) -> list[dict]:
+    """The record up to the first line that is damaged or cut short: its part is done again."""
+    found = []
+    for line in record.read_bytes().split(b"\n")[:-1]:
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(fields, dict):
+            break
+        found.append(fields)
+    return found
 
 
 def _not_ours(partial: Path) -> UserError:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convert import progress as partials
 from convert import released_arithmetic as arithmetic
 from convert.load import find_folder
 from convert.released_names import (
@@ -51,7 +52,8 @@ def import_released(
     Its forward is the release's: codes and activation ranges are computed in the checkpoint's own
     type, ranges need not contain 0, and the constant clip stands on top of the learned ones. Like
     their inference it leaves L and R away, unless `released_step` asks for them. The folder appears
-    only when it is complete; at any time one layer is in memory.
+    only when it is complete, and an interrupted call starts again; at any time one layer is in
+    memory.
 
     Args:
         source: the checkpoint's folder (or its parent, with a `transformer/`), or a hub name.
@@ -70,8 +72,8 @@ def import_released(
         The bytes of the packed transformer.
 
     Raises:
-        UserError: checkpoint and base do not fit, an argument does not fit the checkpoint, or the
-            target exists.
+        UserError: checkpoint and base do not fit, an argument does not fit the checkpoint, the
+            target exists, or `TARGET.partial` is another conversion's.
     """
     folder, base, target = _checkpoint_folder(source), find_folder(base), Path(target)
     check_target(base, target)
@@ -106,7 +108,9 @@ def import_released(
         adapter_scale=1.0 if lora_alpha is None else lora_alpha / plan.adapter_rank,
     )
 
-    partial = target.with_name(target.name + ".partial")
+    # Whatever the other arguments were: nothing of an interrupted call is used again.
+    task = {"task": "import released", "source": str(folder.resolve()), "base": str(base.resolve())}
+    partial = partials.start_over(target, task)
     copy_companions(base, partial)
     copy_cards(folder, partial / "transformer")
     fields = {**fields, "quantization_config": quantization_config(quant)}
@@ -114,7 +118,7 @@ def import_released(
     specs = importer.specs()
     size = write_stream(partial / "transformer" / WEIGHTS, specs, importer.arrays(specs), progress)
     importer.check_bits()
-    partial.rename(target)
+    partials.finish(partial, target)
     return size
 
 
@@ -139,7 +143,8 @@ def holds_released(source: str | Path) -> bool:
 def _checkpoint_folder(source: str | Path) -> Path:
     folder = find_folder(source)
     inner = folder / "transformer"
-    return inner if inner.is_dir() and not list(folder.glob("*.safetensors")) else folder
+    pipeline = (folder / "model_index.json").is_file() or not list(folder.glob("*.safetensors"))
+    return inner if inner.is_dir() and pipeline else folder
 
 
 def _check_same_model(folder: Path, config: TransformerConfig) -> None:

@@ -7,7 +7,6 @@ Their code knows one number of bits for all layers, 50 clip pairs chosen by coun
 that need not contain 0, and a constant clip of 0.95 on top of the learned ones.
 """
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from convert import progress as partials
 from convert import released_arithmetic as arithmetic
 from convert.names import check_names, in_ranges
 from convert.released import WEIGHTS, copy_cards
@@ -69,7 +69,8 @@ def export_released(
 
     Raises:
         UserError: the source is not packed, or is something that their code cannot express; all
-            reasons are named at once. Or the target exists.
+            reasons are named at once. Or the target exists, or `TARGET.partial` is another
+            conversion's.
     """
     source, target = Path(source), Path(target)
     if dtype not in _DTYPES:
@@ -102,13 +103,13 @@ def export_released(
     )
     _refuse(quant, exporter.differences(), approximate)
 
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    task = {"task": "export released", "source": str(source.resolve())}
+    partial = partials.start_over(target, task)
     write_json(partial / "config.json", fields)
     for place in dict.fromkeys((source, folder)):
         copy_cards(place, partial)
     size = write_stream(partial / WEIGHTS, exporter.specs(), exporter.arrays(), progress)
-    partial.rename(target)
+    partials.finish(partial, target)
     return size
 
 

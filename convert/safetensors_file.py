@@ -107,7 +107,9 @@ def parse_header(path: Path, text: str, size: int | None = None) -> tuple[Tensor
         raise _refusal(path, f"its header is no JSON object with unique names ({error})") from error
     if not isinstance(fields, dict):
         raise _refusal(path, f"its header is a {type(fields).__name__}, expected an object")
-    fields.pop("__metadata__", None)
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise _refusal(path, "its __metadata__ is not an object of strings")
     start = 8 + len(text.encode())
     faults, tensors = [], []
     for name, entry in fields.items():
@@ -166,7 +168,7 @@ def _fault(entry: Any) -> str | None:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "its entry is not {dtype, shape, data_offsets}"
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if kind not in DTYPES:
+    if not isinstance(kind, str) or kind not in DTYPES:
         return f"unknown type {kind!r}"
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         return f"shape {shape} or data_offsets {offsets} are not whole numbers from 0"

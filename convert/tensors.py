@@ -107,12 +107,16 @@ def _only_file(folder: Path) -> Path:
     pickles = sorted(path for path in folder.glob("*") if path.suffix in PICKLES)
     if not files and pickles:
         raise pickle_refusal(pickles[0])
-    if len(files) != 1:
+    # `model.fp16.safetensors` may lie beside `model.safetensors`: a variant, the same once more.
+    plain = [path for path in files if "." not in path.stem] if len(files) > 1 else files
+    variants = [path for path in files if path not in plain]
+    if len(plain) != 1 or not all(x.name.startswith(f"{plain[0].stem}.") for x in variants):
         raise UserError(
-            f"{folder} holds {len(files)} .safetensors files and no index: expected one "
-            "file, or several with a .safetensors.index.json; fetch the folder again"
+            f"{folder} holds {len(files)} .safetensors files and no index: expected one file "
+            "(beside it at most variants such as model.fp16.safetensors), or several with a "
+            ".safetensors.index.json; remove what does not belong there, or fetch the folder again"
         )
-    return files[0]
+    return plain[0]
 
 
 def pickle_refusal(path: Path) -> UserError:

@@ -54,7 +54,12 @@ def import_pipeline(source: str | Path, target: str | Path, report: Report = sil
     folder = partial / "transformer"
     (folder / array_tree.ARRAYS).mkdir(parents=True, exist_ok=True)
     copy_companions(source, partial)
-    digests = {name: digest for record in records for name, digest in record.items()}
+    digests = {
+        name: digest
+        for record in records
+        for name, digest in record.items()
+        if name in tensors and isinstance(digest, str)
+    }
     before, total = len(digests), sum(info.nbytes for info in tensors.infos.values())
     work = [part for part in parts(leaves) if part.name not in digests]
     for record in _write(work, tensors, folder / array_tree.ARRAYS):

@@ -38,6 +38,12 @@ def export_safetensors(source: str | Path, target: str | Path, report: Report = 
     source, target = find_folder(source), Path(target)
     folder = source / "transformer"
     if not array_tree.is_array_tree(folder):
+        config = folder / "config.json"
+        if config.is_file() and read_json(config).get("quantization_config"):
+            raise UserError(
+                f"{source} holds a packed transformer, which `qvgen_jax.load` reads as it is; to "
+                "write it under the names of QVGen's release, add --released"
+            )
         raise UserError(
             f"{source} is no folder made by `python -m convert import`: it has no "
             f"transformer/{array_tree.MANIFEST}; safetensors folders need no export"

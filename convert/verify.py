@@ -29,9 +29,18 @@ def open_tensors(pipeline: Path) -> Mapping[str, np.ndarray]:
         UserError: the folder is damaged, or its transformer is packed.
     """
     folder = pipeline / "transformer"
+    if not folder.is_dir():
+        raise UserError(
+            f"{pipeline} has no transformer/; verify takes two full-precision pipelines, "
+            "safetensors or imports: check an import of QVGen's release by exporting it again "
+            "with --released"
+        )
     fields = read_json(folder / "config.json")
     if fields.get("quantization_config"):
-        raise UserError(f"{pipeline} is packed; verify compares full-precision pipelines")
+        raise UserError(
+            f"{pipeline} is packed; verify takes two full-precision pipelines, safetensors or "
+            "imports: check an import of QVGen's release by exporting it again with --released"
+        )
     if not array_tree.is_array_tree(folder):
         return Tensors(folder)
     array_tree.read_manifest(folder)
@@ -45,12 +54,16 @@ def verify(source: str | Path, converted: str | Path, report: Report = silent) -
 
     Returns:
         The certificate: `equal`, and for every tensor, layer and other file what was found. Errors
-        are `max|a - b|`, and relative to `max|a|` of the source's tensor.
+        are `max|a - b|`, and relative to `max|a|` of the source's tensor; None where there is none.
 
     Raises:
         UserError: one of them is not a whole pipeline folder.
     """
     source, converted = find_folder(source), find_folder(converted)
+    if source.resolve() == converted.resolve():
+        raise UserError(
+            f"{source} and {converted} are the same folder; give the source and its conversion"
+        )
     ours, theirs = open_tensors(source), open_tensors(converted)
     tensors = {}
     for name in ours:
@@ -113,7 +126,7 @@ def _compare(
 
 
 def _largest_error(ours: np.ndarray, theirs: np.ndarray) -> tuple[float | None, float | None]:
-    """`max|a - b|`, and over `max|a|`; None where the shapes differ."""
+    """`max|a - b|`, and over `max|a|`; None where the shapes differ or a value is not finite."""
     if ours.shape != theirs.shape:
         return None, None
     error = largest = 0.0
@@ -121,6 +134,8 @@ def _largest_error(ours: np.ndarray, theirs: np.ndarray) -> tuple[float | None, 
     for start in range(0, a.size, _BLOCK):
         one = a[start : start + _BLOCK].astype(np.float64)
         other = b[start : start + _BLOCK].astype(np.float64)
+        if not (np.isfinite(one).all() and np.isfinite(other).all()):
+            return None, None  # NaN has no distance, and JSON no word for infinity.
         error = max(error, float(np.abs(one - other).max()))
         largest = max(largest, float(np.abs(one).max()))
     return error, error / largest if largest else error
@@ -190,7 +205,7 @@ def as_table(certificate: Mapping[str, Any]) -> str:
 
 
 def _short(error: float | None) -> str:
-    return "shape" if error is None else f"{error:.2g}"
+    return "none" if error is None else f"{error:.2g}"
 
 
 def _in_order(layers: Mapping[str, dict]) -> list[tuple[str, dict]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -167,3 +168,22 @@ def test_an_export_never_replaces_something_else(tmp_path, params):
     with pytest.raises(UserError, match="is the pipeline itself"):
         export_pipeline(source, source, SMALL, params, quant)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
+
+
+def test_only_an_earlier_export_is_replaced(tmp_path, params):
+    quant, target = QuantConfig(rank=0), tmp_path / "export"
+    source = pipeline_folder(tmp_path / "source", SMALL)
+    pipeline_folder(target, SMALL)
+    with pytest.raises(UserError, match="no earlier export"):
+        export_pipeline(source, target, SMALL, params, quant)
+    target.rename(tmp_path / "export.partial")
+    with pytest.raises(UserError, match="another conversion left unfinished"):
+        export_pipeline(source, target, SMALL, params, quant)
+    assert (tmp_path / "export.partial" / "model_index.json").is_file()
+    shutil.rmtree(tmp_path / "export.partial")
+    for _ in range(2):
+        export_pipeline(source, target, SMALL, params, quant)
+        (target / "old.txt").write_text("of an earlier export")
+    export_pipeline(source, target, SMALL, params, quant)
+    assert not (target / "old.txt").exists()
+    assert not (target / "progress.jsonl").exists()

@@ -174,6 +174,29 @@ def test_an_unfinished_import_of_another_source_is_not_continued(tmp_path, tenso
         import_pipeline(source, target)
 
 
+@pytest.mark.parametrize("content", [b"", b"no json\n", b"\xff\xfe\n", b"[]\n", b"7\n"])
+def test_a_record_that_is_not_ours_is_left_alone(tmp_path, source, content):
+    partial = tmp_path / "target.partial"
+    partial.mkdir()
+    (partial / "progress.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match="another conversion left unfinished"):
+        import_pipeline(source, tmp_path / "target")
+    assert (partial / "progress.jsonl").read_bytes() == content
+
+
+def test_damaged_last_lines_of_a_record_are_done_again(tmp_path, source, monkeypatch):
+    target = tmp_path / "target"
+    with monkeypatch.context() as patch:
+        patch.setattr("convert.progress.add", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            import_pipeline(source, target)
+    with (tmp_path / "target.partial" / "progress.jsonl").open("ab") as file:
+        file.write(b'{"nothing of ours": "1"}\n{"blocks\xff"\n')
+    done = import_pipeline(source, target)
+    assert done.converted == done.tensors
+    assert_same(params_of(target), params_of(source))
+
+
 def test_an_interrupted_export_keeps_the_files_that_are_whole(
     tmp_path, source, imported, monkeypatch
 ):
@@ -240,6 +263,10 @@ def test_a_damaged_import_is_refused(tmp_path, imported):
         ({"format_version": 2}, "format_version 2, expected 1"),
         ({"files": {"../outside.safetensors": "{}"}}, "outside its folder"),
         ({"index": {"name": "/etc/x", "text": ""}}, "outside its folder"),
+        ({"index": ["x"], "sha256": 1}, "sha256 is not an object.*; index is neither null"),
+        ({"files": None}, "files is not an object of strings"),
+        ({"leaves": []}, "leaves is not an object"),
+        ({"leaves": {"x": {"shape": "3", "dtype": "F32"}}}, "x without a shape"),
     ],
 )
 def test_a_manifest_that_was_tampered_with_is_refused(tmp_path, imported, change, message):

@@ -92,6 +92,38 @@ def unknown_type(folder: Path) -> None:
     rewrite_entry(folder / FILES[0], dtype="F4")
 
 
+def type_of_no_name(folder: Path) -> None:
+    rewrite_entry(folder / FILES[0], dtype=["F32"])
+
+
+def rewrite_metadata(folder: Path, metadata) -> None:
+    def change(text: str) -> str:
+        return json.dumps(json.loads(text) | {"__metadata__": metadata})
+
+    rewrite_header(folder / FILES[0], change)
+
+
+def metadata_of_a_list(folder: Path) -> None:
+    rewrite_metadata(folder, ["pt"])
+
+
+def metadata_of_numbers(folder: Path) -> None:
+    rewrite_metadata(folder, {"format": 1})
+
+
+def second_transformer(folder: Path, value) -> None:
+    path = folder.parent / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformer_2": value}))
+
+
+def a_second_transformer(folder: Path) -> None:
+    second_transformer(folder, ["diffusers", "WanTransformer3DModel"])
+
+
+def a_second_transformer_of_true(folder: Path) -> None:
+    second_transformer(folder, True)
+
+
 def negative_shape(folder: Path) -> None:
     rewrite_entry(folder / FILES[0], shape=[-1, -4])
 
@@ -194,6 +226,11 @@ CORRUPTIONS = [
     (overlapping, r"overlaps what lies before it"),
     (wrong_size, r"\[7, 7, 7\] takes 1372 bytes, its data_offsets span \d+"),
     (unknown_type, r"unknown type 'F4'"),
+    (type_of_no_name, r"unknown type \['F32'\]"),
+    (metadata_of_a_list, r"its __metadata__ is not an object of strings"),
+    (metadata_of_numbers, r"its __metadata__ is not an object of strings"),
+    (a_second_transformer, r"holds a WanPipeline with transformer_2"),
+    (a_second_transformer_of_true, r"transformer_2: True, expected null or \[library, class\]"),
     (negative_shape, r"not whole numbers from 0"),
     (name_given_twice, r"given twice"),
     (index_to_parent, r"names files outside its folder: \.\./vae/x\.safetensors"),
@@ -261,6 +298,15 @@ def test_a_pickle_given_as_the_source_is_refused(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"pickle")
     with pytest.raises(UserError, match="is a pickle"):
         find_folder(tmp_path / "model.ckpt")
+
+
+def test_a_variant_beside_the_plain_file_is_left_alone(tmp_path):
+    write_tensors(tmp_path / "model.safetensors", {"a": np.ones(2, np.float32)})
+    write_tensors(tmp_path / "model.fp16.safetensors", {"a": np.zeros(2, np.float16)})
+    assert Tensors(tmp_path)["a"].dtype == np.float32
+    write_tensors(tmp_path / "other.safetensors", {"b": np.ones(2, np.float32)})
+    with pytest.raises(UserError, match=r"holds 3 .* remove what does not belong there"):
+        Tensors(tmp_path)
 
 
 def test_headers_are_read_as_the_safetensors_library_writes_them(tmp_path):

@@ -5,6 +5,7 @@ value, float32 rounding through two blocks; the inputs lie away from every round
 that all codes must be equal.
 """
 
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,10 +14,10 @@ import numpy as np
 import pytest
 
 from convert.load import read_transformer
-from convert.released import import_released
+from convert.released import holds_released, import_released
 from convert.released_export import export_released
 from convert.save import write_json
-from convert.tensors import Tensors, read_json
+from convert.tensors import Tensors, read_json, write_tensors
 from qvgen_jax.errors import UserError
 from qvgen_jax.quant.clips import countdown
 from qvgen_jax.quant.packed import unpack_codes
@@ -196,3 +197,35 @@ def test_another_base_is_refused(release, tmp_path):
     write_json(source / "config.json", WAN | {"num_layers": 3})
     with pytest.raises(UserError, match="describe different models"):
         import_released(source, release.base, tmp_path / "ours")
+
+
+def test_a_partial_of_another_conversion_is_left_alone(release, imported, tmp_path):
+    partial = tmp_path / "target.partial"
+    partial.mkdir()
+    (partial / "notes.txt").write_text("keep me")
+    for convert in (
+        lambda: import_released(release.source, release.base, tmp_path / "target"),
+        lambda: export_released(imported, tmp_path / "target"),
+    ):
+        with pytest.raises(UserError, match="another conversion left unfinished"):
+            convert()
+    assert (partial / "notes.txt").read_text() == "keep me"
+
+
+def test_an_interrupted_released_import_starts_again(release, tmp_path):
+    with pytest.raises(UserError, match="looks like one of more bits"):
+        import_released(release.source, release.base, tmp_path / "ours", bits=(3, 3))
+    (tmp_path / "ours.partial" / "transformer" / "stale.txt").write_text("")
+    with pytest.raises(UserError, match="another conversion left unfinished"):
+        export_released(imported_last(release), tmp_path / "ours")
+    import_released(release.source, release.base, tmp_path / "ours")
+    names = {path.name for path in (tmp_path / "ours").rglob("*")}
+    assert not names & {"stale.txt", "progress.jsonl"}
+
+
+def test_a_pipeline_with_stray_weights_beside_its_index_is_read_from_transformer(release, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(release.source, folder / "transformer")
+    write_json(folder / "model_index.json", {})
+    write_tensors(folder / "stray.safetensors", {"a": np.ones(1)})
+    assert holds_released(folder)

@@ -3,11 +3,12 @@
 import json
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from convert.__main__ import main
-from convert.verify import as_table, verify
+from convert.verify import _largest_error, as_table, verify
 from tests.convert.pipelines import random_tensors, write_pipeline
 
 
@@ -88,3 +89,66 @@ def test_a_packed_pipeline_is_neither_imported_nor_verified(tmp_path, source, ca
     assert "holds a packed transformer" in capsys.readouterr().err
     assert main(["verify", str(source), str(packed)]) == 2
     assert "is packed" in capsys.readouterr().err
+
+
+def refusal(words: list[str], capsys) -> str:
+    """What the command says; it must end with 2."""
+    capsys.readouterr()
+    assert main(words) == 2
+    return capsys.readouterr().err
+
+
+def test_options_that_the_folder_has_no_use_for_are_refused(tmp_path, source, imported, capsys):
+    target = str(tmp_path / "target")
+    words = ["--bits", "3,3", "--released-step", "5", "--clip-index", "countdown"]
+    text = refusal(["import", str(source), target, *words], capsys)
+    assert "leave --clip-index, --bits, --released-step away" in text
+    words = ["--approximate", "--dtype", "float32"]
+    text = refusal(["export", str(imported), target, *words], capsys)
+    assert "--dtype, --approximate asks for the release's names: add --released" in text
+
+
+@pytest.mark.parametrize("bits", ["4", "4,4,4", "a,b"])
+def test_bits_of_another_form_say_what_is_expected(bits, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["import", "a", "b", "--bits", bits])
+    assert end.value.code == 2
+    assert "expected WEIGHTS,ACTIVATIONS such as 4,4" in capsys.readouterr().err
+
+
+def test_verify_and_export_say_what_they_take(tmp_path, source, capsys):
+    assert "are the same folder" in refusal(["verify", str(source), str(source)], capsys)
+    checkpoint, packed = tmp_path / "checkpoint", tmp_path / "packed"
+    checkpoint.mkdir()
+    text = refusal(["verify", str(checkpoint), str(source)], capsys)
+    assert "verify takes two full-precision pipelines" in text
+    shutil.copytree(source, packed)
+    path = packed / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"a": 1}}))
+    assert "add --released" in refusal(["export", str(packed), str(tmp_path / "x")], capsys)
+
+
+def test_what_is_not_a_number_has_no_largest_error():
+    one, other = np.ones(3, np.float32), np.array([1, np.nan, 1], ml_dtypes.bfloat16)
+    assert _largest_error(one, other) == (None, None)
+    assert _largest_error(np.full(1, np.inf), np.full(1, np.inf)) == (None, None)
+    assert _largest_error(one, one + 1) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["import", "a", "b"], "continues"),
+        (["export", "a", "b"], "continues"),
+        (["import", "a", "b", "--base", "c"], "starts again"),
+        (["export", "a", "b", "--released"], "starts again"),
+        (["verify", "a", "b"], "starts again"),
+    ],
+)
+def test_an_interrupted_command_says_whether_it_goes_on(words, what, monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("convert.__main__.run", interrupted)
+    assert main(words) == 130
+    assert capsys.readouterr().err == f"interrupted; the same command {what}\n"
