@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from convert.load import read_components
 from qvgen_jax.autoencoders.cogvideox import CogVideoXVAEConfig
 from qvgen_jax.autoencoders.wan import WanVAEConfig
 from qvgen_jax.config_fields import check_fields
@@ -144,3 +146,25 @@ def test_whole_numbers_are_numbers_and_listed_fields_may_be_zero(config):
 def test_the_message_says_field_value_file_and_expectation(config, message):
     with pytest.raises(UserError, match=message):
         check_fields(config, "a file", may_be_zero=("pauses",), names={"ratio": "size"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("height", "zz", "a whole number from 1"),
+        ("num_frames", 0, "a whole number from 1"),
+        ("steps", 2.5, "a whole number from 1"),
+        ("max_length", None, "a whole number from 1"),
+        ("guidance_scale", "3", "a number"),
+        ("fps", [8], "a number"),
+        ("fps", 0, "a number above 0"),
+    ],
+)
+def test_a_generation_config_is_refused_on_reading(tmp_path, field, value, expected):
+    folder = tmp_path / "tiny_wan"
+    shutil.copytree(ASSET, folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(_read(path) | {field: value}))
+    with pytest.raises(UserError) as caught:
+        read_components(folder, "float32")
+    assert str(caught.value) == f"{field} is {value!r} in {path}, expected {expected}"
