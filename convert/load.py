@@ -17,6 +17,7 @@ from convert.tensors import PICKLES, Tensors, pickle_refusal, read_json
 from qvgen_jax.autoencoders.cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from qvgen_jax.autoencoders.wan import WanVAE, WanVAEConfig
 from qvgen_jax.components import VAE, TextEncoder, Transformer
+from qvgen_jax.config_fields import check_value
 from qvgen_jax.diffusion.schedulers import scheduler_from_json
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, build_transformer, config_from_json, quantizable
@@ -143,6 +144,11 @@ def _read_defaults(folder: Path, config: TransformerConfig, max_length: int) -> 
     unknown = sorted(set(fields) - set(defaults))
     if unknown:
         raise UserError(f"{path} has unknown fields {unknown}; known are {sorted(defaults)}")
+    for name, value in fields.items():
+        number = float if name in ("guidance_scale", "fps") else int
+        check_value(value, number, name, str(path))
+    if fields.get("fps", 1) <= 0:
+        raise UserError(f"fps is {fields['fps']!r} in {path}, expected a number above 0")
     return defaults | fields
 
 

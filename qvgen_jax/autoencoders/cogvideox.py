@@ -16,6 +16,7 @@ from flax import nnx
 from qvgen_jax.autoencoders.causal import Past, run_chunks
 from qvgen_jax.autoencoders.cogvideox_layers import GroupNorm, LatentNorm, Level, Norm, conv3
 from qvgen_jax.autoencoders.tiling import Tiling, run_tiles
+from qvgen_jax.config_fields import check_fields
 from qvgen_jax.errors import UserError
 
 # Frames of a batch (diffusers' num_sample_frames_batch_size, num_latent_frames_batch_size).
@@ -58,8 +59,8 @@ class CogVideoXVAEConfig:
         """Reads a diffusers `config.json` as a dict.
 
         Raises:
-            UserError: another class, fields that no published CogVideoX VAE sets, or fields that
-                contradict each other.
+            UserError: another class, fields that no published CogVideoX VAE sets, values that are
+                not of their field's kind, or fields that contradict each other.
         """
         name = config.get("_class_name", "AutoencoderKLCogVideoX")
         if name != "AutoencoderKLCogVideoX":
@@ -75,6 +76,7 @@ class CogVideoXVAEConfig:
         names = {field.name for field in dataclasses.fields(cls)}
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
         parsed = cls(**known)
+        check_fields(parsed, "the VAE's config.json")
         parsed._check(config)
         return parsed
 
@@ -82,9 +84,10 @@ class CogVideoXVAEConfig:
         levels = len(self.block_out_channels)
         for way in ("down", "up"):
             expected = [f"CogVideoX{way.capitalize()}Block3D"] * levels
-            if list(config.get(f"{way}_block_types", expected)) != expected:
+            blocks = config.get(f"{way}_block_types", expected)
+            if blocks not in (expected, tuple(expected)):
                 raise UserError(
-                    f"{way}_block_types is {config[f'{way}_block_types']}; expected {expected[0]} "
+                    f"{way}_block_types is {blocks!r}; expected {expected[0]} "
                     f"for each of the {levels} block_out_channels"
                 )
         if any(n % self.norm_num_groups for n in self.block_out_channels):

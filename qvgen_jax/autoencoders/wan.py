@@ -22,6 +22,7 @@ from qvgen_jax.autoencoders.wan_layers import (
     RMSNorm,
     Upsample,
 )
+from qvgen_jax.config_fields import check_fields
 from qvgen_jax.errors import UserError
 
 
@@ -46,7 +47,8 @@ class WanVAEConfig:
 
         Raises:
             UserError: another class, a Wan 2.2 (residual, patched) VAE, attention in the encoder's
-                levels, or fields that contradict each other.
+                levels, values that are not of their field's kind, or fields that contradict each
+                other.
         """
         name = config.get("_class_name", "AutoencoderKLWan")
         if name != "AutoencoderKLWan":
@@ -60,6 +62,7 @@ class WanVAEConfig:
         names = {field.name for field in dataclasses.fields(cls)}
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
         parsed = cls(**known)
+        check_fields(parsed, "the VAE's config.json")
         parsed._check()
         return parsed
 

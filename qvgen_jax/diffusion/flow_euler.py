@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qvgen_jax.config_fields import check_fields
 from qvgen_jax.diffusion.flow import shift_sigma
 from qvgen_jax.diffusion.scheduler_config import check_options, check_steps
 
@@ -35,10 +36,13 @@ class FlowEulerConfig:
         """Reads diffusers' fields.
 
         Raises:
-            UserError: the scheduler is another one or uses an option that is not implemented.
+            UserError: the scheduler is another one or uses an option that is not implemented, or
+                a value is not of its kind.
         """
         check_options(fields, _SUPPORTED, (), "use a constant shift and plain sigmas, as Wan does")
-        return cls(fields.get("num_train_timesteps", 1000), float(fields.get("shift", 1.0)))
+        config = cls(fields.get("num_train_timesteps", 1000), fields.get("shift", 1.0))
+        check_fields(config, "scheduler_config.json", names={"flow_shift": "shift"})
+        return config
 
 
 class FlowEulerSchedule(NamedTuple):

@@ -65,10 +65,11 @@ def scheduler_from_json(fields: Mapping[str, Any]) -> Scheduler:
     """The sampler that a `scheduler_config.json` asks for.
 
     Raises:
-        UserError: it is not one of ours, or uses an option that is not implemented.
+        UserError: it is not one of ours, or uses an option that is not implemented, or a value is
+            not of its kind.
     """
     name = fields.get("_class_name")
-    if name not in _SAMPLERS:
+    if not isinstance(name, str) or name not in _SAMPLERS:
         raise UserError(
             f"scheduler_config.json: _class_name is {name!r}, supported: {', '.join(_SAMPLERS)}; "
             "put the scheduler published with the model there"

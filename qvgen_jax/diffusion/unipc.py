@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qvgen_jax.config_fields import check_fields
 from qvgen_jax.diffusion.flow import denoise, shift_sigma
 from qvgen_jax.diffusion.scheduler_config import check_options, check_steps
 
@@ -52,16 +53,21 @@ class UniPCConfig:
         """Reads diffusers' fields.
 
         Raises:
-            UserError: the scheduler is another one or uses an option that is not implemented.
+            UserError: the scheduler is another one or uses an option that is not implemented, or
+                a value is not of its kind.
         """
         remedy = "use Wan's UniPCMultistepScheduler settings"
         check_options(config, _SUPPORTED, _REQUIRED, remedy)
-        return cls(
+        corrector = config.get("disable_corrector")
+        corrector = () if corrector is None else corrector
+        parsed = cls(
             num_train_timesteps=config.get("num_train_timesteps", 1000),
-            flow_shift=float(config.get("flow_shift", 1.0)),
+            flow_shift=config.get("flow_shift", 1.0),
             solver_order=config.get("solver_order", 2),
-            disable_corrector=tuple(config.get("disable_corrector") or ()),
+            disable_corrector=tuple(corrector) if isinstance(corrector, list) else corrector,
         )
+        check_fields(parsed, "scheduler_config.json", may_be_zero=("disable_corrector",))
+        return parsed
 
 
 class UniPCSchedule(NamedTuple):

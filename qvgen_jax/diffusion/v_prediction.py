@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qvgen_jax.config_fields import check_fields
 from qvgen_jax.diffusion.scheduler_config import check_options, check_steps
 
 _SUPPORTED = {
@@ -45,11 +46,14 @@ class VPredictionConfig:
         """Reads diffusers' fields.
 
         Raises:
-            UserError: the scheduler is another one or uses an option that is not implemented.
+            UserError: the scheduler is another one or uses an option that is not implemented, or
+                a value is not of its kind.
         """
         supported = {"_class_name": (cls.class_name,), **_SUPPORTED}
         check_options(fields, supported, _REQUIRED, "use the settings published with CogVideoX")
-        return cls(**{name: fields[name] for name in cls.__dataclass_fields__ if name in fields})
+        config = cls(**{name: fields[name] for name in cls.__dataclass_fields__ if name in fields})
+        check_fields(config, "scheduler_config.json")
+        return config
 
     def alphas_cumprod(self) -> np.ndarray:
         """Share of the latents in the sample's variance, float64 `[num_train_timesteps]`."""

@@ -26,10 +26,10 @@ def config_from_json(fields: Mapping[str, Any]) -> TransformerConfig:
     """The config of a transformer from the contents of its `config.json`.
 
     Raises:
-        UserError: the file describes a network of another kind.
+        UserError: the file describes a network of another kind, or a value is not of its kind.
     """
     name = fields.get("_class_name", "WanTransformer3DModel")
-    if name not in _FAMILIES:
+    if not isinstance(name, str) or name not in _FAMILIES:
         raise UserError(
             f"the transformer's config.json is of a {name}; supported are WanTransformer3DModel of "
             f"Wan 2.1 text-to-video and CogVideoXTransformer3DModel of {cogvideox.SUPPORTED}"

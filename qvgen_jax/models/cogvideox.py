@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qvgen_jax.config_fields import check_fields, check_value
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.cogvideox_block import CogVideoXBlock
 from qvgen_jax.models.cogvideox_positions import rotations, sincos_table
@@ -108,7 +109,8 @@ class CogVideoXConfig:
         """From the contents of `config.json`; keys with a leading underscore are notes.
 
         Raises:
-            UserError: the file describes another variant (image-to-video, ...).
+            UserError: the file describes another variant (image-to-video, ...), or a value is not
+                of its field's kind.
         """
         fields = dict(fields)
         name = fields.get("_class_name", "CogVideoXTransformer3DModel")
@@ -128,7 +130,12 @@ class CogVideoXConfig:
                 f"the transformer's config.json is of a {name} with unknown fields {unknown}: "
                 f"supported is CogVideoXTransformer3DModel of {SUPPORTED}"
             )
+        what = "the transformer's config.json"
+        check_value(frames, int | None, "patch_size_t", what)
+        check_value(patch, int, "patch_size", what)
+        check_value(bias, bool, "patch_bias", what)
         config = cls(**values, patch_size=(frames or 1, patch, patch))
+        check_fields(config, what)
         if config.in_channels != config.out_channels:
             raise UserError(
                 f"in_channels = {config.in_channels} but out_channels = {config.out_channels} in "

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qvgen_jax.config_fields import check_fields
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.layers import (
     TwoLinears,
@@ -71,7 +72,8 @@ class WanConfig:
         """From the contents of `config.json`; keys with a leading underscore are notes.
 
         Raises:
-            UserError: the file describes another variant (image-to-video, VACE, ...).
+            UserError: the file describes another variant (image-to-video, VACE, ...), or a value is
+                not of its field's kind.
         """
         fields = dict(fields)
         name = fields.get("_class_name", "WanTransformer3DModel")
@@ -89,9 +91,12 @@ class WanConfig:
                 f"the transformer's config.json is of a {name} with unknown fields {unknown}: "
                 "supported is WanTransformer3DModel of Wan 2.1 text-to-video"
             )
-        values["patch_size"] = tuple(values.get("patch_size", cls.patch_size))
-        values["out_channels"] = values.get("out_channels") or values.get("in_channels", 16)
+        if isinstance(values.get("patch_size"), list):
+            values["patch_size"] = tuple(values["patch_size"])
+        if values.get("out_channels") is None:
+            values["out_channels"] = values.get("in_channels", 16)
         config = cls(**values)
+        check_fields(config, "the transformer's config.json")
         if config.in_channels == 48:
             raise UserError(
                 "in_channels = 48 in the transformer's config.json: this is Wan 2.2 TI2V-5B, whose "

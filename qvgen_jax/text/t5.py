@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from qvgen_jax.config_fields import check_fields
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.attention import attention
 from qvgen_jax.models.layers import RMSNorm
@@ -42,7 +43,8 @@ class T5Config:
         """From the contents of `config.json`; fields of the decoder and of training are ignored.
 
         Raises:
-            UserError: neither T5 nor UMT5, or another feed-forward than the gated GELU.
+            UserError: neither T5 nor UMT5, another feed-forward than the gated GELU, or a value
+                that is not of its field's kind.
         """
         kind = fields.get("model_type", "umt5")
         if kind not in ("t5", "umt5"):
@@ -58,7 +60,9 @@ class T5Config:
                 "'gated-gelu' is supported, which T5 v1.1 and UMT5 have"
             )
         names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in fields.items() if name in names})
+        config = cls(**{name: value for name, value in fields.items() if name in names})
+        check_fields(config, "the text encoder's config.json")
+        return config
 
     @property
     def shares_bias(self) -> bool:
