@@ -194,7 +194,7 @@ def read_vae(folder: Path) -> VAE:
     """The VAE of a folder, in float32."""
     fields = read_json(folder / "config.json")
     name = fields.get("_class_name", "AutoencoderKLWan")
-    if name not in _AUTOENCODERS:
+    if not isinstance(name, str) or name not in _AUTOENCODERS:
         raise UserError(
             f"{folder} holds a {name}; supported are {', '.join(_AUTOENCODERS)}, the autoencoders "
             "of Wan 2.1 and CogVideoX"

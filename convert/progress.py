@@ -41,7 +41,11 @@ def start(target: Path, task: dict[str, Any]) -> tuple[Path, list[dict]]:
     partial = target.with_name(target.name + ".partial")
     record = partial / _RECORD
     if not record.is_file():
-        if partial.exists() and (not partial.is_dir() or any(partial.iterdir())):
+        # A record that was being written when the first call ended leaves its .tmp alone.
+        allowed = {f"{_RECORD}.tmp"}
+        if partial.exists() and not (
+            partial.is_dir() and {path.name for path in partial.iterdir()} <= allowed
+        ):
             raise _not_ours(partial)
         partial.mkdir(parents=True, exist_ok=True)
         write_durably(record, json.dumps(task) + "\n")
@@ -99,5 +103,6 @@ def add(partial: Path, done: dict) -> None:
 
 def finish(partial: Path, target: Path) -> None:
     """Gives the whole folder its name."""
-    (partial / _RECORD).unlink()
+    # In this order a kill in between leaves a whole folder with a record too many.
     partial.rename(target)
+    (target / _RECORD).unlink()
