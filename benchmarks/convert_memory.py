@@ -138,9 +138,9 @@ def main() -> None:
         for name, command in steps.items():
             seconds, busy, peak = measure(command, imported if name == "export" else source)
             rate = nbytes / seconds / 1e6
+            memory = "" if name == "cp" else f", peak {peak:,.0f} MB"
             print(
-                f"{name:>7}: {seconds:6.1f} s ({busy:.1f} s of CPU), {rate:5.0f} MB/s, "
-                f"peak {peak:,.0f} MB",
+                f"{name:>7}: {seconds:6.1f} s ({busy:.1f} s of CPU), {rate:5.0f} MB/s{memory}",
                 flush=True,
             )
             shutil.rmtree(root / "copy", ignore_errors=True)
