@@ -44,6 +44,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.quant.decay_shape = "cosine"
     config.quant.decay_fraction = 0.5
     config.quant.branch_moments = "reset"
+    config.quant.decay_order = "smallest"  # Singular values that leave first; or "largest".
+    config.quant.refactor = True  # A new SVD at every halving; False: the columns as they are.
+    config.quant.branch_space = "tokens"  # Or "weights": added to the kernel, as the release does.
+    config.quant.symmetric_weights = False  # True: zero is the middle of the codes.
+    config.quant.include_zero = ""  # In every token's range: "yes", "no", or the behaviour's own.
+    config.quant.rotation = "none"  # Or "hadamard", before the activations are quantized.
+    config.quant.smoothing = 0.0  # Strength of moving outliers into the weights; 0 is off.
+    config.quant.time_table = False  # True: the timestep's own linears become a table.
     config.quant.clip_index = ""  # The behaviour's own, or one of quant/clips.py.
     # Layers that differ: (name, weight bits, activation bits), and those left as they are.
     config.quant.bits = ()
@@ -61,6 +69,8 @@ def get_config(arg: str = "") -> ConfigDict:
         # at 5e-4 (0.20).
         {"weights": 1e-3, "branch": 1e-3, "scales": 2e-4, "clips": 1e-2}
     )
+    config.train.schedule = "cosine"  # To 0; or "constant_tail", level once the branch is gone.
+    config.train.tail_rate = 0.1  # Of the peak, in that tail.
     config.train.beta1 = 0.9
     config.train.beta2 = 0.95
     config.train.epsilon = 1e-8
@@ -68,6 +78,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.clip_norm = 1.0
     config.train.shift = 2.0  # The pipeline's own training shift.
     config.train.caption_dropout = 0.05
+    config.train.truth_blend = 0.0  # a of l(t); 0: the teacher alone is the target.
+    config.train.ema_decay = 0.0  # Of the exported weights, once the branch is gone; 0 is off.
     config.train.remat = True
     config.train.log_every = 20 if full else 5
     config.train.checkpoint_every = 100 if full else 50
@@ -79,6 +91,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sample.count = 8  # Pairs of videos shown in the report.
     config.sample.seed = 0
     config.sample.batch_size = 16
+    config.sample.unguided_steps = 0  # So many last steps of a video run without guidance.
 
     config.evaluate = ConfigDict()
     config.evaluate.videos = 512 if full else 16  # 0: no judging, for models of another world.

@@ -48,6 +48,14 @@ def get_config(arg: str = "") -> ConfigDict:
     # The paper decays to the last step (T = 444); ours leaves steps for the pure low-bit model.
     config.quant.decay_fraction = 1.0 if released else 0.7
     config.quant.branch_moments = "keep" if released else "reset"
+    config.quant.decay_order = "smallest"
+    config.quant.refactor = True
+    config.quant.branch_space = "weights" if released else "tokens"
+    config.quant.symmetric_weights = False
+    config.quant.include_zero = ""
+    config.quant.rotation = "none"
+    config.quant.smoothing = 0.0
+    config.quant.time_table = False
     config.quant.product_dtype = "bfloat16"
 
     config.train = ConfigDict()
@@ -58,6 +66,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.learning_rate = ConfigDict(
         {"weights": 3e-5, "branch": 3e-5, "scales": 3e-5, "clips": 1e-2}
     )
+    config.train.schedule = "cosine"
+    config.train.tail_rate = 0.1
     config.train.beta1 = 0.9
     config.train.beta2 = 0.95
     config.train.epsilon = 1e-8
@@ -65,6 +75,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.clip_norm = 1.0
     config.train.shift = 1.0
     config.train.caption_dropout = 0.05
+    config.train.truth_blend = 0.0
+    config.train.ema_decay = 0.0
     config.train.remat = True
     config.train.log_every = 10
     config.train.checkpoint_every = 100
@@ -76,6 +88,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sample.count = 8
     config.sample.seed = 0
     config.sample.batch_size = 1
+    config.sample.unguided_steps = 0
 
     config.evaluate = ConfigDict()
     config.evaluate.videos = 0  # The judge knows the tiny pipeline's world only.

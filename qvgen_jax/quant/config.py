@@ -29,6 +29,15 @@ class QuantConfig:
         clip_twice: apply `initial_clip` as a constant on top of the learned clips, as the release.
         range_dtype: what a token's range is computed in: `float32`, or `tensor` for its own dtype.
         product_dtype: what the codes are multiplied in: int8, bfloat16, float32 (or float64).
+        branch_space: where the low-rank branch is applied in training: to the `tokens`, or, as the
+            release does, to the `weights`. The same numbers to rounding.
+        symmetric_weights: the zero point of every kernel stays in the middle of its codes
+            (QuaRot, arXiv 2404.00456, and DSAQuant, arXiv 2609.04031); LSQ+ learns it.
+        rotation: `hadamard` before activations are quantized (QuaRot), or `none`.
+        smoothing: exponent of the channel balance between activations and weights at step 0
+            (SmoothQuant, arXiv 2211.10438, SVDQuant, arXiv 2411.05007); 0 for none.
+        time_table: the linears that see only the timestep stay in full precision and are exported
+            as a table of what they say at the sampler's timesteps (DSAQuant).
     """
 
     weight_bits: int = 4
@@ -44,6 +53,11 @@ class QuantConfig:
     clip_twice: bool = False
     range_dtype: str = "float32"
     product_dtype: str = "int8"
+    branch_space: str = "tokens"
+    symmetric_weights: bool = False
+    rotation: str = "none"
+    smoothing: float = 0.0
+    time_table: bool = False
 
     def __post_init__(self):
         pairs = {"the default": (self.weight_bits, self.act_bits), **self.bits}
@@ -56,6 +70,8 @@ class QuantConfig:
             ("clip_index", self.clip_index, CLIP_INDEX_MODES),
             ("range_dtype", self.range_dtype, ("float32", "tensor")),
             ("product_dtype", self.product_dtype, PRODUCT_DTYPES),
+            ("branch_space", self.branch_space, ("tokens", "weights")),
+            ("rotation", self.rotation, ("none", "hadamard")),
         ):
             if value not in known:
                 raise UserError(f"{field}={value!r}; expected one of {', '.join(known)}")
@@ -64,6 +80,8 @@ class QuantConfig:
                 f"rank={self.rank}, buckets={self.buckets}, initial_clip={self.initial_clip}; "
                 "expected rank >= 0, buckets >= 1 and a clip between 0 and 1"
             )
+        if not 0 <= self.smoothing < 1:
+            raise UserError(f"smoothing={self.smoothing}; expected 0 (off) to below 1")
 
     @classmethod
     def released(cls, **changes) -> "QuantConfig":
@@ -73,6 +91,7 @@ class QuantConfig:
             "include_zero": False,
             "clip_twice": True,
             "range_dtype": "tensor",
+            "branch_space": "weights",
         }
         return cls(**{**behaviour, **changes})
 

@@ -21,8 +21,13 @@ _CHOICES = {
     "compute_dtype": ("float32", "bfloat16"),
     "text_weights": ("float", "int8"),
     "quant.behaviour": ("default", "released"),
-    "quant.branch_moments": ("reset", "keep"),
-    "quant.decay_shape": ("cosine", "linear"),
+    "quant.branch_moments": ("reset", "rotate", "keep"),
+    "quant.branch_space": ("tokens", "weights"),
+    "quant.decay_order": ("smallest", "largest"),
+    "quant.decay_shape": ("cosine", "linear", "abrupt"),
+    "quant.include_zero": ("", "yes", "no"),
+    "quant.rotation": ("none", "hadamard"),
+    "train.schedule": ("cosine", "constant_tail"),
 }
 
 

@@ -13,6 +13,7 @@ from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, dense_factory
 
 _BEHAVIOURS = ("default", "released")
+_PASSED_ON = ("branch_space", "symmetric_weights", "rotation", "smoothing", "time_table")
 
 
 def quant_config(quant: Mapping, model: TransformerConfig) -> QuantConfig:
@@ -32,7 +33,10 @@ def quant_config(quant: Mapping, model: TransformerConfig) -> QuantConfig:
         "full_precision": tuple(quant["full_precision"]),
         "product_dtype": quant["product_dtype"],
         "bits": {name: (weights, acts) for name, weights, acts in quant["bits"]},
+        **{name: quant[name] for name in _PASSED_ON},
     }
+    if quant["include_zero"]:
+        chosen["include_zero"] = quant["include_zero"] == "yes"
     if quant["clip_index"]:
         chosen["clip_index"] = quant["clip_index"]
     if quant["behaviour"] == "released":
