@@ -116,6 +116,7 @@ def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
     from qvgen_jax.evaluation.finish import compare_and_report
     from qvgen_jax.evaluation.samples import read_prompts
     from qvgen_jax.training.loop import finished_state, train
+    from qvgen_jax.training.state import exported_params
     from qvgen_jax.training.student import quant_config
 
     read_prompts(config["sample"]["prompts"], config["sample"]["count"])  # Told before training.
@@ -124,7 +125,14 @@ def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
     if job != "evaluate" or not (export / "model_index.json").is_file():
         model = pipe.transformer.config
         quant = quant_config(config["quant"], model)
-        export_pipeline(config["model"], export, model, state["params"], quant)
+        export_pipeline(
+            config["model"],
+            export,
+            model,
+            exported_params(state),
+            quant,
+            generation={"unguided_steps": config["sample"]["unguided_steps"]},
+        )
         print(f"export: {export}")
     if job != "export":
         print(f"report: {compare_and_report(config, workdir, pipe)}")

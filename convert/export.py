@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -29,6 +30,7 @@ def export_pipeline(
     model: TransformerConfig,
     params: Mapping,
     quant: QuantConfig,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a folder of the same layout as `source`, its transformer packed.
 
@@ -41,6 +43,8 @@ def export_pipeline(
         model: the transformer's sizes.
         params: the student's, without a low-rank branch.
         quant: how it was quantized.
+        generation: defaults of `generate` that it was made for, see `_read_defaults` in
+            `convert.load`; what is 0 is left out.
 
     Raises:
         UserError: the student still has its branch, or `folder` or `FOLDER.partial` holds
@@ -64,6 +68,10 @@ def export_pipeline(
     fields = {**fields, "quantization_config": quantization_config(quant)}
     write_json(partial / "transformer" / "config.json", fields)
     write_tensors(partial / "transformer" / "diffusion_pytorch_model.safetensors", tensors)
+    changed = {name: value for name, value in (generation or {}).items() if value}
+    if changed:
+        path = partial / "generation_config.json"
+        write_json(path, {**(read_json(path) if path.is_file() else {}), **changed})
     (partial / _MARKER).touch()
     shutil.rmtree(folder, ignore_errors=True)
     progress.finish(partial, folder)

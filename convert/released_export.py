@@ -119,6 +119,8 @@ def _refuse(quant: QuantConfig, differences: list[str], approximate: bool) -> No
         impossible.append("it has a low-rank branch: import it without released_step")
     if quant.bits:
         impossible.append(f"layers have bits of their own: {', '.join(sorted(quant.bits))}")
+    if quant.symmetric_weights:
+        impossible.append("its weights are symmetric and hold no zero points")
     if quant.buckets not in (1, _BUCKETS):
         impossible.append(f"it has {quant.buckets} clip pairs per layer, theirs has {_BUCKETS}")
     if impossible:

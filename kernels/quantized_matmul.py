@@ -19,7 +19,7 @@ def quantized_matmul(
     tokens: QuantizedTokens,
     codes: jax.Array,
     scale: jax.Array,
-    zero_point: jax.Array,
+    zero_point: jax.Array | None,
     levels: jax.Array,
     bias: jax.Array | None = None,
     *,
@@ -38,7 +38,8 @@ def quantized_matmul(
         tokens: codes `[..., in]` and their statistics.
         codes: `[in, out]`, signed, int8 or int4.
         scale: float32 `[out]`.
-        zero_point: float32 `[out]`, real, in the unsigned convention.
+        zero_point: float32 `[out]`, real, in the unsigned convention; None for symmetric weights,
+            whose signed zero point w is 0: two of the three corrections vanish.
         levels: float32 `[]`, 2^bits - 1 of the weights.
         bias: float32 `[out]` or None.
         code_sum: float32 `[out]`, the sum of the codes over the input axis if known beforehand.
@@ -67,13 +68,10 @@ def quantized_matmul(
         preferred_element_type=_ACCUMULATE[product.name],
     ).astype(wide)
     a = tokens.zero_point.astype(wide)
-    w_zero = zero_point.astype(wide) - signed_offset(levels.astype(wide))
-    centered = (
-        accumulated
-        - a * code_sum.astype(wide)
-        - w_zero * tokens.row_sum.astype(wide)
-        + codes.shape[0] * a * w_zero
-    )
+    centered = accumulated - a * code_sum.astype(wide)
+    if zero_point is not None:
+        w_zero = zero_point.astype(wide) - signed_offset(levels.astype(wide))
+        centered = centered - w_zero * tokens.row_sum.astype(wide) + codes.shape[0] * a * w_zero
     y = tokens.scale.astype(wide) * scale.astype(wide) * centered
     if bias is not None:
         y = y + bias.astype(wide)

@@ -26,6 +26,7 @@ WAN_DEFAULTS = {
     "width": 832,
     "steps": 50,
     "guidance_scale": 5.0,
+    "unguided_steps": 0,
     "fps": 16,
     "max_length": 512,
 }
@@ -37,6 +38,7 @@ COGVIDEOX_DEFAULTS = {
     "width": 720,
     "steps": 50,
     "guidance_scale": 6.0,
+    "unguided_steps": 0,
     "fps": 8,
     "max_length": 226,
 }
@@ -172,7 +174,10 @@ class Pipeline:
         """Final normalised latents, float32 `[prompts, f, h, w, channels]`; see `generate`."""
         size, extra = self._latent_size(num_frames, height, width, latents)
         if guidance is None:
-            guidance = Guidance(self._setting("guidance_scale", guidance_scale))
+            guidance = Guidance(
+                self._setting("guidance_scale", guidance_scale),
+                unguided_steps=self._unguided_steps(steps),
+            )
         request = check_request(
             prompts,
             negative_prompts,
@@ -241,7 +246,8 @@ class Pipeline:
             height: pixels, a multiple of 16.
             width: pixels, a multiple of 16.
             steps: calls of the transformer.
-            guidance_scale: classifier-free guidance; up to 1 means none.
+            guidance_scale: classifier-free guidance; up to 1 means none. A folder's
+                `unguided_steps` turns it off in so many of its last default steps.
             seeds: one per prompt, or one from which *every* prompt's noise is drawn. A video
                 depends on its own prompt, seed and settings, never on its neighbours or position.
             latents: the noise to start from instead, `[prompts, f, h, w, channels]`; for
@@ -290,6 +296,13 @@ class Pipeline:
 
     def _setting(self, name: str, value: Any) -> Any:
         return self.defaults[name] if value is None else value
+
+    def _unguided_steps(self, steps: Any) -> int:
+        """The folder's number of last steps without guidance, in proportion to other lengths."""
+        if steps is None:
+            return self.defaults["unguided_steps"]
+        share = self.defaults["unguided_steps"] / self.defaults["steps"]
+        return round(share * whole_number(steps, "steps"))
 
     def _scheduler(self, flow_shift: float | None) -> Scheduler:
         if flow_shift is None:

@@ -1,5 +1,6 @@
 """Generation, on a random pipeline of the smallest sizes, written and read in diffusers' layout."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -76,7 +77,8 @@ def test_settings_come_from_the_folder(pipe):
     frames = pipe.generate(PROMPTS[:2])
     assert frames.shape == (2, 5, 16, 32, 3)
     assert frames.dtype == np.uint8
-    assert pipe.defaults == {**DEFAULTS, "max_length": 32}  # the tokenizer's own length
+    # The tokenizer's own length, and the family's guidance to the end.
+    assert pipe.defaults == {**DEFAULTS, "max_length": 32, "unguided_steps": 0}
 
 
 def test_a_video_does_not_depend_on_its_batch(pipe):
@@ -322,3 +324,12 @@ def test_guidance_may_stop_before_the_last_steps(pipe):
     stopped = pipe.sample_latents(PROMPTS[0], guidance=Guidance(2.0, unguided_steps=2))
     unguided = pipe.sample_latents(PROMPTS[0], guidance_scale=1.0)
     np.testing.assert_allclose(stopped, unguided, atol=1e-5)  # Both steps; two programs.
+
+
+def test_a_folder_may_end_its_videos_unguided_and_another_length_in_proportion(pipe):
+    defaults = {**pipe.defaults, "guidance_scale": 2.0, "steps": 4, "unguided_steps": 2}
+    ending = dataclasses.replace(pipe, defaults=defaults)
+    for steps, unguided in ((4, 2), (2, 1)):
+        explicit = Guidance(2.0, unguided_steps=unguided)
+        expected = pipe.sample_latents(PROMPTS[0], steps=steps, guidance=explicit)
+        np.testing.assert_array_equal(ending.sample_latents(PROMPTS[0], steps=steps), expected)

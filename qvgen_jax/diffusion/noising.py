@@ -9,8 +9,12 @@ from qvgen_jax.diffusion import flow, v_prediction
 from qvgen_jax.diffusion.schedulers import Scheduler
 from qvgen_jax.errors import UserError
 
-Noising = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-"""`(key, clean, noise) -> (noisy, timestep)` of one clip; the timestep is a float32 scalar."""
+Noising = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+"""`(key, clean, noise) -> (noisy, timestep, velocity)` of one clip.
+
+The timestep is a float32 scalar, 0 (clean) to 1000 (noise); the velocity is the ground truth that
+the model's prediction stands for.
+"""
 
 
 def training_noise(scheduler: Scheduler, train: Mapping) -> Noising:
@@ -38,7 +42,8 @@ def training_noise(scheduler: Scheduler, train: Mapping) -> Noising:
 def _flow_noise(shift: float) -> Noising:
     def noising(key: jax.Array, clean: jax.Array, noise: jax.Array) -> tuple:
         sigma = flow.sample_sigmas(key, (), shift)
-        return flow.add_noise(clean, noise, sigma), flow.to_timesteps(sigma)
+        noisy, velocity = flow.add_noise(clean, noise, sigma), flow.velocity_target(clean, noise)
+        return noisy, flow.to_timesteps(sigma), velocity
 
     return noising
 
@@ -49,6 +54,7 @@ def _v_prediction_noise(scheduler: v_prediction.VPredictionConfig) -> Noising:
     def noising(key: jax.Array, clean: jax.Array, noise: jax.Array) -> tuple:
         timestep = v_prediction.sample_timesteps(key, (), scheduler.num_train_timesteps)
         noisy = v_prediction.add_noise(clean, noise, timestep, alphas_cumprod)
-        return noisy, timestep.astype(jnp.float32)
+        velocity = v_prediction.velocity_target(clean, noise, timestep, alphas_cumprod)
+        return noisy, timestep.astype(jnp.float32), velocity
 
     return noising

@@ -37,10 +37,12 @@ def measure_sizes(teacher: Pipeline, export: Path) -> dict[str, int]:
     path = export / "transformer" / "diffusion_pytorch_model.safetensors"
     packed = full = 0
     with safe_open(path, framework="numpy") as file:
-        names = [name for name in file.keys() if name.endswith(".codes")]  # noqa: SIM118
+        present = set(file.keys())
+        names = [name for name in sorted(present) if name.endswith(".codes")]
         for name in names:
             stem = name.removesuffix("codes")
-            packed += sum(file.get_tensor(stem + leaf).nbytes for leaf in _PACKED)
+            held = [stem + leaf for leaf in _PACKED if stem + leaf in present]
+            packed += sum(file.get_tensor(name).nbytes for name in held)
     params = teacher.transformer.states[0]
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     for name in quantizable(teacher.transformer.config):

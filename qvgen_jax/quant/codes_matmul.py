@@ -12,11 +12,14 @@ from qvgen_jax.quant.weights import dequantize_weight
 
 
 class QuantizedWeight(NamedTuple):
-    """A kernel in integers: signed codes `[in, out]`, scale and zero point `[out]`, levels `[]`."""
+    """A kernel in integers: signed codes `[in, out]`, scale and zero point `[out]`, levels `[]`.
+
+    The zero point is None for symmetric weights.
+    """
 
     codes: jax.Array
     scale: jax.Array
-    zero_point: jax.Array
+    zero_point: jax.Array | None
     levels: jax.Array
 
 

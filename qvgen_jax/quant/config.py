@@ -91,7 +91,6 @@ class QuantConfig:
             "include_zero": False,
             "clip_twice": True,
             "range_dtype": "tensor",
-            "branch_space": "weights",
         }
         return cls(**{**behaviour, **changes})
 

@@ -128,7 +128,8 @@ class QuantDense(_TokenQuantizer):
         plain = Dense(name, in_features, out_features, key=key, dtype=dtype, use_bias=use_bias)
         self.kernel, self.bias = plain.kernel, plain.bias
         self.scale = nnx.Param(jnp.ones((out_features,), jnp.float32))
-        self.zero_point = nnx.Param(jnp.zeros((out_features,), jnp.float32))
+        self.zero_point = _zero_points(config, out_features)
+        self.branch_space = config.branch_space
         if config.rank:
             self.L = nnx.Param(jnp.zeros((out_features, config.rank), jnp.float32))
             self.R = nnx.Param(jnp.zeros((config.rank, in_features), jnp.float32))
@@ -145,7 +146,7 @@ class QuantDense(_TokenQuantizer):
         weight = (
             self.kernel[...],
             self.scale[...],
-            self.zero_point[...],
+            None if self.zero_point is None else self.zero_point[...],
             self.weight_levels[...],
         )
         integers = QuantizedWeight(quantize_weight(*weight), *jax.lax.stop_gradient(weight[1:]))
@@ -155,8 +156,15 @@ class QuantDense(_TokenQuantizer):
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         if ctx.gate is not None and hasattr(self, "L"):
-            y = y + branch(values, self.L[...], self.R[...], ctx.gate).astype(y.dtype)
+            applied = branch if self.branch_space == "tokens" else branch_in_weights
+            y = y + applied(values, self.L[...], self.R[...], ctx.gate).astype(y.dtype)
         return y.astype(self.dtype)
+
+
+def _zero_points(config: QuantConfig, out_features: int) -> nnx.Param | None:
+    if config.symmetric_weights:
+        return None
+    return nnx.Param(jnp.zeros((out_features,), jnp.float32))
 
 
 def branch(values: jax.Array, left: jax.Array, right: jax.Array, gate: jax.Array) -> jax.Array:
@@ -170,13 +178,24 @@ def branch(values: jax.Array, left: jax.Array, right: jax.Array, gate: jax.Array
     return rows_matmul(hidden.astype(dtype), left.T.astype(dtype))
 
 
+def branch_in_weights(
+    values: jax.Array, left: jax.Array, right: jax.Array, gate: jax.Array
+) -> jax.Array:
+    """`values @ ((L * gate) @ R)^T`, as the release computes it: a product of full size.
+
+    `branch` to rounding, in its shapes and dtypes.
+    """
+    gated = left * jax.lax.stop_gradient(gate)
+    return rows_matmul(values, jnp.matmul(gated, right).T.astype(values.dtype))
+
+
 class PackedDense(_TokenQuantizer):
     """A linear at inference: integers in memory, the same arithmetic as `QuantDense`.
 
-    Params: `codes` int4 (up to 4 bits) or int8 `[in, out]`, `scale`, `zero_point`, `code_sum` (the
-    codes summed over the input axis) and `bias` `[out]`, `lower` and `upper` `[buckets]`; where the
-    config has a rank, `L`, `R` and the `gate [rank]` they were saved with. The values come from
-    `qvgen_jax.quant.packed`.
+    Params: `codes` int4 (up to 4 bits) or int8 `[in, out]`, `scale`, `zero_point` (unless weights
+    are symmetric), `code_sum` (the codes summed over the input axis) and `bias` `[out]`, `lower`
+    and `upper` `[buckets]`; where the config has a rank, `L`, `R` and the `gate [rank]` they were
+    saved with. The values come from `qvgen_jax.quant.packed`.
     """
 
     def __init__(
@@ -195,7 +214,7 @@ class PackedDense(_TokenQuantizer):
         container = code_container(config.bits_of(name)[0])
         self.codes = nnx.Param(jnp.zeros((in_features, out_features), container))
         self.scale = nnx.Param(jnp.ones((out_features,), jnp.float32))
-        self.zero_point = nnx.Param(jnp.zeros((out_features,), jnp.float32))
+        self.zero_point = _zero_points(config, out_features)
         self.code_sum = nnx.Param(jnp.zeros((out_features,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if use_bias else None
         if config.rank:
@@ -215,7 +234,7 @@ class PackedDense(_TokenQuantizer):
             tokens,
             self.codes[...],
             self.scale[...],
-            self.zero_point[...],
+            None if self.zero_point is None else self.zero_point[...],
             self.weight_levels[...],
             None if self.bias is None else self.bias[...],
             code_sum=self.code_sum[...],

@@ -32,9 +32,9 @@ def _replace(params: dict, path: list[str], node: dict) -> dict:
     return {**params, path[0]: _replace(params.get(path[0], {}), path[1:], node)}
 
 
-def _quantize_kernel(kernel: jax.Array, levels: jax.Array, rank: int) -> dict:
-    scale, zero_point = search_range(kernel, levels)
-    leaves = {"scale": scale, "zero_point": zero_point}
+def _quantize_kernel(kernel: jax.Array, levels: jax.Array, rank: int, symmetric: bool) -> dict:
+    scale, zero_point = search_range(kernel, levels, symmetric)
+    leaves = {"scale": scale} if symmetric else {"scale": scale, "zero_point": zero_point}
     if rank:
         codes = quantize_weight(kernel, scale, zero_point, levels)
         dequantized = dequantize_weight(codes, scale, zero_point, levels)
@@ -42,10 +42,10 @@ def _quantize_kernel(kernel: jax.Array, levels: jax.Array, rank: int) -> dict:
     return leaves
 
 
-@partial(jax.jit, static_argnames="rank")
-def _quantize_stack(kernels: jax.Array, levels: jax.Array, rank: int) -> dict:
+@partial(jax.jit, static_argnames=("rank", "symmetric"))
+def _quantize_stack(kernels: jax.Array, levels: jax.Array, rank: int, symmetric: bool) -> dict:
     # One layer at a time: the memory of one kernel beyond the parameters themselves.
-    return jax.lax.map(lambda pair: _quantize_kernel(*pair, rank), (kernels, levels))
+    return jax.lax.map(lambda pair: _quantize_kernel(*pair, rank, symmetric), (kernels, levels))
 
 
 def quantize_params(params: dict, names: Iterable[str], config: QuantConfig) -> tuple[dict, dict]:
@@ -73,7 +73,10 @@ def quantize_params(params: dict, names: Iterable[str], config: QuantConfig) -> 
             jnp.full(stack, 2**bits - 1, jnp.float32) for bits in config.bits_of(name)
         )
         leaves = _quantize_stack(
-            kernel.reshape(-1, *kernel.shape[-2:]), weight_levels.reshape(-1), config.rank
+            kernel.reshape(-1, *kernel.shape[-2:]),
+            weight_levels.reshape(-1),
+            config.rank,
+            config.symmetric_weights,
         )
         leaves = {key: leaf.reshape(*stack, *leaf.shape[1:]) for key, leaf in leaves.items()}
         clips = initial_clips(config.buckets_of(name), config.initial_clip)
@@ -87,12 +90,12 @@ def quantize_params(params: dict, names: Iterable[str], config: QuantConfig) -> 
 @jax.jit
 def _relative_errors(node: dict, weight_levels: jax.Array) -> jax.Array:
     def one(pair):
-        kernel, scale, zero_point, levels = pair
-        codes = quantize_weight(kernel, scale, zero_point, levels)
-        error = dequantize_weight(codes, scale, zero_point, levels) - kernel
+        kernel, *weight = pair
+        error = dequantize_weight(quantize_weight(kernel, *weight), *weight) - kernel
         return jnp.linalg.norm(error) / jnp.linalg.norm(kernel)
 
-    return jax.lax.map(one, (node["kernel"], node["scale"], node["zero_point"], weight_levels))
+    zero_point = node.get("zero_point")
+    return jax.lax.map(one, (node["kernel"], node["scale"], zero_point, weight_levels))
 
 
 def quantization_errors(params: dict, levels: dict, names: Iterable[str]) -> dict[str, jax.Array]:
@@ -107,6 +110,7 @@ def quantization_errors(params: dict, levels: dict, names: Iterable[str]) -> dic
         stacked = {
             key: node[key].reshape(-1, *node[key].shape[kernel.ndim - 2 :])
             for key in ("kernel", "scale", "zero_point")
+            if key in node
         }
         weight_levels = _node(levels, name)["weight_levels"].reshape(-1)
         errors[name] = _relative_errors(stacked, weight_levels)
@@ -129,8 +133,12 @@ def round_to_nearest(params: dict, names: Iterable[str], config: QuantConfig) ->
         low = jnp.minimum(jnp.min(node["kernel"], axis=-2), 0.0)
         high = jnp.maximum(jnp.max(node["kernel"], axis=-2), 0.0)
         most = _node(levels, name)["weight_levels"][..., None]
-        scale = jnp.maximum((high - low) / most, 1e-9)
-        leaves = {"scale": scale, "zero_point": jnp.round(-low / scale)}
+        if config.symmetric_weights:
+            bound = jnp.maximum(-low, high)
+            leaves = {"scale": jnp.maximum(bound / ((most - 1) / 2), 1e-9)}
+        else:
+            scale = jnp.maximum((high - low) / most, 1e-9)
+            leaves = {"scale": scale, "zero_point": jnp.round(-low / scale)}
         leaves |= {clip: jnp.full_like(node[clip], _UNCLIPPED) for clip in ("lower", "upper")}
         params = _replace(params, name.split("."), {**node, **leaves})
     return params, levels

@@ -94,6 +94,33 @@ def refactor(
     return jnp.where(alive, new_left, 0), jnp.where(alive[:, None], new_right, 0)
 
 
+def reverse(left: jax.Array, right: jax.Array, rank: jax.Array | int) -> tuple:
+    """The first `rank` components in the opposite order, so that the others leave first."""
+    place = jnp.arange(left.shape[1])
+    place = jnp.where(place < rank, rank - 1 - place, place)
+    return left[:, place], right[place]
+
+
+def change_of_basis(
+    left: jax.Array, right: jax.Array, new_left: jax.Array, new_right: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What a refactoring does to the gradients of L and R.
+
+    The product stays: `new_left = left @ A`, `new_right = A^-1 @ right`. So the gradient of L is
+    multiplied by `A^-T` from the right, and that of R by `A^T` from the left.
+
+    Args:
+        left, right: `[out, r]`, `[r, in]`, before.
+        new_left, new_right: after; of lower rank where components died.
+
+    Returns:
+        `A^-T` and `A^T`, both `[r, r]`; zero where either side's components are.
+    """
+    for_left = (new_right @ jnp.linalg.pinv(right)).T
+    for_right = (jnp.linalg.pinv(left) @ new_left).T
+    return for_left, for_right
+
+
 def _is_branch(node: Any) -> bool:
     return isinstance(node, dict) and "L" in node and "R" in node
 
@@ -109,8 +136,8 @@ def _rebuild(tree: Any, on_branch: Callable[[dict], dict]) -> Any:
     return tree
 
 
-def refactor_tree(params: dict, rank: jax.Array | int) -> dict:
-    """`params` with every branch refactored, stacked ones layer by layer.
+def on_every_branch(tree: Any, change: Callable) -> Any:
+    """`tree` with `(L, R)` of every branch replaced by `change(L, R)`, stacked ones layer by layer.
 
     Not by `jax.vmap`: XLA's CPU spreads batched LAPACK calls over its pool and waits inside it, and
     several of them at once come to a standstill on two cores (seen with jax 0.10.2).
@@ -119,12 +146,32 @@ def refactor_tree(params: dict, rank: jax.Array | int) -> dict:
     def on_branch(node: dict) -> dict:
         pair = node["L"], node["R"]
         if node["L"].ndim == 2:
-            left, right = refactor(*pair, rank)
+            left, right = change(*pair)
         else:
-            left, right = jax.lax.map(lambda layer: refactor(*layer, rank), pair)
+            left, right = jax.lax.map(lambda layer: change(*layer), pair)
         return {**node, "L": left, "R": right}
 
-    return _rebuild(params, on_branch)
+    return _rebuild(tree, on_branch)
+
+
+def refactor_tree(params: dict, rank: jax.Array | int, order: str = "smallest") -> dict:
+    """`params` with every branch refactored to `rank`; what leaves first comes last."""
+
+    def change(left: jax.Array, right: jax.Array) -> tuple:
+        left, right = refactor(left, right, rank)
+        return reverse(left, right, rank) if order == "largest" else (left, right)
+
+    return on_every_branch(params, change)
+
+
+def cut_tree(params: dict, rank: jax.Array | int) -> dict:
+    """`params` with the components of every branch beyond `rank` zero, the others as they are."""
+
+    def change(left: jax.Array, right: jax.Array) -> tuple:
+        alive = jnp.arange(left.shape[1]) < rank
+        return jnp.where(alive, left, 0), jnp.where(alive[:, None], right, 0)
+
+    return on_every_branch(params, change)
 
 
 def zero_branch(tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The packed format on disk, versions 1 and 2. This module alone knows it.
+"""The packed format on disk, versions 1 to 3. This module alone knows it.
 
 Each quantized linear, under its PyTorch name:
 
@@ -17,6 +17,10 @@ it was gone: weight + (L * gate) @ R. A folder without one is written as version
     R           float32 [rank, in]
     gate        float32 [rank]        1 for what stays, less for what was leaving
 
+Version 3 is written where a model uses something that older readers do not know:
+
+    symmetric_weights   no zero_point: it is 2^(bits - 1), the middle of the codes
+
 The transformer's config.json holds a `quantization_config`, see `quantization_config`. Its layer
 names are the model's `quantizable` names: `blocks.attn1.to_q` stands for every block's.
 """
@@ -34,7 +38,7 @@ from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import code_container
 from qvgen_jax.quant.weights import quantize_weight
 
-PLAIN_VERSION, BRANCH_VERSION = 1, 2
+PLAIN_VERSION, BRANCH_VERSION, FEATURES_VERSION = 1, 2, 3
 LEAVES = ("codes", "scale", "zero_point", "clips", "bias")
 BRANCH_LEAVES = ("L", "R", "gate")
 
@@ -106,7 +110,7 @@ def pack_layer(layer: Mapping[str, Any], bits: int) -> dict[str, np.ndarray]:
     Returns:
         `LEAVES` by name, without `bias` if the layer has none.
     """
-    signed = _signed_codes(layer["kernel"], layer["scale"], layer["zero_point"], bits)
+    signed = _signed_codes(layer["kernel"], layer["scale"], layer.get("zero_point"), bits)
     return pack_tensors(np.asarray(signed, np.int16).T + 2 ** (bits - 1), layer, bits)
 
 
@@ -115,17 +119,17 @@ def pack_tensors(codes: np.ndarray, layer: Mapping[str, Any], bits: int) -> dict
 
     Args:
         codes: unsigned, `[out, in]`.
-        layer: `scale`, `zero_point`, `lower`, `upper`; `bias` where there is one.
+        layer: `scale`, `lower`, `upper`; `zero_point` and `bias` where there are any.
         bits: of the codes.
     """
     tensors = {
         "codes": pack_codes(codes, bits),
         "scale": np.asarray(layer["scale"], np.float32),
-        "zero_point": np.asarray(layer["zero_point"], np.float32),
         "clips": np.stack([np.asarray(layer[k], np.float32) for k in ("lower", "upper")], axis=1),
     }
-    if layer.get("bias") is not None:
-        tensors["bias"] = np.asarray(layer["bias"], np.float32)
+    for leaf in ("zero_point", "bias"):
+        if layer.get(leaf) is not None:
+            tensors[leaf] = np.asarray(layer[leaf], np.float32)
     return tensors
 
 
@@ -137,12 +141,11 @@ def unpack_layer(
     layer = {
         "codes": codes.astype(np.int8).astype(code_container(bits)),
         "scale": np.asarray(tensors["scale"], np.float32),
-        "zero_point": np.asarray(tensors["zero_point"], np.float32),
         "code_sum": codes.sum(axis=0, dtype=np.int64).astype(np.float32),
         "lower": np.asarray(tensors["clips"][:, 0], np.float32),
         "upper": np.asarray(tensors["clips"][:, 1], np.float32),
     }
-    for leaf in ("bias", *BRANCH_LEAVES):
+    for leaf in ("zero_point", "bias", *BRANCH_LEAVES):
         if leaf in tensors:
             layer[leaf] = np.asarray(tensors[leaf], np.float32)
     return layer
@@ -150,14 +153,17 @@ def unpack_layer(
 
 def leaves_of(config: QuantConfig) -> tuple[str, ...]:
     """What every quantized linear of a folder holds."""
-    return LEAVES + BRANCH_LEAVES if config.rank else LEAVES
+    leaves = LEAVES + BRANCH_LEAVES if config.rank else LEAVES
+    return tuple(x for x in leaves if x != "zero_point" or not config.symmetric_weights)
 
 
 def quantization_config(config: QuantConfig) -> dict[str, Any]:
     """The JSON object that describes packed tensors; `config.rank` is that of their branch."""
+    features = {"symmetric_weights": True} if config.symmetric_weights else {}
+    version = BRANCH_VERSION if config.rank else PLAIN_VERSION
     fields = {
         "quant_method": "qvgen",
-        "format_version": BRANCH_VERSION if config.rank else PLAIN_VERSION,
+        "format_version": FEATURES_VERSION if features else version,
         "bits": {"weights": config.weight_bits, "activations": config.act_bits},
         "bits_by_layer": {
             name: {"weights": weights, "activations": activations}
@@ -171,7 +177,7 @@ def quantization_config(config: QuantConfig) -> dict[str, Any]:
         "include_zero": config.include_zero,
         "range_dtype": config.range_dtype,
     }
-    return fields | ({"rank": config.rank} if config.rank else {})
+    return fields | features | ({"rank": config.rank} if config.rank else {})
 
 
 def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
@@ -186,10 +192,10 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
             f"quantization_config has quant_method={method!r}; only exports of this project "
             "('qvgen') can be read: give a full-precision folder or one written by --job export"
         )
-    if version not in (PLAIN_VERSION, BRANCH_VERSION):
+    if version not in (PLAIN_VERSION, BRANCH_VERSION, FEATURES_VERSION):
         raise UserError(
             f"quantization_config has format_version={version!r}, this program reads "
-            f"{PLAIN_VERSION} and {BRANCH_VERSION}; export again, or install the version that "
+            f"{PLAIN_VERSION} to {FEATURES_VERSION}; export again, or install the version that "
             "wrote the folder"
         )
     try:
@@ -201,7 +207,8 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
                 name: (pair["weights"], pair["activations"])
                 for name, pair in fields["bits_by_layer"].items()
             },
-            rank=fields["rank"] if version == BRANCH_VERSION else 0,
+            rank=fields["rank"] if version == BRANCH_VERSION else fields.get("rank", 0),
+            symmetric_weights=bool(fields.get("symmetric_weights", False)),
             buckets=fields["clip_buckets"],
             clip_index=fields["clip_index"],
             single_clip=tuple(fields["single_clip"]),

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 
 from qvgen_jax.errors import UserError
 
+DECAY_SHAPES = ("cosine", "linear", "abrupt")
+DECAY_ORDERS = ("smallest", "largest")
+
 
 @dataclasses.dataclass(frozen=True)
 class RankDecay:
@@ -16,28 +19,36 @@ class RankDecay:
         phase_steps: T, the steps between two halvings.
         rank: at step 0; 0 trains without the branch.
         shrink: what the rank is divided by at each boundary (lambda = 1 / shrink).
-        shape: `cosine` or `linear`, the way from 1 to 0 within a phase.
+        shape: `cosine` or `linear`, the way from 1 to 0 within a phase; `abrupt` is a control: one
+            phase at full weight, then nothing.
+        order: the singular values that leave first, `smallest` or, as a control, `largest`.
+        refactor: whether the living components become an SVD again at every boundary.
     """
 
     phase_steps: int
     rank: int = 32
     shrink: int = 2
     shape: str = "cosine"
+    order: str = "smallest"
+    refactor: bool = True
 
     def __post_init__(self):
         if self.phase_steps < 1 or self.rank < 0 or self.shrink < 2:
             raise UserError(
                 f"rank decay needs phase_steps >= 1, rank >= 0 and shrink >= 2, got {self}"
             )
-        if self.shape not in ("cosine", "linear"):
-            raise UserError(f"rank decay shape={self.shape!r}; expected cosine or linear")
+        if self.shape not in DECAY_SHAPES or self.order not in DECAY_ORDERS:
+            raise UserError(
+                f"rank decay shape={self.shape!r}, order={self.order!r}; expected one of "
+                f"{', '.join(DECAY_SHAPES)} and one of {', '.join(DECAY_ORDERS)}"
+            )
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """The rank of every phase, ending with 0."""
         ranks = [self.rank]
         while ranks[-1]:
-            ranks.append(ranks[-1] // self.shrink)
+            ranks.append(0 if self.shape == "abrupt" else ranks[-1] // self.shrink)
         return tuple(ranks)
 
     @property
@@ -61,6 +72,8 @@ def fade_at(step: jax.Array | int, decay: RankDecay) -> jax.Array:
     """u, the weight of the components that leave at the end of this phase: float32 `[]`."""
     progress = (jnp.asarray(step, jnp.int32) % decay.phase_steps).astype(jnp.float32)
     progress = progress / decay.phase_steps
+    if decay.shape == "abrupt":
+        return jnp.ones((), jnp.float32)
     if decay.shape == "linear":
         return 1 - progress
     return (1 + jnp.cos(jnp.pi * progress)) / 2
@@ -79,7 +92,9 @@ def is_boundary(step: int, decay: RankDecay) -> bool:
     return 0 < step <= decay.end and step % decay.phase_steps == 0
 
 
-def phase_steps_for(total_steps: int, decay_fraction: float, rank: int, shrink: int = 2) -> int:
+def phase_steps_for(
+    total_steps: int, decay_fraction: float, rank: int, shrink: int = 2, shape: str = "cosine"
+) -> int:
     """T such that the branch is gone after `decay_fraction` of training.
 
     Raises:
@@ -87,7 +102,7 @@ def phase_steps_for(total_steps: int, decay_fraction: float, rank: int, shrink: 
     """
     if not 0 < decay_fraction <= 1:
         raise UserError(f"decay_fraction={decay_fraction}; expected a number in (0, 1]")
-    phases = len(RankDecay(1, rank, shrink).ranks) - 1
+    phases = len(RankDecay(1, rank, shrink, shape).ranks) - 1
     steps = int(total_steps * decay_fraction) // max(phases, 1)
     if steps < 1:
         raise UserError(

@@ -31,6 +31,14 @@ _CHOICES = {
 }
 
 
+_RANGES = (
+    ("train.tail_rate", 0, 1),
+    ("train.truth_blend", 0, 50),
+    ("train.ema_decay", 0, 1),
+    ("sample.unguided_steps", 0, 10_000),
+)
+
+
 def _value(config: Mapping, name: str) -> object:
     for part in name.split("."):
         config = config[part]
@@ -67,4 +75,16 @@ def check_config(config: Mapping) -> None:
             f"train.warmup_steps={train['warmup_steps']} with train.steps={train['steps']}; the "
             "warm-up must end before training does, set --config.train.warmup_steps too"
         )
-    phase_steps_for(train["steps"], quant["decay_fraction"], quant["rank"], quant["shrink"])
+    for name, low, high in _RANGES:
+        value = _value(config, name)
+        if not low <= value < high:
+            raise UserError(
+                f"--config.{name}={value}; expected a number from {low} to below {high}"
+            )
+    phase_steps_for(
+        train["steps"],
+        quant["decay_fraction"],
+        quant["rank"],
+        quant["shrink"],
+        quant["decay_shape"],
+    )

@@ -17,7 +17,7 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.pipeline import Pipeline, load
 from qvgen_jax.quant.initialize import quantize_params
-from qvgen_jax.quant.low_rank import drop_branch, small_singular_share
+from qvgen_jax.quant.low_rank import drop_branch, on_every_branch, reverse, small_singular_share
 from qvgen_jax.quant.schedule import RankDecay, phase_steps_for
 from qvgen_jax.training import checkpoint
 from qvgen_jax.training.check import check_config
@@ -36,8 +36,14 @@ from qvgen_jax.training.student import (
 def rank_decay(config: Mapping) -> RankDecay:
     """When the branch shrinks, from the `quant` and `train` sections."""
     quant, steps = config["quant"], config["train"]["steps"]
-    phase = phase_steps_for(steps, quant["decay_fraction"], quant["rank"], quant["shrink"])
-    return RankDecay(phase, quant["rank"], quant["shrink"], quant["decay_shape"])
+    shape, order = quant["decay_shape"], quant["decay_order"]
+    phase = phase_steps_for(steps, quant["decay_fraction"], quant["rank"], quant["shrink"], shape)
+    return RankDecay(phase, quant["rank"], quant["shrink"], shape, order, quant["refactor"])
+
+
+def tail_start(config: Mapping) -> int:
+    """Where a constant tail of the learning rates begins: where the branch ends, or would."""
+    return int(config["train"]["steps"] * config["quant"]["decay_fraction"])
 
 
 def make_recipe(
@@ -50,10 +56,11 @@ def make_recipe(
         student=student_definition(model, quant, dtype, branch=branch, remat=remat),
         teacher=teacher_definition(model, dtype),
         decay=rank_decay(config),
-        optimizer=make_optimizer(config["train"]),
+        optimizer=make_optimizer(config["train"], tail_start(config)),
         noising=training_noise(scheduler, config["train"]),
         temporal_patch=model.patch_size[0],
         train=config["train"],
+        tail=tail_start(config),
         seed=config["seed"],
     )
 
@@ -62,7 +69,10 @@ def initial_state(config: Mapping, model: TransformerConfig, teacher: dict) -> d
     """The student at step 0: the teacher's weights, searched scales, and Phi as their error."""
     quant = quant_config(config["quant"], model)
     params, levels = quantize_params(teacher, quantizable(model), quant)
-    return create_state(params, levels, make_optimizer(config["train"]))
+    if config["quant"]["decay_order"] == "largest":
+        params = on_every_branch(params, lambda left, right: reverse(left, right, quant.rank))
+    optimizer = make_optimizer(config["train"], tail_start(config))
+    return create_state(params, levels, optimizer, average=config["train"]["ema_decay"] > 0)
 
 
 def newest_state(

@@ -21,8 +21,8 @@ def leaf_name(path: tuple) -> str:
 def group_of(path: tuple, leaf: jax.Array) -> str:
     """The learning-rate group of a parameter, from its name.
 
-    `scale` is also what norms call their weight; only the scale beside a `zero_point` is a
-    quantizer's, which `labels` resolves.
+    `scale` is also what norms call their weight; only the scale beside clips is a quantizer's,
+    which `labels` resolves.
     """
     del leaf
     name = leaf_name(path)
@@ -37,29 +37,38 @@ def labels(params: Mapping) -> dict:
         if not isinstance(node, dict):
             return node
         out = {key: fix(child) for key, child in node.items()}
-        if "scale" in out and "zero_point" not in out and isinstance(out["scale"], str):
+        if "scale" in out and "lower" not in out and isinstance(out["scale"], str):
             out["scale"] = "weights"
         return out
 
     return fix(named)
 
 
-def learning_rates(train: Mapping) -> dict[str, Callable[[jax.Array], jax.Array]]:
-    """Each group's rate as a function of step: linear warm-up, cosine to zero at `train.steps`."""
+def learning_rates(train: Mapping, tail: int = 0) -> dict[str, Callable[[jax.Array], jax.Array]]:
+    """Each group's rate as a function of step.
+
+    Args:
+        train: the `train` section of the config. Its `schedule` is a linear warm-up and then
+            `cosine`: to zero at `train.steps`, or `constant_tail`: to `tail_rate` of the peak at
+            step `tail`, and level from there on, so that the pure low-bit model still trains.
+        tail: the step where the tail begins.
+    """
+    level = train["schedule"] == "constant_tail"
     return {
         group: optax.warmup_cosine_decay_schedule(
             init_value=0.0,
             peak_value=train["learning_rate"][group],
             warmup_steps=train["warmup_steps"],
-            decay_steps=train["steps"],
+            decay_steps=max(tail, train["warmup_steps"] + 1) if level else train["steps"],
+            end_value=train["learning_rate"][group] * train["tail_rate"] if level else 0.0,
         )
         for group in GROUPS
     }
 
 
-def make_optimizer(train: Mapping) -> optax.GradientTransformation:
+def make_optimizer(train: Mapping, tail: int = 0) -> optax.GradientTransformation:
     """The whole update rule; its state is a tree that mirrors the parameters."""
-    rates = learning_rates(train)
+    rates = learning_rates(train, tail)
     scales = {group: optax.scale_by_learning_rate(rate) for group, rate in rates.items()}
     return optax.chain(
         optax.clip_by_global_norm(train["clip_norm"]),

@@ -2,7 +2,8 @@
 
 `{"params", "levels", "opt", "step"}`: `params` are the student's float32 master weights with its
 quantizers and branch, `levels` the number of levels per layer (not trained), `opt` the optimizer's
-state, `step` the number of updates made. Random keys and the data position are functions of `step`.
+state, `step` the number of updates made. With an average of the weights also `"ema"`, like `params`
+but without the branch. Random keys and the data position are functions of `step`.
 """
 
 from functools import partial
@@ -11,12 +12,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qvgen_jax.quant.low_rank import drop_branch, refactor_tree, zero_branch
+from qvgen_jax.quant.low_rank import (
+    change_of_basis,
+    cut_tree,
+    drop_branch,
+    refactor_tree,
+    zero_branch,
+)
 from qvgen_jax.quant.schedule import RankDecay, is_boundary, phase_rank
 
 
-def create_state(params: dict, levels: dict, optimizer: optax.GradientTransformation) -> dict:
-    """A state at step 0 from initialised (quantized) parameters."""
+def create_state(
+    params: dict, levels: dict, optimizer: optax.GradientTransformation, average: bool = False
+) -> dict:
+    """A state at step 0 from initialised (quantized) parameters, with `ema` if `average`."""
     # Copies: both clips start as one array, and a buffer can be donated only once.
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
     return {
@@ -24,13 +33,61 @@ def create_state(params: dict, levels: dict, optimizer: optax.GradientTransforma
         "levels": levels,
         "opt": optimizer.init(params),
         "step": jnp.zeros((), jnp.int32),
+        **({"ema": jax.tree.map(jnp.copy, drop_branch(params))} if average else {}),
     }
 
 
-@partial(jax.jit, donate_argnums=0, static_argnames="moments")
-def _refactor(state: dict, rank: jax.Array, moments: str) -> dict:
-    opt = zero_branch(state["opt"]) if moments == "reset" else state["opt"]
-    return {**state, "params": refactor_tree(state["params"], rank), "opt": opt}
+def exported_params(state: dict) -> dict:
+    """What ships: the average where there is one, else the parameters."""
+    return state.get("ema", state["params"])
+
+
+@partial(jax.jit, donate_argnums=0, static_argnames=("decay", "moments"))
+def _shrink(state: dict, rank: jax.Array, decay: RankDecay, moments: str) -> dict:
+    if not decay.refactor:
+        return {**state, "params": cut_tree(state["params"], rank)}
+    params, opt = refactor_tree(state["params"], rank, decay.order), state["opt"]
+    if moments == "reset":
+        opt = zero_branch(opt)
+    elif moments == "rotate":
+        opt = rotate_moments(opt, state["params"], params)
+    return {**state, "params": params, "opt": opt}
+
+
+def rotate_moments(opt: optax.OptState, before: dict, after: dict) -> optax.OptState:
+    """Adam's moments of L and R in the basis that a refactoring went to.
+
+    The first moment turns exactly like a gradient, the second as if its entries were independent:
+    with the squares of the same matrix.
+    """
+
+    def turned(moments: dict, old: dict, new: dict, power: int) -> dict:
+        if not isinstance(moments, dict):
+            return moments
+        out = {key: turned(moments[key], old[key], new[key], power) for key in moments}
+        if "L" in out and "R" in out:
+            out["L"], out["R"] = _turn_layers(moments, old, new, power)
+        return out
+
+    def on_adam(part: optax.OptState) -> optax.OptState:
+        if not isinstance(part, optax.ScaleByAdamState):
+            return part
+        return part._replace(
+            mu=turned(part.mu, before, after, 1), nu=turned(part.nu, before, after, 2)
+        )
+
+    return jax.tree.map(on_adam, opt, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
+
+
+def _turn_layers(moments: dict, old: dict, new: dict, power: int) -> tuple[jax.Array, jax.Array]:
+    def one(layer: tuple) -> tuple:
+        left, right, *bases = layer
+        for_left, for_right = change_of_basis(*bases)
+        return left @ for_left**power, for_right**power @ right
+
+    layers = tuple(node[key] for node in (moments, old, new) for key in ("L", "R"))
+    # Layer by layer, not by vmap: see `on_every_branch`.
+    return one(layers) if layers[0].ndim == 2 else jax.lax.map(one, layers)
 
 
 def enter_step(state: dict, step: int, decay: RankDecay, moments: str = "reset") -> dict:
@@ -40,14 +97,14 @@ def enter_step(state: dict, step: int, decay: RankDecay, moments: str = "reset")
         state: the state after `step` updates.
         step: a Python int.
         decay: when each phase begins.
-        moments: "reset" zeroes Adam's moments of L and R when they are refactored, "keep" leaves
-            them as the release does.
+        moments: "reset" zeroes Adam's moments of L and R when they are refactored, "rotate" turns
+            them into the new basis, "keep" leaves them as the release does.
     """
     if not is_boundary(step, decay):
         return state
     rank = phase_rank(step, decay)
     if rank > 0:
-        return _refactor(state, jnp.int32(rank), moments)
+        return _shrink(state, jnp.int32(rank), decay, moments)
     return {**state, "params": drop_branch(state["params"]), "opt": drop_branch(state["opt"])}
 
 

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from qvgen_jax.diffusion.noising import Noising
+from qvgen_jax.quant.low_rank import drop_branch
 from qvgen_jax.quant.schedule import RankDecay, fade_at, gate_at, rank_at
 from qvgen_jax.training.optimizer import learning_rates
 
@@ -23,6 +24,7 @@ class Recipe(NamedTuple):
         noising: makes noisy latents and a timestep of a clean clip.
         temporal_patch: latent frames per token of the model.
         train: the `train` section of the config.
+        tail: the step where the learning rates' constant tail begins, if they have one.
         seed: of noise, timesteps and caption dropout.
     """
 
@@ -33,6 +35,7 @@ class Recipe(NamedTuple):
     noising: Noising
     temporal_patch: int
     train: Mapping
+    tail: int
     seed: int
 
 
@@ -77,7 +80,7 @@ def noisy_inputs(
         empty_text: `[n, d]`, the embedding of the empty prompt.
 
     Returns:
-        `latents` (noisy), `timesteps` `[b]`, `text_embeds`, `clean`, `noise`.
+        `latents` (noisy), `timesteps` `[b]`, `text_embeds`, and `velocity`, the ground truth.
     """
 
     def one(key: jax.Array, mean: jax.Array, logvar: jax.Array, text: jax.Array) -> dict:
@@ -85,14 +88,13 @@ def noisy_inputs(
         spread = jnp.exp(0.5 * logvar) * jax.random.normal(posterior, mean.shape, jnp.float32)
         clean = mean + spread
         noise = jax.random.normal(normal, mean.shape, jnp.float32)
-        noisy, timestep = noising(time, clean, noise)
+        noisy, timestep, velocity = noising(time, clean, noise)
         dropped = jax.random.uniform(caption, (), jnp.float32) < caption_dropout
         return {
             "latents": noisy,
             "timesteps": timestep,
             "text_embeds": jnp.where(dropped, empty_text, text),
-            "clean": clean,
-            "noise": noise,
+            "velocity": velocity,
         }
 
     mean = batch["latent_mean"].astype(jnp.float32)
@@ -100,20 +102,50 @@ def noisy_inputs(
     return jax.vmap(one)(keys, mean, logvar, batch["text_embeds"])
 
 
+def teacher_share(timesteps: jax.Array, blend: float) -> jax.Array:
+    """How much of the loss is the teacher's: `l = (e^(a s) - 1) / (e^a - 1)` at noise level s.
+
+    1 at noise, 0 at the clean clip; the ground truth has the rest (DSAQuant, arXiv 2609.04031,
+    whose time runs the other way).
+
+    Args:
+        timesteps: `[b]`, 0 (clean) to 1000 (noise).
+        blend: a; 0 leaves everything to the teacher.
+    """
+    if not blend:
+        return jnp.ones(timesteps.shape, jnp.float32)
+    return jnp.expm1(blend * timesteps.astype(jnp.float32) / 1000) / jnp.expm1(blend)
+
+
 def distillation_loss(
     params: dict, levels: dict, teacher_params: dict, inputs: dict, gate: jax.Array, recipe: Recipe
 ) -> jax.Array:
-    """Mean squared error of student against teacher prediction, in float32.
+    """Mean squared error of the student's prediction, in float32.
 
-    The prediction is a velocity in both families. The release compares CogVideoX's implied clean
-    latents with weight 1 / (1 - alphas_cumprod), which is the same.
+    Against the teacher's, or against the ground truth by `teacher_share`. The prediction is a
+    velocity in both families. The release compares CogVideoX's implied clean latents with weight
+    1 / (1 - alphas_cumprod), which is the same.
     """
     teacher = nnx.merge(recipe.teacher, teacher_params)
     student = nnx.merge(recipe.student, params, levels)
     arguments = (inputs["latents"], inputs["timesteps"], inputs["text_embeds"])
     target = jax.lax.stop_gradient(teacher(*arguments)).astype(jnp.float32)
     prediction = student(*arguments, gate=gate).astype(jnp.float32)
-    return jnp.mean(jnp.square(prediction - target))
+    axes = tuple(range(1, prediction.ndim))
+    loss = jnp.mean(jnp.square(prediction - target), axes)
+    blend = recipe.train["truth_blend"]
+    if blend:
+        share = teacher_share(inputs["timesteps"], blend)
+        truth = jnp.mean(jnp.square(prediction - inputs["velocity"]), axes)
+        loss = share * loss + (1 - share) * truth
+    return jnp.mean(loss)
+
+
+def averaged(ema: dict, params: dict, step: jax.Array, recipe: Recipe) -> dict:
+    """The average after the update of `step`: while the branch lives, the parameters themselves."""
+    # An average across the branch's shrinking would mix networks that differ in what it carries.
+    keep = jnp.where(step < recipe.decay.end, 0.0, recipe.train["ema_decay"]).astype(jnp.float32)
+    return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, ema, drop_branch(params))
 
 
 def _accumulated(loss: Callable, params: dict, inputs: dict, parts: int) -> tuple:
@@ -158,7 +190,8 @@ def train_step(
     loss, grads = _accumulated(loss_of, state["params"], inputs, recipe.train["accumulate"])
     updates, opt = recipe.optimizer.update(grads, state["opt"], state["params"])
     params = optax.apply_updates(state["params"], updates)
-    rates, rank = learning_rates(recipe.train), rank_at(step, recipe.decay)
+    rates = learning_rates(recipe.train, recipe.tail)
+    rank = rank_at(step, recipe.decay)
     metrics = {
         "loss": loss,
         "grad_norm": optax.global_norm(grads),
@@ -166,4 +199,7 @@ def train_step(
         "rank": rank,
         **{f"lr_{group}": jnp.asarray(rate(step), jnp.float32) for group, rate in rates.items()},
     }
-    return {**state, "params": params, "opt": opt, "step": step + 1}, metrics
+    new = {**state, "params": params, "opt": opt, "step": step + 1}
+    if "ema" in state:
+        new["ema"] = averaged(state["ema"], params, step, recipe)
+    return new, metrics

@@ -92,6 +92,25 @@ def test_the_export_computes_bit_for_bit_what_was_trained(tmp_path, bits, produc
     assert read_json(tmp_path / "export" / "vae" / "config.json") == {"z_dim": 4}
 
 
+def test_symmetric_weights_are_exported_without_zero_points(tmp_path):
+    quant = QuantConfig(rank=0, single_clip=TEXT_ONLY, symmetric_weights=True)
+    trained = student(SMALL, quant)
+    source = pipeline_folder(tmp_path / "source", SMALL)
+    export_pipeline(source, tmp_path / "export", SMALL, trained.states[0], quant)
+    assert not [n for n in Tensors(tmp_path / "export" / "transformer") if "zero_point" in n]
+    loaded = read_transformer(tmp_path / "export" / "transformer", jnp.float32)
+    np.testing.assert_array_equal(loaded(*inputs(SMALL)), trained(*inputs(SMALL)))
+
+
+def test_the_way_of_sampling_ships_with_the_export(tmp_path, params):
+    source = pipeline_folder(tmp_path / "source", SMALL)
+    write_json(source / "generation_config.json", {"steps": 20})
+    for unguided, expected in ((4, {"steps": 20, "unguided_steps": 4}), (0, {"steps": 20})):
+        generation = {"unguided_steps": unguided}
+        export_pipeline(source, tmp_path / "export", SMALL, params, QuantConfig(rank=0), generation)
+        assert read_json(tmp_path / "export" / "generation_config.json") == expected
+
+
 def test_released_behaviour_and_full_precision_layers_survive_the_export(tmp_path):
     quant = QuantConfig.released(rank=0, full_precision=("condition_embedder.time_proj",))
     trained = student(SMALL, quant)

@@ -71,3 +71,13 @@ def test_an_unknown_product_type_is_refused():
     tokens, weight = operands(4, 4)
     with pytest.raises(ValueError, match=r"float16.*expected one of int8"):
         quantized_matmul(tokens, *weight, product_dtype="float16")
+
+
+def test_symmetric_weights_need_one_correction_less():
+    tokens, (codes, scale, _, levels, bias) = operands(4, 4)
+    found = quantized_matmul(tokens, codes, scale, None, levels, bias)
+    middle = jnp.full_like(scale, 8)
+    # The two vanishing corrections are zeros: not even the rounding differs.
+    np.testing.assert_array_equal(
+        found, quantized_matmul(tokens, codes, scale, middle, levels, bias)
+    )

@@ -11,6 +11,8 @@ import optax
 import pytest
 
 from qvgen_jax.quant.low_rank import (
+    change_of_basis,
+    cut_tree,
     dense_svd,
     drop_branch,
     initial_branch,
@@ -149,3 +151,37 @@ jax.block_until_ready(jax.jit(small_singular_share)(tree))
 """
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", program], cwd=root, check=True, timeout=240)
+
+
+@pytest.mark.parametrize("rank", [4, 8])
+def test_the_largest_leave_first_when_asked(rank):
+    left, right = branch()
+    params = refactor_tree({"a": {"L": left, "R": right}}, rank, "largest")["a"]
+    smallest = refactor_tree({"a": {"L": left, "R": right}}, rank)["a"]
+    np.testing.assert_allclose(params["L"] @ params["R"], smallest["L"] @ smallest["R"], atol=1e-4)
+    norms = np.linalg.norm(params["L"], axis=0)
+    assert np.all(np.diff(norms[:rank]) > 0)
+    np.testing.assert_array_equal(norms[rank:], 0)
+
+
+def test_cutting_keeps_the_living_columns_as_they_are():
+    left, right = branch()
+    params = cut_tree({"a": {"L": left, "R": right}}, 3)["a"]
+    np.testing.assert_array_equal(params["L"][:, :3], left[:, :3])
+    np.testing.assert_array_equal(params["R"][:3], right[:3])
+    assert not params["L"][:, 3:].any()
+    assert not params["R"][3:].any()
+
+
+def test_gradients_turn_with_the_basis():
+    left, right = branch(rank=4)
+    new_left, new_right = refactor(left, right, 4)
+
+    def loss(pair):
+        return jnp.sum(jnp.sin(pair[0] @ pair[1]))
+
+    before, after = jax.grad(loss)((left, right)), jax.grad(loss)((new_left, new_right))
+    for_left, for_right = change_of_basis(left, right, new_left, new_right)
+    # float32; the basis is as badly conditioned as the branch.
+    np.testing.assert_allclose(before[0] @ for_left, after[0], atol=2e-4)
+    np.testing.assert_allclose(for_right @ before[1], after[1], atol=2e-4)

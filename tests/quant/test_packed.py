@@ -78,21 +78,24 @@ def test_codes_of_another_size_are_refused():
         QuantConfig(rank=0, bits={"proj_out": (8, 8)}, single_clip=("a",), full_precision=("b",)),
         QuantConfig.released(weight_bits=3, act_bits=5, rank=0),
         QuantConfig(rank=4),
+        QuantConfig(rank=0, symmetric_weights=True),
     ],
 )
 def test_the_config_survives_json(config):
     assert read_quantization_config(json.loads(json.dumps(quantization_config(config)))) == config
 
 
-def test_only_a_branch_needs_the_second_version():
+def test_older_readers_are_refused_only_what_they_do_not_know():
     assert quantization_config(QuantConfig(rank=0))["format_version"] == 1
     assert quantization_config(QuantConfig(rank=4))["format_version"] == 2
+    symmetric = QuantConfig(rank=0, symmetric_weights=True)
+    assert quantization_config(symmetric)["format_version"] == 3
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 3}, "format_version=3, this program reads 1 and 2"),
+        ({"format_version": 4}, "format_version=4, this program reads 1 to 3"),
         ({"format_version": 2}, "damaged .KeyError: 'rank'"),
         ({"quant_method": "bitsandbytes"}, "'bitsandbytes'; only exports of this project"),
         ({"bits": {"weights": 9, "activations": 4}}, "expected .weight bits, activation bits"),

@@ -14,6 +14,8 @@ from qvgen_jax.quant.dense import (
     PackedDense,
     QuantContext,
     QuantDense,
+    branch,
+    branch_in_weights,
     dense_factory,
 )
 from qvgen_jax.quant.initialize import quantize_params
@@ -266,3 +268,21 @@ def test_the_factory_builds_each_layer_as_the_config_wants_it():
     assert packed("a", 4, 5, **arguments).codes[...].dtype == jnp.int4
     with pytest.raises(ValueError, match="form='fast'"):
         dense_factory(config, "fast")
+
+
+def test_the_branch_in_weight_space_is_the_branch_in_token_space():
+    keys = jax.random.split(jax.random.key(5), 3)
+    values = jax.random.normal(keys[0], (2, 5, IN))
+    left, right = jax.random.normal(keys[1], (OUT, 4)), jax.random.normal(keys[2], (4, IN))
+    gate = jnp.asarray([1, 1, 0.3, 0])
+
+    def loss(space, left, right):
+        return jnp.sum(jnp.sin(space(values, left, right, gate)))
+
+    for found, expected in zip(
+        jax.value_and_grad(lambda *b: loss(branch_in_weights, *b), (0, 1))(left, right),
+        jax.value_and_grad(lambda *b: loss(branch, *b), (0, 1))(left, right),
+        strict=True,
+    ):
+        # float32 products in another order.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)

@@ -70,3 +70,16 @@ def test_impossible_schedules_say_why():
         phase_steps_for(100, 1.5, 32)
     with pytest.raises(UserError, match="shape='cubic'"):
         RankDecay(10, shape="cubic")
+
+
+def test_an_abrupt_end_is_one_phase_at_full_weight():
+    decay = RankDecay(phase_steps=phase_steps_for(100, 0.9, 32, shape="abrupt"), shape="abrupt")
+    assert (decay.ranks, decay.end) == ((32, 0), 90)
+    np.testing.assert_array_equal(gate_at(89, decay), 1)
+    np.testing.assert_array_equal(gate_at(90, decay), 0)
+    assert [s for s in range(100) if is_boundary(s, decay)] == [90]
+
+
+def test_an_unknown_shape_or_order_is_named():
+    with pytest.raises(UserError, match="shape='cosine', order='middle'; expected one of cosine"):
+        RankDecay(1, order="middle")

@@ -109,3 +109,26 @@ def test_stacked_kernels_go_through_vmap():
     one = search_range(kernels[1], LEVELS)
     np.testing.assert_allclose(scale[1], one[0], rtol=1e-6)
     np.testing.assert_allclose(zero_point[1], one[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_symmetric_weights_are_the_asymmetric_ones_with_the_zero_point_in_the_middle(bits):
+    levels = jnp.asarray(2**bits - 1, jnp.float32)
+    kernel = jax.random.normal(jax.random.key(bits), (65, 9)) ** 3
+    scale, none = search_range(kernel, levels, symmetric=True)
+    assert none is None
+    middle = jnp.full_like(scale, 2 ** (bits - 1))
+    codes = quantize_weight(kernel, scale, None, levels)
+    np.testing.assert_array_equal(codes, quantize_weight(kernel, scale, middle, levels))
+    weight = dequantize_weight(codes, scale, None, levels)
+    np.testing.assert_array_equal(weight, dequantize_weight(codes, scale, middle, levels))
+    widest = jnp.abs(kernel).max(0) / ((levels - 1) / 2)
+    searched = range_error(kernel, scale, middle, levels)
+    assert jnp.all(searched <= range_error(kernel, widest, middle, levels) * (1 + 1e-5))
+
+    def loss(kernel, scale, zero_point):
+        return jnp.sum(jnp.sin(fake_quantize_weight(kernel, scale, zero_point, levels)))
+
+    found = jax.grad(loss, (0, 1))(kernel, 0.7 * scale, None)
+    expected = jax.grad(loss, (0, 1))(kernel, 0.7 * scale, middle)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

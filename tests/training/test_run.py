@@ -1,6 +1,7 @@
 """Whole runs of a model of the smallest size: resumed, accumulated, compiled once."""
 
 import json
+import shutil
 from functools import partial
 
 import jax
@@ -16,6 +17,7 @@ from qvgen_jax.models.wan import WanConfig, WanTransformer
 from qvgen_jax.training import loop
 from qvgen_jax.training.checkpoint import claim_workdir
 from qvgen_jax.training.optimizer import labels
+from qvgen_jax.training.state import exported_params
 from qvgen_jax.training.step import noisy_inputs, sample_keys, train_step
 
 MODEL = WanConfig(
@@ -44,6 +46,14 @@ CONFIG = {
         "decay_shape": "cosine",
         "decay_fraction": 0.7,
         "branch_moments": "reset",
+        "decay_order": "smallest",
+        "refactor": True,
+        "branch_space": "tokens",
+        "symmetric_weights": False,
+        "include_zero": "",
+        "rotation": "none",
+        "smoothing": 0.0,
+        "time_table": False,
         "clip_index": "",
         "bits": (("blocks.attn1.to_q", 8, 6),),
         "full_precision": (),
@@ -60,6 +70,10 @@ CONFIG = {
         "epsilon": 1e-8,
         "weight_decay": 1e-4,
         "clip_norm": 1.0,
+        "schedule": "cosine",
+        "tail_rate": 0.1,
+        "truth_blend": 0.0,
+        "ema_decay": 0.0,
         "shift": 1.0,
         "caption_dropout": 0.5,
         "remat": True,
@@ -107,7 +121,7 @@ def shared_compilation(monkeypatch):
     compile_step = loop.compile_step
 
     def cached(recipe):
-        key = recipe.student
+        key = recipe.student, json.dumps(recipe.train)
         if key not in _COMPILED:
             _COMPILED[key] = compile_step(recipe)
         return _COMPILED[key]
@@ -158,6 +172,22 @@ def test_a_run_stopped_at_any_step_ends_bit_equal(
     assert lines(tmp_path) == whole_lines
 
 
+def test_a_run_of_every_option_resumes_bit_equal_too(teacher, tmp_path):
+    quant = {**CONFIG["quant"], "branch_moments": "rotate", "symmetric_weights": True}
+    quant |= {"decay_order": "largest", "branch_space": "weights", "include_zero": "no"}
+    train = {**CONFIG["train"], "ema_decay": 0.9, "truth_blend": 5.0, "schedule": "constant_tail"}
+    config = {**CONFIG, "quant": quant, "train": train}
+    whole = loop.run_steps(config, tmp_path / "a", MODEL, SCHEDULER, teacher, Clips())
+    # Checkpoints of every step are there: the last two are 5 and 6.
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / "6")
+    state = loop.run_steps(config, tmp_path / "a", MODEL, SCHEDULER, teacher, Clips())
+    jax.tree.map(np.testing.assert_array_equal, state, whole)
+    average, last = exported_params(state), state["params"]
+    assert jax.tree.structure(average) == jax.tree.structure(last)
+    assert "zero_point" not in last["proj_out"]
+    assert not np.array_equal(average["proj_out"]["kernel"], last["proj_out"]["kernel"])
+
+
 def test_the_rank_goes_to_zero_and_the_branch_leaves_parameters_and_moments(uninterrupted):
     state, records = uninterrupted
     assert [record["rank"] for record in records] == [2, 2, 1, 1, 0, 0]
@@ -201,7 +231,7 @@ def test_samples_draw_their_own_noise_and_time_whatever_their_batch():
         "text_embeds": jnp.ones((4, 2, 3)),
     }
     whole = noisy_inputs(batch, keys, noising, 0.5, jnp.zeros((2, 3)))
-    assert len(np.unique(whole["noise"][:, 0, 0, 0, 0])) == 4
+    assert len(np.unique(whole["latents"][:, 0, 0, 0, 0])) == 4
     assert len(np.unique(whole["timesteps"])) == 4
     part = jax.tree.map(lambda x: x[2:], batch)
     keys = sample_keys(0, jnp.int32(7), index[2:])
