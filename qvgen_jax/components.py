@@ -25,6 +25,7 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.quant.clips import countdown
+from qvgen_jax.quant.time_table import check_timesteps
 from qvgen_jax.text.t5 import T5Config
 
 
@@ -37,12 +38,14 @@ class Transformer:
         graphdef: of a `WanTransformer` or a `CogVideoXTransformer`, from `nnx.split`.
         states: what `nnx.merge` needs beside it: `(params,)`, or `(params, levels)` if quantized.
         gate: float32 `[rank]` of the low-rank branch; None where there is no branch.
+        table_steps: the numbers of steps that its time table was made for, if it has one.
     """
 
     config: TransformerConfig
     graphdef: nnx.GraphDef
     states: tuple[dict, ...]
     gate: jax.Array | None = None
+    table_steps: tuple[int, ...] = ()
 
     def __call__(
         self,
@@ -58,12 +61,23 @@ class Transformer:
 
         Args:
             latents: `[batch, frames, height, width, channels]`, noisy, normalised.
-            timesteps: `[batch]`, 0 (clean) to 1000 (noise).
+            timesteps: `[batch]`, 0 (clean) to 1000 (noise). A network with a time table takes the
+                nearest of its timesteps, however far it is: `check_schedule` tells.
             text_embeds: `[batch, tokens, text_dim]` of `Pipeline.encode_prompt`.
             clip_index: int32 `[batch]`; chosen by the timesteps if None.
         """
         args = (jnp.asarray(latents), jnp.asarray(timesteps), jnp.asarray(text_embeds))
         return _velocity(self.graphdef, self.states, self.gate, *args, clip_index)
+
+    def check_schedule(self, schedule: Schedule) -> None:
+        """Refuses a schedule with timesteps that the network's time table, if any, does not hold.
+
+        Raises:
+            UserError: it names the numbers of steps that the table was made for.
+        """
+        table = self.states[0].get("timestep_table")
+        if table is not None:
+            check_timesteps(schedule.timesteps, np.asarray(table), self.table_steps)
 
     def sample(
         self,
@@ -85,8 +99,10 @@ class Transformer:
             step_noise: PRNG keys `[batch]` for a sampler that adds noise in every step.
 
         Raises:
-            UserError: the guidance does not fit the schedule, or `step_noise` is missing.
+            UserError: the guidance does not fit the schedule, `step_noise` is missing, or the
+                schedule visits timesteps that a time table does not hold.
         """
+        self.check_schedule(schedule)
         if not isinstance(guidance, Guidance):
             guidance = Guidance(float(guidance))
         scales = guidance.scales(schedule.timesteps)

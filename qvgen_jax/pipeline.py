@@ -189,6 +189,7 @@ class Pipeline:
         )
         guidance = dataclasses.replace(guidance, scale=request.guidance_scale)
         schedule = make_schedule(self._scheduler(flow_shift), request.steps)
+        self.transformer.check_schedule(schedule)  # Before the prompts are encoded.
         arrays = {
             "noise": request.noise(),
             "text_embeds": self.encode_prompt(request.prompts, max_length),

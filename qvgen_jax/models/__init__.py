@@ -56,6 +56,32 @@ def text_only(config: TransformerConfig) -> tuple[str, ...]:
     return _family(config)[2].TEXT_ONLY
 
 
+def time_only(config: TransformerConfig) -> tuple[str, ...]:
+    """Those of the quantizable linears that see only the timestep."""
+    return _family(config)[2].TIME_ONLY
+
+
+def time_outputs(config: TransformerConfig) -> tuple[str, ...]:
+    """Those of the `time_only` linears whose output something else than another one reads."""
+    return _family(config)[2].TIME_OUTPUTS
+
+
+def time_values(
+    config: TransformerConfig, params: Mapping, timesteps: jax.Array
+) -> dict[str, jax.Array]:
+    """What the `time_outputs` linears say, in full precision.
+
+    Args:
+        config: of the transformer.
+        params: its parameters; of them the `kernel` and `bias` of the `time_only` linears are read.
+        timesteps: `[entries]`.
+
+    Returns:
+        Float32 `[entries, out]` by name, `[layers, entries, out]` for those of the blocks.
+    """
+    return _family(config)[2].time_values(config, params, jax.numpy.asarray(timesteps))
+
+
 def abstract_params(config: TransformerConfig | Mapping[str, Any] | str | Path) -> dict:
     """The parameters of a full-precision transformer as shapes and dtypes; nothing is allocated.
 

@@ -19,12 +19,14 @@ from qvgen_jax.models.cogvideox_positions import rotations, sincos_table
 from qvgen_jax.models.layers import (
     LayerNorm,
     TwoLinears,
+    linear,
     patchify,
     timestep_embedding,
     unpatchify,
 )
 from qvgen_jax.quant import clips
 from qvgen_jax.quant.dense import Dense, QuantContext
+from qvgen_jax.quant.time_table import nearest_entry
 
 TEXT_ONLY = ("patch_embed.text_proj",)
 """Linears that see only the prompt: nothing in them depends on the timestep."""
@@ -37,6 +39,9 @@ TIME_ONLY = (
     "norm_out.linear",
 )
 """Linears that see only the timestep."""
+
+TIME_OUTPUTS = TIME_ONLY[2:]
+"""Those of them that others read."""
 
 SUPPORTED = "CogVideoX-2B, CogVideoX-5B and CogVideoX1.5-5B text-to-video"
 
@@ -172,6 +177,22 @@ def quantizable(config: CogVideoXConfig) -> tuple[str, ...]:
     )
 
 
+def time_values(
+    config: CogVideoXConfig, params: Mapping[str, Any], timesteps: jax.Array
+) -> dict[str, jax.Array]:
+    """What `TIME_OUTPUTS` say at `timesteps [entries]`, see `qvgen_jax.models.time_values`."""
+    embedder, blocks = params["time_embedding"], params["blocks"]
+    x = linear(embedder["linear_1"], timestep_embedding(timesteps, config.dim))
+    condition = jax.nn.silu(linear(embedder["linear_2"], jax.nn.silu(x)))
+    in_every_block = jax.vmap(linear, in_axes=(0, None))
+    values = (
+        in_every_block(blocks["norm1"]["linear"], condition),
+        in_every_block(blocks["norm2"]["linear"], condition),
+        linear(params["norm_out"]["linear"], condition),
+    )
+    return dict(zip(TIME_OUTPUTS, values, strict=True))
+
+
 class PatchEmbed(nnx.Module):
     """Tokens of the prompt and of the video."""
 
@@ -224,6 +245,8 @@ class CogVideoXTransformer(nnx.Module):
         dtype: in which matrix products and activations are computed; parameters keep their own.
         clip_mode: how a timestep chooses its learned clip pair, see `quant.clips.clip_index`.
         remat: recompute each block in the backward pass instead of keeping its activations.
+        time_entries: of a time table, see `quant.time_table`; its timesteps are then parameters,
+            and each sample reads the entry nearest to its own.
     """
 
     def __init__(
@@ -235,6 +258,7 @@ class CogVideoXTransformer(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         clip_mode: str = "bucket",
         remat: bool = True,
+        time_entries: int | None = None,
     ):
         keys = jax.random.split(key, 5)
         dim, time_dim = config.dim, config.time_embed_dim
@@ -263,6 +287,10 @@ class CogVideoXTransformer(nnx.Module):
         self.dtype = dtype
         self.clip_mode = clip_mode
         self.remat = remat
+        has_table = time_entries is not None
+        self.timestep_table = (
+            nnx.Param(jnp.zeros((time_entries,), jnp.float32)) if has_table else None
+        )
 
     def __call__(
         self,
@@ -288,7 +316,10 @@ class CogVideoXTransformer(nnx.Module):
         grid = self._grid(latents.shape)
         if clip_index is None:
             clip_index = clips.clip_index(timesteps, self.clip_mode)
-        ctx = QuantContext(clip_index, gate)
+        time_index = None
+        if self.timestep_table is not None:
+            time_index = nearest_entry(timesteps, self.timestep_table[...])
+        ctx = QuantContext(clip_index, gate, time_index)
         embedding = self.time_embedding(timestep_embedding(timesteps, config.dim), ctx)
         condition = jax.nn.silu(embedding)
         text, video = self.patch_embed(latents, text_embeds, ctx)

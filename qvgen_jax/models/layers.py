@@ -1,14 +1,14 @@
 """Norms, pairs of linears, the timestep embedding and patches: what both transformers share."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qvgen_jax.quant.dense import QuantContext
+from qvgen_jax.quant.dense import QuantContext, rows_matmul
 
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
@@ -66,6 +66,12 @@ class TwoLinears(nnx.Module):
 
     def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
         return self.linear_2(self.activation(self.linear_1(x, ctx)), ctx)
+
+
+def linear(layer: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+    """A `Dense` with a bias, of its params: `x [..., in]` to `[..., out]`, in float32."""
+    kernel, bias = (layer[leaf].astype(jnp.float32) for leaf in ("kernel", "bias"))
+    return rows_matmul(x.astype(jnp.float32), kernel) + bias
 
 
 class FeedForward(nnx.Module):

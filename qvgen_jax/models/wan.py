@@ -13,6 +13,7 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.models.layers import (
     TwoLinears,
     layer_norm,
+    linear,
     patchify,
     timestep_embedding,
     unpatchify,
@@ -21,6 +22,7 @@ from qvgen_jax.models.rope import rotary_table
 from qvgen_jax.models.wan_block import WanBlock
 from qvgen_jax.quant import clips
 from qvgen_jax.quant.dense import Dense, QuantContext
+from qvgen_jax.quant.time_table import nearest_entry
 
 TEXT_ONLY = (
     "condition_embedder.text_embedder.linear_1",
@@ -36,6 +38,9 @@ TIME_ONLY = (
     "condition_embedder.time_proj",
 )
 """Linears that see only the timestep."""
+
+TIME_OUTPUTS = TIME_ONLY[1:]
+"""Those of them that others read."""
 
 # Fields of config.json that only other variants of Wan use, and the value that Wan 2.1 T2V has.
 _FIXED = {
@@ -129,6 +134,19 @@ def quantizable(config: WanConfig) -> tuple[str, ...]:
     )
 
 
+def time_values(
+    config: WanConfig, params: Mapping[str, Any], timesteps: jax.Array
+) -> dict[str, jax.Array]:
+    """What `TIME_OUTPUTS` say at `timesteps [entries]`, see `qvgen_jax.models.time_values`."""
+    embedder = params["condition_embedder"]
+    x = linear(
+        embedder["time_embedder"]["linear_1"], timestep_embedding(timesteps, config.freq_dim)
+    )
+    embedding = linear(embedder["time_embedder"]["linear_2"], jax.nn.silu(x))
+    modulation = linear(embedder["time_proj"], jax.nn.silu(embedding))
+    return dict(zip(TIME_OUTPUTS, (embedding, modulation), strict=True))
+
+
 def _gelu_tanh(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
@@ -174,6 +192,8 @@ class WanTransformer(nnx.Module):
         clip_mode: how a timestep chooses its learned clip pair, see `quant.clips.clip_index`.
         remat: recompute each block in the backward pass instead of keeping its activations. On CPU
             it is faster too: the stacked activations are fresh pages at every step.
+        time_entries: of a time table, see `quant.time_table`; its timesteps are then parameters,
+            and each sample reads the entry nearest to its own.
     """
 
     def __init__(
@@ -185,6 +205,7 @@ class WanTransformer(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         clip_mode: str = "bucket",
         remat: bool = True,
+        time_entries: int | None = None,
     ):
         keys = jax.random.split(key, 5)
         dim, window = config.dim, config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
@@ -207,6 +228,10 @@ class WanTransformer(nnx.Module):
         self.dtype = dtype
         self.clip_mode = clip_mode
         self.remat = remat
+        has_table = time_entries is not None
+        self.timestep_table = (
+            nnx.Param(jnp.zeros((time_entries,), jnp.float32)) if has_table else None
+        )
 
     def __call__(
         self,
@@ -232,7 +257,10 @@ class WanTransformer(nnx.Module):
         grid = self._grid(latents.shape)
         if clip_index is None:
             clip_index = clips.clip_index(timesteps, self.clip_mode)
-        ctx = QuantContext(clip_index, gate)
+        time_index = None
+        if self.timestep_table is not None:
+            time_index = nearest_entry(timesteps, self.timestep_table[...])
+        ctx = QuantContext(clip_index, gate, time_index)
         x = self.patch_embedding(patchify(latents, config.patch_size))
         embedding, modulation, text = self.condition_embedder(timesteps, text_embeds, ctx)
         rotary = rotary_table(grid, config.attention_head_dim)

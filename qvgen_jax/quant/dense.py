@@ -21,10 +21,12 @@ class QuantContext(NamedTuple):
     Attributes:
         clip_index: int32 `[batch]`, each sample's learned clip pair; None for plain layers.
         gate: float32 `[rank]`, each component's weight in the low-rank branch; None without one.
+        time_index: int32 `[batch]`, each sample's entry of a time table; None without one.
     """
 
     clip_index: jax.Array | None = None
     gate: jax.Array | None = None
+    time_index: jax.Array | None = None
 
 
 def rows_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
