@@ -9,12 +9,14 @@ from typing import Any
 import jax
 
 from convert import progress
-from convert.load import find_folder
+from convert.load import find_folder, read_default_steps
 from convert.packed import to_packed
 from convert.save import write_json
 from convert.tables import table_for
 from convert.tensors import read_json, write_tensors
+from convert.time_table import fold_names, fold_time, visited_timesteps
 from convert.travel import copy_companions
+from qvgen_jax.diffusion.schedulers import scheduler_from_json
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.quant.config import QuantConfig
@@ -42,7 +44,8 @@ def export_pipeline(
         folder: where to write.
         model: the transformer's sizes.
         params: the student's, without a low-rank branch.
-        quant: how it was quantized.
+        quant: how it was quantized. With `time_table`, the linears that see only the timestep are
+            stored as what they say in `source`'s default number of steps and in `table_steps`.
         generation: defaults of `generate` that it was made for, see `_read_defaults` in
             `convert.load`; what is 0 is left out.
 
@@ -59,7 +62,16 @@ def export_pipeline(
             f"{folder} is not empty and no earlier export (it has no {_MARKER}); choose another "
             "folder, or delete it"
         )
-    tensors = to_packed(table_for(model), params, quantizable(model), quant)
+    table = table_for(model)
+    if quant.time_table:
+        steps = (read_default_steps(source, model), *quant.table_steps)
+        scheduler = scheduler_from_json(read_json(source / "scheduler/scheduler_config.json"))
+        timesteps = visited_timesteps(scheduler, steps)
+        params, table = fold_time(model, params, timesteps), fold_names(table, model)
+        quant = dataclasses.replace(
+            quant, table_steps=tuple(sorted(set(steps))), time_entries=len(timesteps)
+        )
+    tensors = to_packed(table, params, quantizable(model), quant)
     fields = read_json(source / "transformer" / "config.json")
 
     partial = progress.start_over(folder, {"task": "packed export"})

@@ -14,6 +14,7 @@ from convert.names import Entry, from_torch
 from convert.packed import from_packed, packed_definition
 from convert.tables import table_for
 from convert.tensors import PICKLES, Tensors, pickle_refusal, read_json
+from convert.time_table import fold_names
 from qvgen_jax.autoencoders.cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from qvgen_jax.autoencoders.wan import WanVAE, WanVAEConfig
 from qvgen_jax.components import VAE, TextEncoder, Transformer
@@ -152,6 +153,11 @@ def _read_defaults(folder: Path, config: TransformerConfig, max_length: int) -> 
     return defaults | fields
 
 
+def read_default_steps(folder: Path, config: TransformerConfig) -> int:
+    """How many steps a pipeline's `generate` takes where the call does not say."""
+    return _read_defaults(folder, config, max_length=1)["steps"]
+
+
 def read_transformer(folder: Path, dtype: jnp.dtype, shardings: Any = None) -> Transformer:
     """The transformer of a folder: full precision, imported, or packed by this project's export.
 
@@ -186,8 +192,9 @@ def _read_packed_transformer(
     folder: Path, config: TransformerConfig, quant: QuantConfig, dtype: jnp.dtype
 ) -> Transformer:
     graphdef, shapes, levels = packed_definition(config, quant, dtype)
-    params = from_packed(table_for(config), Tensors(folder), quantizable(config), quant, shapes)
-    return Transformer(config, graphdef, (params, levels))
+    table = fold_names(table_for(config), config) if quant.time_table else table_for(config)
+    params = from_packed(table, Tensors(folder), quantizable(config), quant, shapes)
+    return Transformer(config, graphdef, (params, levels), table_steps=quant.table_steps)
 
 
 def read_vae(folder: Path) -> VAE:

@@ -11,10 +11,17 @@ from flax import nnx
 
 from convert.names import Entry, from_torch, to_torch, torch_names
 from qvgen_jax.errors import UserError
-from qvgen_jax.models import TransformerConfig, build_transformer, quantizable
+from qvgen_jax.models import (
+    TransformerConfig,
+    build_transformer,
+    quantizable,
+    time_only,
+    time_outputs,
+)
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, dense_factory
 from qvgen_jax.quant.packed import leaves_of, pack_layer, unpack_layer
+from qvgen_jax.quant.time_table import stored_table, table_factory
 
 
 def split_table(
@@ -62,6 +69,9 @@ def to_packed(
     kept = {entry.name for entry in rest if ".".join(entry.path[:-1]) in quant.full_precision}
     for entry in rest:
         for name in torch_names([entry]):
+            if entry.path[-1] == "table":
+                tensors[name] = stored_table(tensors[name])
+                continue
             matrix = entry.name in kept and entry.path[-1] == "kernel"
             tensors[name] = tensors[name].astype(ml_dtypes.bfloat16 if matrix else np.float32)
     for name, entry in kernels.items():
@@ -76,14 +86,18 @@ def packed_definition(
     config: TransformerConfig, quant: QuantConfig, dtype: jnp.dtype
 ) -> tuple[nnx.GraphDef, dict, dict]:
     """The network, the shapes of its params, and its levels."""
+    dense = dense_factory(quant, "packed")
+    if quant.time_table:
+        dense = table_factory(dense, quant.time_entries, time_only(config), time_outputs(config))
     model = nnx.eval_shape(
         lambda: build_transformer(
             config,
             key=jax.random.key(0),
-            dense=dense_factory(quant, "packed"),
+            dense=dense,
             dtype=dtype,
             clip_mode=quant.clip_index,
             remat=False,
+            time_entries=quant.time_entries,
         )
     )
     graphdef, shapes, levels = nnx.split(model, nnx.Param, Levels)
@@ -129,6 +143,10 @@ def from_packed(
             "incomplete or of another model, export again"
         )
     params = from_torch(rest, {n: tensors[n] for n in tensors if n not in packed_names})
+    for entry in rest:
+        if entry.path[-1] in ("table", "timestep_table"):
+            path = ".".join(entry.path)
+            _check_shape(path, _at(params, path), _at(shapes, path))
     for name, entry in kernels.items():
         expected = _at(shapes, name)
         layers = []
@@ -139,13 +157,17 @@ def from_packed(
         if entry.layers is None:
             node = {k: leaf[0] for k, leaf in node.items()}
         for key, leaf in node.items():
-            if leaf.shape != expected[key].shape:
-                raise UserError(
-                    f"{name}.{key} is {list(leaf.shape)}, expected {list(expected[key].shape)} by "
-                    "config.json; the export is of another model, export again"
-                )
+            _check_shape(f"{name}.{key}", leaf, expected[key])
         _put(params, name, node)
     return params
+
+
+def _check_shape(path: str, leaf: np.ndarray, expected: jax.ShapeDtypeStruct) -> None:
+    if leaf.shape != expected.shape:
+        raise UserError(
+            f"{path} is {list(leaf.shape)}, expected {list(expected.shape)} by config.json; the "
+            "export is of another model, export again"
+        )
 
 
 def _put(params: dict, name: str, node: dict) -> None:

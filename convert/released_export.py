@@ -84,6 +84,11 @@ def export_released(
             "a released checkpoint"
         )
     quant = read_quantization_config(fields.pop("quantization_config"))
+    if quant.time_table:
+        raise UserError(
+            f"the release's code cannot run {folder}: its timestep linears are a table, their code "
+            "has no place for one and needs the linears; export a run with quant.time_table=False"
+        )
     config = config_from_json(fields)
     linears = linears_of(config)
     kept = [x for name in quant.full_precision for x in linears.pop(name)]

@@ -38,6 +38,9 @@ class QuantConfig:
             (SmoothQuant, arXiv 2211.10438, SVDQuant, arXiv 2411.05007); 0 for none.
         time_table: the linears that see only the timestep stay in full precision and are exported
             as a table of what they say at the sampler's timesteps (DSAQuant).
+        table_steps: numbers of steps that the table serves, beside the pipeline's own; all of them
+            in what an export says of itself.
+        time_entries: of an exported table; None before there is one.
     """
 
     weight_bits: int = 4
@@ -58,6 +61,8 @@ class QuantConfig:
     rotation: str = "none"
     smoothing: float = 0.0
     time_table: bool = False
+    table_steps: tuple[int, ...] = ()
+    time_entries: int | None = None
 
     def __post_init__(self):
         pairs = {"the default": (self.weight_bits, self.act_bits), **self.bits}

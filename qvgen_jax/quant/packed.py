@@ -20,6 +20,10 @@ it was gone: weight + (L * gate) @ R. A folder without one is written as version
 Version 3 is written where a model uses something that older readers do not know:
 
     symmetric_weights   no zero_point: it is 2^(bits - 1), the middle of the codes
+    time_table          the linears that see only the timestep are not there. Those of them that
+                        others read have one tensor, float16 or float32:
+        table           [entries, out]   what the linear says, its bias included, at
+        timesteps       float32 [entries], once for the whole model, sorted
 
 The transformer's config.json holds a `quantization_config`, see `quantization_config`. Its layer
 names are the model's `quantizable` names: `blocks.attn1.to_q` stands for every block's.
@@ -159,7 +163,12 @@ def leaves_of(config: QuantConfig) -> tuple[str, ...]:
 
 def quantization_config(config: QuantConfig) -> dict[str, Any]:
     """The JSON object that describes packed tensors; `config.rank` is that of their branch."""
-    features = {"symmetric_weights": True} if config.symmetric_weights else {}
+    features: dict[str, Any] = {}
+    if config.symmetric_weights:
+        features["symmetric_weights"] = True
+    if config.time_table:
+        table = {"entries": config.time_entries, "steps": list(config.table_steps)}
+        features["time_table"] = table
     version = BRANCH_VERSION if config.rank else PLAIN_VERSION
     fields = {
         "quant_method": "qvgen",
@@ -215,9 +224,19 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
             full_precision=tuple(fields["full_precision"]),
             include_zero=bool(fields["include_zero"]),
             range_dtype=fields["range_dtype"],
+            **_time_table(fields.get("time_table")),
             **({"initial_clip": ratio, "clip_twice": True} if ratio != 1.0 else {}),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"quantization_config is damaged ({type(error).__name__}: {error}); export again"
         ) from error
+
+
+def _time_table(table: Mapping[str, Any] | None) -> dict[str, Any]:
+    if table is None:
+        return {}
+    steps, entries = tuple(table["steps"]), table["entries"]
+    if not all(isinstance(number, int) and number > 0 for number in (*steps, entries)):
+        raise TypeError(f"time_table is {dict(table)}")
+    return {"time_table": True, "table_steps": steps, "time_entries": entries}

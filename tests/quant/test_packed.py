@@ -79,6 +79,7 @@ def test_codes_of_another_size_are_refused():
         QuantConfig.released(weight_bits=3, act_bits=5, rank=0),
         QuantConfig(rank=4),
         QuantConfig(rank=0, symmetric_weights=True),
+        QuantConfig(rank=0, time_table=True, table_steps=(20, 50), time_entries=69),
     ],
 )
 def test_the_config_survives_json(config):
@@ -92,11 +93,18 @@ def test_older_readers_are_refused_only_what_they_do_not_know():
     assert quantization_config(symmetric)["format_version"] == 3
 
 
+def test_a_time_table_needs_the_third_version():
+    config = QuantConfig(rank=0, time_table=True, table_steps=(50,), time_entries=50)
+    assert quantization_config(config)["format_version"] == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"format_version": 4}, "format_version=4, this program reads 1 to 3"),
         ({"format_version": 2}, "damaged .KeyError: 'rank'"),
+        ({"format_version": 3, "time_table": {"entries": 9}}, "damaged .KeyError: 'steps'"),
+        ({"time_table": {"entries": "9", "steps": [9]}}, "damaged .TypeError: time_table is"),
         ({"quant_method": "bitsandbytes"}, "'bitsandbytes'; only exports of this project"),
         ({"bits": {"weights": 9, "activations": 4}}, "expected .weight bits, activation bits"),
         ({"bits": None}, "damaged"),
