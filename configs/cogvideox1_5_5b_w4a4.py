@@ -59,6 +59,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.quant.rotation = "none"
     config.quant.smoothing = 0.0
     config.quant.time_table = False
+    config.quant.table_steps = ()
     config.quant.product_dtype = "bfloat16"
 
     config.train = ConfigDict()

@@ -52,6 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.quant.rotation = "none"  # Or "hadamard", before the activations are quantized.
     config.quant.smoothing = 0.0  # Strength of moving outliers into the weights; 0 is off.
     config.quant.time_table = False  # True: the timestep's own linears become a table.
+    config.quant.table_steps = ()  # It serves the pipeline's own number of steps, and these.
     config.quant.clip_index = ""  # The behaviour's own, or one of quant/clips.py.
     # Layers that differ: (name, weight bits, activation bits), and those left as they are.
     config.quant.bits = ()

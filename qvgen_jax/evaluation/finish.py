@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ from safetensors import safe_open
 from qvgen_jax.evaluation.evaluate import REFERENCE, evaluate_variants, table
 from qvgen_jax.evaluation.report import write_report
 from qvgen_jax.evaluation.samples import write_pairs
-from qvgen_jax.models import TransformerConfig, quantizable
+from qvgen_jax.models import TransformerConfig, quantizable, time_only
 from qvgen_jax.pipeline import Pipeline, load
 from qvgen_jax.quant.initialize import round_to_nearest
+from qvgen_jax.quant.packed import read_quantization_config
 from qvgen_jax.training.student import quant_config, student_definition
 
 _PACKED = ("codes", "scale", "zero_point", "clips")
@@ -29,10 +31,11 @@ def untrained(config: Mapping, pipe: Pipeline) -> Pipeline:
     return pipe.with_transformer(definition, params, levels)
 
 
-def measure_sizes(teacher: Pipeline, export: Path) -> dict[str, int]:
+def measure_sizes(teacher: Pipeline, export: Path) -> dict[str, Any]:
     """Bytes of the transformer before (as bf16) and after, whole and its quantized linears alone.
 
-    Biases are left out of the linears on both sides: they are the same.
+    Biases are left out of the linears on both sides: they are the same. Linears that became a time
+    table are a row of their own, with the biases that the table holds.
     """
     path = export / "transformer" / "diffusion_pytorch_model.safetensors"
     packed = full = 0
@@ -45,18 +48,32 @@ def measure_sizes(teacher: Pipeline, export: Path) -> dict[str, int]:
             packed += sum(file.get_tensor(name).nbytes for name in held)
     params = teacher.transformer.states[0]
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    for name in quantizable(teacher.transformer.config):
-        node = params
-        for part in name.split("."):
-            node = node[part]
-        full += node["kernel"].size
-    return {
+    model = teacher.transformer.config
+    fields = json.loads((export / "transformer" / "config.json").read_text())
+    quant = read_quantization_config(fields["quantization_config"])
+    for name in quant.quantized(quantizable(model)):
+        full += _layer(params, name)["kernel"].size
+    sizes = {
         "transformer_bf16_bytes": 2 * total,
         "transformer_export_bytes": path.stat().st_size,
         "linears_bf16_bytes": 2 * full,
         "linears_export_bytes": packed,
         "linears": len(names),
     }
+    if not quant.time_table:
+        return sizes
+    replaced = sum(leaf.size for name in time_only(model) for leaf in _layer(params, name).values())
+    with safe_open(path, framework="numpy") as file:
+        tables = [name for name in file.keys() if name.endswith(".table")]  # noqa: SIM118
+        stored = sum(file.get_tensor(name).nbytes for name in (*tables, "timesteps"))
+    row = {"name": "Its timestep linears, as a table"}
+    return sizes | {"rows": [row | {"bf16_bytes": 2 * replaced, "export_bytes": stored}]}
+
+
+def _layer(params: Mapping, name: str) -> Mapping:
+    for part in name.split("."):
+        params = params[part]
+    return params
 
 
 def compare_and_report(config: Mapping, workdir: Path, teacher: Pipeline) -> Path:

@@ -65,6 +65,7 @@ def check_config(config: Mapping) -> None:
             "0 for no judging"
         )
     train, quant = config["train"], config["quant"]
+    _check_table(quant["time_table"], quant["table_steps"])
     if train["batch_size"] % train["accumulate"]:
         raise UserError(
             f"train.batch_size={train['batch_size']} does not divide into "
@@ -88,3 +89,16 @@ def check_config(config: Mapping) -> None:
         quant["shrink"],
         quant["decay_shape"],
     )
+
+
+def _check_table(time_table: bool, steps: tuple[int, ...]) -> None:
+    if not all(isinstance(count, int) and 1 <= count <= 1000 for count in steps):
+        raise UserError(
+            f"--config.quant.table_steps={steps}; expected numbers of steps from 1 to 1000, such "
+            "as (20, 30), or () for the pipeline's own alone"
+        )
+    if steps and not time_table:
+        raise UserError(
+            f"--config.quant.table_steps={steps} is for the time table, which this run has not; "
+            "add --config.quant.time_table=True, or leave it away"
+        )

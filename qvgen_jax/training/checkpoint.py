@@ -15,7 +15,13 @@ from qvgen_jax.errors import UserError
 
 # Sections of a config that decide what the run computes; the others may change between calls.
 _FIXED = ("model", "compute_dtype", "data", "quant", "train", "seed", "vae_train", "flow")
-_FREE_KEYS = ("log_every", "checkpoint_every", "checkpoint_seconds", "keep_checkpoints")
+_FREE_KEYS = (
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_seconds",
+    "keep_checkpoints",
+    "table_steps",  # Of the export alone.
+)
 
 
 def open_checkpoints(workdir: Path, keep: int) -> ocp.CheckpointManager:

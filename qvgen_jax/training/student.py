@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qvgen_jax.errors import UserError
-from qvgen_jax.models import TransformerConfig, build_transformer, quantizable, text_only
+from qvgen_jax.models import (
+    TransformerConfig,
+    build_transformer,
+    quantizable,
+    text_only,
+    time_only,
+)
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, dense_factory
 
@@ -39,6 +45,10 @@ def quant_config(quant: Mapping, model: TransformerConfig) -> QuantConfig:
         chosen["include_zero"] = quant["include_zero"] == "yes"
     if quant["clip_index"]:
         chosen["clip_index"] = quant["clip_index"]
+    if quant["time_table"]:
+        kept = (*chosen["full_precision"], *time_only(model))
+        chosen["full_precision"] = tuple(dict.fromkeys(kept))
+        chosen["table_steps"] = tuple(quant["table_steps"])
     if quant["behaviour"] == "released":
         config = QuantConfig.released(**chosen)
     else:
@@ -87,7 +97,8 @@ def describe_layers(model: TransformerConfig, quant: QuantConfig) -> str:
         count = model.num_layers if name.startswith("blocks.") else 1
         kind = f"W{quant.bits_of(name)[0]}A{quant.bits_of(name)[1]}"
         if name in quant.full_precision:
-            kind = "full precision"
+            table = quant.time_table and name in time_only(model)
+            kind = "full precision" + (", a table in the export" if table else "")
         clips = "" if name in quant.full_precision else f", {quant.buckets_of(name)} clip pairs"
         lines.append(f"  {name:45s} x {count:3d}  {kind}{clips}")
     total = sum(model.num_layers if n.startswith("blocks.") else 1 for n in names)
