@@ -126,6 +126,8 @@ def _refuse(quant: QuantConfig, differences: list[str], approximate: bool) -> No
         impossible.append(f"layers have bits of their own: {', '.join(sorted(quant.bits))}")
     if quant.symmetric_weights:
         impossible.append("its weights are symmetric and hold no zero points")
+    if quant.rotation != "none":
+        impossible.append("its tokens are rotated before they are quantized")
     if quant.buckets not in (1, _BUCKETS):
         impossible.append(f"it has {quant.buckets} clip pairs per layer, theirs has {_BUCKETS}")
     if impossible:

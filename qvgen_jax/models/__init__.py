@@ -82,6 +82,16 @@ def time_values(
     return _family(config)[2].time_values(config, params, jax.numpy.asarray(timesteps))
 
 
+def values_of(config: TransformerConfig) -> dict[str, tuple[str, int]]:
+    """Those of the quantizable linears that see attention's outputs.
+
+    Returns:
+        Each one's name to the linear that makes the attention's values, and the width of a head.
+    """
+    pairs = _family(config)[2].VALUES_OF
+    return {name: (source, config.attention_head_dim) for name, source in pairs.items()}
+
+
 def abstract_params(config: TransformerConfig | Mapping[str, Any] | str | Path) -> dict:
     """The parameters of a full-precision transformer as shapes and dtypes; nothing is allocated.
 

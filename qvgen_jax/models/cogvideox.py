@@ -43,6 +43,12 @@ TIME_ONLY = (
 TIME_OUTPUTS = TIME_ONLY[2:]
 """Those of them that others read."""
 
+VALUES_OF = {"blocks.attn1.to_out": "blocks.attn1.to_v"}
+"""Linears that see attention's outputs, and those that make its values.
+
+Attention mixes tokens, head by head: a map of channels within heads may come before or after it.
+"""
+
 SUPPORTED = "CogVideoX-2B, CogVideoX-5B and CogVideoX1.5-5B text-to-video"
 
 # Fields of config.json that only other variants use, and the value that the supported ones have.

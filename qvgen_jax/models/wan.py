@@ -42,6 +42,15 @@ TIME_ONLY = (
 TIME_OUTPUTS = TIME_ONLY[1:]
 """Those of them that others read."""
 
+VALUES_OF = {
+    "blocks.attn1.to_out": "blocks.attn1.to_v",
+    "blocks.attn2.to_out": "blocks.attn2.to_v",
+}
+"""Linears that see attention's outputs, and those that make its values.
+
+Attention mixes tokens, head by head: a map of channels within heads may come before or after it.
+"""
+
 # Fields of config.json that only other variants of Wan use, and the value that Wan 2.1 T2V has.
 _FIXED = {
     "cross_attn_norm": True,

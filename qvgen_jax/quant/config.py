@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from qvgen_jax.errors import UserError
 from qvgen_jax.quant.clips import CLIP_INDEX_MODES
+from qvgen_jax.quant.rotation import block_size
 
 PRODUCT_DTYPES = ("int8", "bfloat16", "float32", "float64")
 
@@ -34,6 +35,9 @@ class QuantConfig:
         symmetric_weights: the zero point of every kernel stays in the middle of its codes
             (QuaRot, arXiv 2404.00456, and DSAQuant, arXiv 2609.04031); LSQ+ learns it.
         rotation: `hadamard` before activations are quantized (QuaRot), or `none`.
+        folded: layers whose tokens another linear makes ready, in its own columns: name to (that
+            linear, width of a head). Attention mixes tokens, not channels: what `to_out` needs,
+            `to_v` can do.
         smoothing: exponent of the channel balance between activations and weights at step 0
             (SmoothQuant, arXiv 2211.10438, SVDQuant, arXiv 2411.05007); 0 for none.
         time_table: the linears that see only the timestep stay in full precision and are exported
@@ -59,6 +63,7 @@ class QuantConfig:
     branch_space: str = "tokens"
     symmetric_weights: bool = False
     rotation: str = "none"
+    folded: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
     smoothing: float = 0.0
     time_table: bool = False
     table_steps: tuple[int, ...] = ()
@@ -112,6 +117,12 @@ class QuantConfig:
         """How many clip pairs a layer has."""
         return 1 if name in self.single_clip else self.buckets
 
+    def block_of(self, name: str, width: int) -> int:
+        """How many channels the rotation of a layer's tokens `[..., width]` mixes; 1 is none."""
+        if self.rotation == "none":
+            return 1
+        return block_size(self.folded[name][1] if name in self.folded else width)
+
     def quantized(self, names: Iterable[str]) -> tuple[str, ...]:
         """The layers of a model that this config quantizes, in the model's order.
 
@@ -119,7 +130,8 @@ class QuantConfig:
             UserError: the config names a layer that the model does not have.
         """
         names = tuple(names)
-        for name in (*self.bits, *self.single_clip, *self.full_precision):
+        folded = (*self.folded, *(source for source, _ in self.folded.values()))
+        for name in (*self.bits, *self.single_clip, *self.full_precision, *folded):
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
                 raise UserError(

@@ -11,6 +11,7 @@ from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens, quantize
 from kernels.quantized_matmul import quantized_matmul
 from qvgen_jax.quant.codes_matmul import QuantizedWeight, codes_matmul
 from qvgen_jax.quant.config import QuantConfig
+from qvgen_jax.quant.rotation import rotate
 from qvgen_jax.quant.tokens import clip_multipliers, fake_quantize_tokens, initial_clips
 from qvgen_jax.quant.weights import fake_quantize_weight, quantize_weight
 
@@ -81,7 +82,7 @@ def _levels(bits: int) -> Levels:
 class _TokenQuantizer(nnx.Module):
     """What the quantized layers share: clips, levels and how tokens become integers."""
 
-    def __init__(self, config: QuantConfig, name: str, dtype: jnp.dtype):
+    def __init__(self, config: QuantConfig, name: str, in_features: int, dtype: jnp.dtype):
         weight_bits, act_bits = config.bits_of(name)
         buckets = config.buckets_of(name)
         self.lower = nnx.Param(initial_clips(buckets, config.initial_clip))
@@ -91,6 +92,11 @@ class _TokenQuantizer(nnx.Module):
         self.product_dtype = config.product_dtype
         self.include_zero, self.clip_ratio = config.include_zero, config.clip_ratio
         self.range_dtype = config.range_dtype
+        self.block = 1 if name in config.folded else config.block_of(name, in_features)
+
+    def _prepare(self, x: jax.Array) -> jax.Array:
+        """`x [..., in]` as it is quantized: rotated, as the kernel is."""
+        return rotate(x, self.block)
 
     def _clip_arguments(self, x: jax.Array, ctx: QuantContext) -> dict:
         return {
@@ -126,7 +132,7 @@ class QuantDense(_TokenQuantizer):
         dtype: jnp.dtype = jnp.float32,
         use_bias: bool = True,
     ):
-        super().__init__(config, name, dtype)
+        super().__init__(config, name, in_features, dtype)
         plain = Dense(name, in_features, out_features, key=key, dtype=dtype, use_bias=use_bias)
         self.kernel, self.bias = plain.kernel, plain.bias
         self.scale = nnx.Param(jnp.ones((out_features,), jnp.float32))
@@ -139,10 +145,14 @@ class QuantDense(_TokenQuantizer):
     def __call__(
         self, x: jax.Array | QuantizedTokens, ctx: QuantContext = QuantContext()
     ) -> jax.Array:
-        """`x [..., in]`, or tokens already quantized (which take no gradient), to `[..., out]`."""
+        """`x [..., in]` to `[..., out]`.
+
+        Tokens already quantized are taken as they are, rotated too, and take no gradient.
+        """
         if isinstance(x, QuantizedTokens):
             values, tokens = dequantize_tokens(x), x
         else:
+            x = self._prepare(x)
             values, tokens = fake_quantize_tokens(x, **self._clip_arguments(x, ctx))
         values = values.astype(self.dtype)
         weight = (
@@ -212,7 +222,7 @@ class PackedDense(_TokenQuantizer):
         use_bias: bool = True,
     ):
         del key  # Nothing is drawn: the values are loaded.
-        super().__init__(config, name, dtype)
+        super().__init__(config, name, in_features, dtype)
         container = code_container(config.bits_of(name)[0])
         self.codes = nnx.Param(jnp.zeros((in_features, out_features), container))
         self.scale = nnx.Param(jnp.ones((out_features,), jnp.float32))
@@ -227,9 +237,10 @@ class PackedDense(_TokenQuantizer):
     def __call__(
         self, x: jax.Array | QuantizedTokens, ctx: QuantContext = QuantContext()
     ) -> jax.Array:
-        """`x [..., in]`, or tokens already quantized, to `[..., out]`."""
+        """`x [..., in]`, or tokens already quantized (and rotated), to `[..., out]`."""
         tokens = x
         if not isinstance(x, QuantizedTokens):
+            x = self._prepare(x)
             tokens = quantize_tokens(x, **self._clip_arguments(x, ctx))
         low_rank = hasattr(self, "L")
         y = quantized_matmul(

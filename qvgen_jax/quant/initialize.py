@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from qvgen_jax.errors import UserError
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.low_rank import initial_branch
+from qvgen_jax.quant.rotation import rotate, rotate_kernel
 from qvgen_jax.quant.tokens import initial_clips
 from qvgen_jax.quant.weights import dequantize_weight, quantize_weight, search_range
 
@@ -30,6 +31,28 @@ def _replace(params: dict, path: list[str], node: dict) -> dict:
     if not path:
         return node
     return {**params, path[0]: _replace(params.get(path[0], {}), path[1:], node)}
+
+
+def _prepare(params: dict, names: Iterable[str], config: QuantConfig) -> dict:
+    """Every kernel as its rotated tokens want it, and `to_v` turning them where that is folded."""
+    for name in config.quantized(names):
+        node = _node(params, name)
+        block = config.block_of(name, node["kernel"].shape[-2])
+        if block == 1:
+            continue
+        node = {**node, "kernel": rotate_kernel(node["kernel"], block)}
+        params = _replace(params, name.split("."), node)
+        if name in config.folded:
+            source = config.folded[name][0]
+            node = _node(params, source)
+            outputs = {leaf: node[leaf] for leaf in ("kernel", "bias") if leaf in node}
+            outputs = {leaf: rotate(_wide(array), block) for leaf, array in outputs.items()}
+            params = _replace(params, source.split("."), {**node, **outputs})
+    return params
+
+
+def _wide(array: jax.Array) -> jax.Array:
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def _quantize_kernel(kernel: jax.Array, levels: jax.Array, rank: int, symmetric: bool) -> dict:
@@ -55,7 +78,7 @@ def quantize_params(params: dict, names: Iterable[str], config: QuantConfig) -> 
         params: nested dict; a quantizable layer holds `kernel [in, out]`, or `[layers, in, out]`
             where blocks are stacked.
         names: the model's quantizable layers, e.g. `blocks.attn1.to_q`.
-        config: bits, rank, clips and the layers that stay in full precision.
+        config: bits, rank, clips, rotation and the layers that stay in full precision.
 
     Returns:
         params (a new dict that shares the untouched arrays) and levels, the nested dict of the
@@ -64,6 +87,7 @@ def quantize_params(params: dict, names: Iterable[str], config: QuantConfig) -> 
     Raises:
         UserError: a name that neither the parameters nor the model have.
     """
+    params = _prepare(params, names, config)
     levels: dict = {}
     for name in config.quantized(names):
         node = _node(params, name)

@@ -24,6 +24,7 @@ Version 3 is written where a model uses something that older readers do not know
                         others read have one tensor, float16 or float32:
         table           [entries, out]   what the linear says, its bias included, at
         timesteps       float32 [entries], once for the whole model, sorted
+    rotation            the tokens are rotated before they are quantized, see docs/format.md
 
 The transformer's config.json holds a `quantization_config`, see `quantization_config`. Its layer
 names are the model's `quantizable` names: `blocks.attn1.to_q` stands for every block's.
@@ -40,6 +41,7 @@ import numpy as np
 from qvgen_jax.errors import UserError
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import code_container
+from qvgen_jax.quant.rotation import LARGEST_BLOCK
 from qvgen_jax.quant.weights import quantize_weight
 
 PLAIN_VERSION, BRANCH_VERSION, FEATURES_VERSION = 1, 2, 3
@@ -169,6 +171,13 @@ def quantization_config(config: QuantConfig) -> dict[str, Any]:
     if config.time_table:
         table = {"entries": config.time_entries, "steps": list(config.table_steps)}
         features["time_table"] = table
+    if config.rotation != "none":
+        features["rotation"] = {"kind": config.rotation, "largest_block": LARGEST_BLOCK}
+    if config.folded:
+        features["folded"] = {
+            name: {"into": source, "head_width": width}
+            for name, (source, width) in sorted(config.folded.items())
+        }
     version = BRANCH_VERSION if config.rank else PLAIN_VERSION
     fields = {
         "quant_method": "qvgen",
@@ -218,6 +227,11 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
             },
             rank=fields["rank"] if version == BRANCH_VERSION else fields.get("rank", 0),
             symmetric_weights=bool(fields.get("symmetric_weights", False)),
+            rotation=_rotation(fields.get("rotation")),
+            folded={
+                name: (source["into"], source["head_width"])
+                for name, source in fields.get("folded", {}).items()
+            },
             buckets=fields["clip_buckets"],
             clip_index=fields["clip_index"],
             single_clip=tuple(fields["single_clip"]),
@@ -240,3 +254,15 @@ def _time_table(table: Mapping[str, Any] | None) -> dict[str, Any]:
     if not all(isinstance(number, int) and number > 0 for number in (*steps, entries)):
         raise TypeError(f"time_table is {dict(table)}")
     return {"time_table": True, "table_steps": steps, "time_entries": entries}
+
+
+def _rotation(rotation: Mapping[str, Any] | None) -> str:
+    if rotation is None:
+        return "none"
+    if rotation["largest_block"] != LARGEST_BLOCK:
+        raise UserError(
+            f"quantization_config says that tokens are rotated in blocks of up to "
+            f"{rotation['largest_block']}, this program does up to {LARGEST_BLOCK}; install the "
+            "version that wrote the folder"
+        )
+    return rotation["kind"]

@@ -14,6 +14,7 @@ from qvgen_jax.models import (
     quantizable,
     text_only,
     time_only,
+    values_of,
 )
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, dense_factory
@@ -49,6 +50,12 @@ def quant_config(quant: Mapping, model: TransformerConfig) -> QuantConfig:
         kept = (*chosen["full_precision"], *time_only(model))
         chosen["full_precision"] = tuple(dict.fromkeys(kept))
         chosen["table_steps"] = tuple(quant["table_steps"])
+    if chosen["rotation"] != "none":
+        chosen["folded"] = {
+            name: source
+            for name, source in values_of(model).items()
+            if name not in chosen["full_precision"]
+        }
     if quant["behaviour"] == "released":
         config = QuantConfig.released(**chosen)
     else:

@@ -111,6 +111,23 @@ def test_the_way_of_sampling_ships_with_the_export(tmp_path, params):
         assert read_json(tmp_path / "export" / "generation_config.json") == expected
 
 
+def test_a_rotated_model_is_exported_as_it_was_trained(tmp_path):
+    folded = {"blocks.attn1.to_out": ("blocks.attn1.to_v", SMALL.attention_head_dim)}
+    quant = QuantConfig(rank=0, rotation="hadamard", folded=folded)
+    trained = student(SMALL, quant)
+    source = pipeline_folder(tmp_path / "source", SMALL)
+    export_pipeline(source, tmp_path / "export", SMALL, trained.states[0], quant)
+    loaded = read_transformer(tmp_path / "export" / "transformer", jnp.float32)
+    np.testing.assert_array_equal(loaded(*inputs(SMALL)), trained(*inputs(SMALL)))
+    config = read_json(tmp_path / "export" / "transformer" / "config.json")["quantization_config"]
+    assert config["format_version"] == 3
+    assert config["rotation"] == {"kind": "hadamard", "largest_block": 256}
+    assert config["folded"]["blocks.attn1.to_out"] == {
+        "into": "blocks.attn1.to_v",
+        "head_width": 12,
+    }
+
+
 def test_released_behaviour_and_full_precision_layers_survive_the_export(tmp_path):
     quant = QuantConfig.released(rank=0, full_precision=("condition_embedder.time_proj",))
     trained = student(SMALL, quant)

@@ -113,6 +113,10 @@ def test_what_the_released_code_cannot_run_is_refused(release, imported, tmp_pat
     ours = as_trained_by_us(imported, tmp_path / "ours", bits_by_layer=bits)
     with pytest.raises(UserError, match="layers have bits of their own: proj_out"):
         export_released(ours, tmp_path / "theirs", approximate=True)
+    rotation = {"kind": "hadamard", "largest_block": 256}
+    rotated = as_trained_by_us(imported, tmp_path / "rotated", format_version=3, rotation=rotation)
+    with pytest.raises(UserError, match="tokens are rotated"):
+        export_released(rotated, tmp_path / "theirs", approximate=True)
     moment = {"released_step": 2, "phase_steps": PHASE}
     import_released(release.source, release.base, tmp_path / "branch", **moment)
     with pytest.raises(UserError, match="low-rank branch"):

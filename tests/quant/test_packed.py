@@ -80,28 +80,33 @@ def test_codes_of_another_size_are_refused():
         QuantConfig(rank=4),
         QuantConfig(rank=0, symmetric_weights=True),
         QuantConfig(rank=0, time_table=True, table_steps=(20, 50), time_entries=69),
+        QuantConfig(rotation="hadamard", folded={"a": ("b", 8)}, rank=4),
     ],
 )
 def test_the_config_survives_json(config):
     assert read_quantization_config(json.loads(json.dumps(quantization_config(config)))) == config
 
 
-def test_older_readers_are_refused_only_what_they_do_not_know():
-    assert quantization_config(QuantConfig(rank=0))["format_version"] == 1
-    assert quantization_config(QuantConfig(rank=4))["format_version"] == 2
-    symmetric = QuantConfig(rank=0, symmetric_weights=True)
-    assert quantization_config(symmetric)["format_version"] == 3
-
-
-def test_a_time_table_needs_the_third_version():
-    config = QuantConfig(rank=0, time_table=True, table_steps=(50,), time_entries=50)
-    assert quantization_config(config)["format_version"] == 3
+@pytest.mark.parametrize(
+    ("config", "version"),
+    [
+        (QuantConfig(rank=0), 1),
+        (QuantConfig(rank=4), 2),
+        (QuantConfig(rank=0, symmetric_weights=True), 3),
+        (QuantConfig(rank=0, rotation="hadamard"), 3),
+        (QuantConfig(rank=0, time_table=True, table_steps=(50,), time_entries=50), 3),
+    ],
+)
+def test_older_readers_are_refused_only_what_they_do_not_know(config, version):
+    assert quantization_config(config)["format_version"] == version
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"format_version": 4}, "format_version=4, this program reads 1 to 3"),
+        ({"rotation": {"kind": "hadamard", "largest_block": 512}}, "up to 512.* does up to 256"),
+        ({"rotation": {"kind": "givens", "largest_block": 256}}, "rotation='givens'; expected one"),
         ({"format_version": 2}, "damaged .KeyError: 'rank'"),
         ({"format_version": 3, "time_table": {"entries": 9}}, "damaged .KeyError: 'steps'"),
         ({"time_table": {"entries": "9", "steps": [9]}}, "damaged .TypeError: time_table is"),
