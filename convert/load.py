@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from convert.time_table import fold_names
 from qvgen_jax.autoencoders.cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from qvgen_jax.autoencoders.wan import WanVAE, WanVAEConfig
 from qvgen_jax.components import VAE, TextEncoder, Transformer
-from qvgen_jax.config_fields import check_value
+from qvgen_jax.config_fields import Positive, Range, check_value
 from qvgen_jax.diffusion.schedulers import scheduler_from_json
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, build_transformer, config_from_json, quantizable
@@ -39,6 +39,8 @@ _LICENCES = ("*LICENSE*", "*LICENCE*", "*NOTICE*", "*README.md")
 # Of the transformer, PyTorch's Wan keeps these in float32 whatever the rest is held in.
 _FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table")
 
+# What a generation_config.json holds where it is not a whole number from 1.
+_GENERATION = {"guidance_scale": Annotated[float, Range(least=0)], "fps": Positive}
 
 _AUTOENCODERS = {
     "AutoencoderKLWan": (WanVAEConfig, WanVAE),
@@ -146,10 +148,7 @@ def _read_defaults(folder: Path, config: TransformerConfig, max_length: int) -> 
     if unknown:
         raise UserError(f"{path} has unknown fields {unknown}; known are {sorted(defaults)}")
     for name, value in fields.items():
-        number = float if name in ("guidance_scale", "fps") else int
-        check_value(value, number, name, str(path))
-    if fields.get("fps", 1) <= 0:
-        raise UserError(f"fps is {fields['fps']!r} in {path}, expected a number above 0")
+        check_value(value, _GENERATION.get(name, int), name, str(path))
     return defaults | fields
 
 

@@ -1,20 +1,25 @@
-"""A value of another kind in a config file is refused by its field's name, and real files pass."""
+"""A value of another kind or out of range in a config file is refused by its field's name.
+
+Real files pass.
+"""
 
 import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Annotated
 
+import numpy as np
 import pytest
 
 from convert.load import read_components
 from qvgen_jax.autoencoders.cogvideox import CogVideoXVAEConfig
 from qvgen_jax.autoencoders.wan import WanVAEConfig
-from qvgen_jax.config_fields import check_fields
-from qvgen_jax.diffusion.schedulers import scheduler_from_json
+from qvgen_jax.config_fields import Even, Positive, Range, check_fields
+from qvgen_jax.diffusion.schedulers import make_schedule, scheduler_from_json
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import config_from_json
-from qvgen_jax.text.t5 import T5Config
+from qvgen_jax.text.t5 import T5Config, relative_position_buckets
 
 ASSET = Path(__file__).parents[1] / "assets/tiny_wan"
 PUBLISHED = Path(__file__).parent / "models/configs"
@@ -27,6 +32,7 @@ def _read(path: Path) -> dict:
 READERS = {
     "wan": (config_from_json, _read(PUBLISHED / "Wan2.1-T2V-1.3B.json")),
     "cogvideox": (config_from_json, _read(PUBLISHED / "CogVideoX1.5-5B.json")),
+    "cogvideox 5b": (config_from_json, _read(PUBLISHED / "CogVideoX-5B.json")),
     "wan vae": (WanVAEConfig.from_json, _read(ASSET / "vae/config.json")),
     "cogvideox vae": (CogVideoXVAEConfig.from_json, {}),
     "text": (T5Config.from_json, _read(ASSET / "text_encoder/config.json")),
@@ -96,14 +102,13 @@ def test_the_values_of_real_files_pass(kind):
         ("text", "model_type", ["umt5"], "'umt5'"),
         ("unipc", "flow_shift", "zz", "a number"),
         ("unipc", "flow_shift", None, "a number"),
-        ("unipc", "num_train_timesteps", "zz", "a whole number from 1"),
+        ("unipc", "num_train_timesteps", "zz", "a whole number from 2"),
         ("unipc", "solver_order", True, "a whole number from 1"),
         ("unipc", "disable_corrector", 3, "each a whole number from 0"),
         ("unipc", "_class_name", ["x"], "UniPCMultistepScheduler"),
         ("euler", "shift", "zz", "a number"),
-        ("euler", "num_train_timesteps", "zz", "a whole number from 1"),
+        ("euler", "num_train_timesteps", "zz", "a whole number from 2"),
         ("ddim", "beta_start", "zz", "a number"),
-        ("ddim", "num_train_timesteps", 0, "a whole number from 1"),
         ("ddim", "set_alpha_to_one", "yes", "true or false"),
     ],
 )
@@ -118,34 +123,165 @@ def test_a_value_of_another_kind_is_refused_by_name(kind, field, value, expected
     assert (repr(value) if field != "_class_name" else str(value)) in message
 
 
+OUT_OF_RANGE = [
+    ("wan", "eps", 0, "a number above 0"),
+    ("wan", "eps", -1e-6, "a number above 0"),
+    ("wan", "num_attention_heads", -12, "a whole number from 1"),
+    ("wan", "patch_size", [1, -2, 2], "a list of 3 values, each a whole number from 1"),
+    ("wan", "attention_head_dim", 127, "a whole number from 2 and even"),
+    ("wan", "freq_dim", 255, "a whole number from 2 and even"),
+    ("cogvideox", "norm_eps", 0.0, "a number above 0"),
+    ("cogvideox", "norm_eps", -1e-5, "a number above 0"),
+    ("cogvideox", "num_layers", 0, "a whole number from 1"),
+    ("cogvideox", "num_attention_heads", -48, "a whole number from 1"),
+    ("cogvideox", "patch_size", 0, "a whole number from 1"),
+    ("cogvideox", "patch_size_t", 0, "a whole number from 1 or null"),
+    ("cogvideox", "spatial_interpolation_scale", 0, "a number above 0"),
+    ("cogvideox", "temporal_interpolation_scale", -1.0, "a number above 0"),
+    ("cogvideox 5b", "sample_height", 1, "at least patch_size = 2"),
+    ("cogvideox 5b", "sample_width", 1, "at least patch_size = 2"),
+    ("wan vae", "latents_std", [1.0, 0.0], "a list, each a number above 0"),
+    ("wan vae", "latents_std", [1.0, -2.0], "a list, each a number above 0"),
+    ("wan vae", "latents_std", [1.0, float("nan")], "a list, each a number above 0"),
+    ("wan vae", "latents_mean", [0.0, float("inf")], "a list, each a number"),
+    ("wan vae", "latents_mean", [0.0], "as many values as z_dim = 16"),
+    ("wan vae", "latents_std", [1.0] * 9, "as many values as z_dim = 16"),
+    ("wan vae", "temperal_downsample", [], "one value fewer than the 4 of dim_mult"),
+    ("wan vae", "num_res_blocks", 0, "a whole number from 1"),
+    ("cogvideox vae", "scaling_factor", 0, "a number above 0"),
+    ("cogvideox vae", "scaling_factor", -0.7, "a number above 0"),
+    ("cogvideox vae", "norm_eps", 0.0, "a number above 0"),
+    ("cogvideox vae", "layers_per_block", -3, "a whole number from 1"),
+    ("cogvideox vae", "block_out_channels", [], "one number of channels or more"),
+    ("text", "layer_norm_epsilon", 0, "a number above 0"),
+    ("text", "layer_norm_epsilon", -1e-6, "a number above 0"),
+    ("text", "num_layers", 0, "a whole number from 1"),
+    ("text", "num_heads", -4, "a whole number from 1"),
+    ("text", "relative_attention_num_buckets", 1, "a whole number from 4"),
+    ("text", "relative_attention_num_buckets", 3, "a whole number from 4"),
+    ("text", "relative_attention_max_distance", 1, "more than 8, a quarter of"),
+    ("text", "relative_attention_max_distance", 8, "more than 8, a quarter of"),
+    ("unipc", "flow_shift", 0, "a number above 0"),
+    ("unipc", "flow_shift", -3.0, "a number above 0"),
+    ("unipc", "num_train_timesteps", -1000, "a whole number from 2"),
+    ("unipc", "num_train_timesteps", 1, "a whole number from 2"),
+    ("unipc", "disable_corrector", [0, -1], "a list, each a whole number from 0"),
+    ("euler", "shift", 0.0, "a number above 0"),
+    ("euler", "shift", -1, "a number above 0"),
+    ("euler", "num_train_timesteps", 0, "a whole number from 2"),
+    ("ddim", "beta_start", -0.00085, "a number above 0 and below 1"),
+    ("ddim", "beta_start", 0, "a number above 0 and below 1"),
+    ("ddim", "beta_start", 0.013, "at most beta_end = 0.012"),
+    ("ddim", "beta_end", 1.0, "a number above 0 and below 1"),
+    ("ddim", "snr_shift_scale", 0, "a number above 0"),
+    ("ddim", "num_train_timesteps", 0, "a whole number from 2"),
+    ("ddim", "num_train_timesteps", 1, "a whole number from 2"),
+]
+FILES = {
+    "wan": "the transformer's config.json",
+    "cogvideox": "the transformer's config.json",
+    "cogvideox 5b": "the transformer's config.json",
+    "wan vae": "the VAE's config.json",
+    "cogvideox vae": "the VAE's config.json",
+    "text": "the text encoder's config.json",
+    "unipc": "scheduler_config.json",
+    "euler": "scheduler_config.json",
+    "ddim": "scheduler_config.json",
+}
+REMEDY = "; correct it there, or fetch the file again"
+
+
+@pytest.mark.parametrize(("kind", "field", "value", "expected"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_on_reading(kind, field, value, expected):
+    read, fields = READERS[kind]
+    with pytest.raises(UserError) as caught:
+        read({**fields, field: value})
+    message = str(caught.value)
+    assert message.startswith(f"{field} is {value!r} in {FILES[kind]}, expected {expected}")
+    assert message.endswith(REMEDY)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("text", {"relative_attention_num_buckets": 4, "relative_attention_max_distance": 2}),
+        ("text", {"relative_attention_max_distance": 9}),
+        ("ddim", {"beta_start": 0.012}),
+        ("ddim", {"num_train_timesteps": 2}),
+        ("unipc", {"num_train_timesteps": 2, "disable_corrector": [0]}),
+        ("euler", {"shift": 1}),
+        ("wan", {"eps": 1e-12, "attention_head_dim": 2}),
+        ("cogvideox 5b", {"sample_height": 2}),
+    ],
+)
+def test_the_ends_of_a_range_are_read(kind, changes):
+    read, fields = READERS[kind]
+    read({**fields, **changes})
+
+
+@pytest.mark.parametrize("kind", ["unipc", "euler", "ddim"])
+def test_the_smallest_noise_process_that_is_read_has_a_finite_schedule(kind):
+    read, fields = READERS[kind]
+    process = {"num_train_timesteps": 2, "rescale_betas_zero_snr": True}
+    schedule = make_schedule(read({**fields, **process}), 2)
+    assert all(np.isfinite(rows).all() for rows in schedule)
+
+
+def test_the_fewest_buckets_that_are_read_take_every_distance():
+    fields = {"relative_attention_num_buckets": 4, "relative_attention_max_distance": 2}
+    config = T5Config.from_json(fields)
+    with np.errstate(all="raise"):
+        buckets = relative_position_buckets(
+            50, config.relative_attention_num_buckets, config.relative_attention_max_distance
+        )
+    assert set(buckets.flat) == {0, 1, 3}  # 2 is "after", at distance 0
+
+
 @dataclasses.dataclass(frozen=True)
 class _Config:
     count: int = 1
     ratio: float = 0.5
     name: str = "x"
-    pauses: tuple[int, ...] = ()
+    pauses: tuple[Annotated[int, Range(least=0)], ...] = ()
+    share: Annotated[float, Range(above=0, below=1)] = 0.5
+    channels: Even | None = None
+    spread: tuple[Positive, ...] = (1.0,)
 
 
 @pytest.mark.parametrize(
-    "config", [_Config(), _Config(ratio=2), _Config(ratio=-1.0), _Config(pauses=(0, 3))]
+    "config",
+    [
+        _Config(),
+        _Config(ratio=2),
+        _Config(ratio=-1.0),
+        _Config(pauses=(0, 3)),
+        _Config(share=1e-9),
+        _Config(channels=2),
+        _Config(spread=(1, 5e-324)),
+    ],
 )
-def test_whole_numbers_are_numbers_and_listed_fields_may_be_zero(config):
-    check_fields(config, "a file", may_be_zero=("pauses",))
+def test_whole_numbers_are_numbers_and_ranges_hold_what_they_say(config):
+    check_fields(config, "a file")
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (_Config(count=0), "^count is 0 in a file, expected a whole number from 1$"),
-        (_Config(ratio=True), "^size is True in a file, expected a number$"),
-        (_Config(ratio=float("-inf")), "^size is -inf in a file, expected a number$"),
-        (_Config(name=3), "^name is 3 in a file, expected a string$"),
-        (_Config(pauses=(-1,)), r"^pauses is \[-1\] in a file, expected .* number from 0$"),
+        (_Config(count=0), "^count is 0 in a file, expected a whole number from 1;"),
+        (_Config(ratio=True), "^size is True in a file, expected a number;"),
+        (_Config(ratio=float("-inf")), "^size is -inf in a file, expected a number;"),
+        (_Config(name=3), "^name is 3 in a file, expected a string;"),
+        (_Config(pauses=(-1,)), r"^pauses is \[-1\] in a file, expected .* number from 0;"),
+        (_Config(share=0), "^share is 0 in a file, expected a number above 0 and below 1;"),
+        (_Config(share=1), "^share is 1 in a file, expected a number above 0 and below 1;"),
+        (_Config(channels=3), "^channels is 3 in a file, .* number from 2 and even or null;"),
+        (_Config(channels=0), "^channels is 0 in a file, .* number from 2 and even or null;"),
+        (_Config(spread=(1, 0)), r"^spread is \[1, 0\] in a file, .* each a number above 0;"),
     ],
 )
 def test_the_message_says_field_value_file_and_expectation(config, message):
-    with pytest.raises(UserError, match=message):
-        check_fields(config, "a file", may_be_zero=("pauses",), names={"ratio": "size"})
+    with pytest.raises(UserError, match=f"{message} correct it there, or fetch the file again$"):
+        check_fields(config, "a file", names={"ratio": "size"})
 
 
 @pytest.mark.parametrize(
@@ -155,8 +291,14 @@ def test_the_message_says_field_value_file_and_expectation(config, message):
         ("num_frames", 0, "a whole number from 1"),
         ("steps", 2.5, "a whole number from 1"),
         ("max_length", None, "a whole number from 1"),
-        ("guidance_scale", "3", "a number"),
-        ("fps", [8], "a number"),
+        ("num_frames", -1, "a whole number from 1"),
+        ("height", 0, "a whole number from 1"),
+        ("width", -16, "a whole number from 1"),
+        ("steps", 0, "a whole number from 1"),
+        ("max_length", 0, "a whole number from 1"),
+        ("guidance_scale", "3", "a number from 0"),
+        ("guidance_scale", -1, "a number from 0"),
+        ("fps", [8], "a number above 0"),
         ("fps", 0, "a number above 0"),
     ],
 )
@@ -167,4 +309,4 @@ def test_a_generation_config_is_refused_on_reading(tmp_path, field, value, expec
     path.write_text(json.dumps(_read(path) | {field: value}))
     with pytest.raises(UserError) as caught:
         read_components(folder, "float32")
-    assert str(caught.value) == f"{field} is {value!r} in {path}, expected {expected}"
+    assert str(caught.value) == f"{field} is {value!r} in {path}, expected {expected}{REMEDY}"

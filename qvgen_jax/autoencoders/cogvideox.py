@@ -16,11 +16,13 @@ from flax import nnx
 from qvgen_jax.autoencoders.causal import Past, run_chunks
 from qvgen_jax.autoencoders.cogvideox_layers import GroupNorm, LatentNorm, Level, Norm, conv3
 from qvgen_jax.autoencoders.tiling import Tiling, run_tiles
-from qvgen_jax.config_fields import check_fields
+from qvgen_jax.config_fields import Positive, check_fields, refusal
 from qvgen_jax.errors import UserError
 
 # Frames of a batch (diffusers' num_sample_frames_batch_size, num_latent_frames_batch_size).
 FRAMES, LATENT_FRAMES = 8, 2
+
+_FILE = "the VAE's config.json"
 
 # Fields that no published model sets and no pipeline of this family reads, and what they must be.
 _PLAIN = {
@@ -46,12 +48,12 @@ class CogVideoXVAEConfig:
     block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
     latent_channels: int = 16
     layers_per_block: int = 3
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     norm_num_groups: int = 32
     temporal_compression_ratio: int = 4
     sample_height: int = 480
     sample_width: int = 720
-    scaling_factor: float = 1.15258426
+    scaling_factor: Positive = 1.15258426
     invert_scale_latents: bool = False
 
     @classmethod
@@ -60,7 +62,7 @@ class CogVideoXVAEConfig:
 
         Raises:
             UserError: another class, fields that no published CogVideoX VAE sets, values that are
-                not of their field's kind, or fields that contradict each other.
+                not of their field's kind or range, or fields that contradict each other.
         """
         name = config.get("_class_name", "AutoencoderKLCogVideoX")
         if name != "AutoencoderKLCogVideoX":
@@ -76,30 +78,28 @@ class CogVideoXVAEConfig:
         names = {field.name for field in dataclasses.fields(cls)}
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
         parsed = cls(**known)
-        check_fields(parsed, "the VAE's config.json")
+        check_fields(parsed, _FILE)
         parsed._check(config)
         return parsed
 
     def _check(self, config: Mapping[str, Any]) -> None:
         levels = len(self.block_out_channels)
+        if not levels:
+            raise refusal("block_out_channels", [], _FILE, "one number of channels or more")
         for way in ("down", "up"):
             expected = [f"CogVideoX{way.capitalize()}Block3D"] * levels
             blocks = config.get(f"{way}_block_types", expected)
             if blocks not in (expected, tuple(expected)):
-                raise UserError(
-                    f"{way}_block_types is {blocks!r}; expected {expected[0]} "
-                    f"for each of the {levels} block_out_channels"
-                )
-        if any(n % self.norm_num_groups for n in self.block_out_channels):
-            raise UserError(
-                f"norm_num_groups is {self.norm_num_groups}; expected a divisor of every one of "
-                f"block_out_channels {list(self.block_out_channels)}"
-            )
-        if self.temporal_compression_ratio not in [2**n for n in range(levels)]:
-            raise UserError(
-                f"temporal_compression_ratio is {self.temporal_compression_ratio}; expected a "
-                f"power of two up to 2 ** {levels - 1}, as there are {levels} block_out_channels"
-            )
+                each = f"{expected[0]} for each of the {levels} block_out_channels"
+                raise refusal(f"{way}_block_types", blocks, _FILE, each)
+        groups, channels = self.norm_num_groups, list(self.block_out_channels)
+        if any(n % groups for n in channels):
+            divisor = f"a divisor of every one of block_out_channels {channels}"
+            raise refusal("norm_num_groups", groups, _FILE, divisor)
+        ratio = self.temporal_compression_ratio
+        if ratio not in [2**n for n in range(levels)]:
+            power = f"a power of two up to 2 ** {levels - 1}: there are {levels} block_out_channels"
+            raise refusal("temporal_compression_ratio", ratio, _FILE, power)
 
     @property
     def temporal_factor(self) -> int:

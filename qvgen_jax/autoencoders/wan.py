@@ -22,8 +22,10 @@ from qvgen_jax.autoencoders.wan_layers import (
     RMSNorm,
     Upsample,
 )
-from qvgen_jax.config_fields import check_fields
+from qvgen_jax.config_fields import Positive, check_fields, refusal
 from qvgen_jax.errors import UserError
+
+_FILE = "the VAE's config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class WanVAEConfig:
     in_channels: int = 3
     out_channels: int = 3
     latents_mean: tuple[float, ...] = (0.0,) * 16
-    latents_std: tuple[float, ...] = (1.0,) * 16
+    latents_std: tuple[Positive, ...] = (1.0,) * 16
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "WanVAEConfig":
@@ -47,8 +49,8 @@ class WanVAEConfig:
 
         Raises:
             UserError: another class, a Wan 2.2 (residual, patched) VAE, attention in the encoder's
-                levels, values that are not of their field's kind, or fields that contradict each
-                other.
+                levels, values that are not of their field's kind or range, or fields that
+                contradict each other.
         """
         name = config.get("_class_name", "AutoencoderKLWan")
         if name != "AutoencoderKLWan":
@@ -62,21 +64,18 @@ class WanVAEConfig:
         names = {field.name for field in dataclasses.fields(cls)}
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
         parsed = cls(**known)
-        check_fields(parsed, "the VAE's config.json")
+        check_fields(parsed, _FILE)
         parsed._check()
         return parsed
 
     def _check(self) -> None:
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
-            raise UserError(
-                f"temperal_downsample has {len(self.temperal_downsample)} entries; expected one "
-                f"fewer than dim_mult's {len(self.dim_mult)}"
-            )
+            fewer = f"one value fewer than the {len(self.dim_mult)} of dim_mult"
+            raise refusal("temperal_downsample", self.temperal_downsample, _FILE, fewer)
         for field in ("latents_mean", "latents_std"):
-            if len(getattr(self, field)) != self.z_dim:
-                raise UserError(
-                    f"{field} has {len(getattr(self, field))} values; expected z_dim = {self.z_dim}"
-                )
+            values = getattr(self, field)
+            if len(values) != self.z_dim:
+                raise refusal(field, values, _FILE, f"as many values as z_dim = {self.z_dim}")
 
     @property
     def temporal_factor(self) -> int:

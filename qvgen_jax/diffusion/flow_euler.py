@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvgen_jax.config_fields import check_fields
+from qvgen_jax.config_fields import Positive, check_fields
 from qvgen_jax.diffusion.flow import shift_sigma
-from qvgen_jax.diffusion.scheduler_config import check_options, check_steps
+from qvgen_jax.diffusion.scheduler_config import FILE, Levels, check_options, check_steps
 
 _SUPPORTED = {
     "_class_name": ("FlowMatchEulerDiscreteScheduler",),
@@ -28,8 +28,8 @@ _SUPPORTED = {
 class FlowEulerConfig:
     """The part of `scheduler_config.json` that sampling depends on; `flow_shift` is its `shift`."""
 
-    num_train_timesteps: int = 1000
-    flow_shift: float = 1.0
+    num_train_timesteps: Levels = 1000
+    flow_shift: Positive = 1.0
 
     @classmethod
     def from_json(cls, fields: Mapping) -> "FlowEulerConfig":
@@ -37,11 +37,11 @@ class FlowEulerConfig:
 
         Raises:
             UserError: the scheduler is another one or uses an option that is not implemented, or
-                a value is not of its kind.
+                a value is not of its kind or range.
         """
         check_options(fields, _SUPPORTED, (), "use a constant shift and plain sigmas, as Wan does")
         config = cls(fields.get("num_train_timesteps", 1000), fields.get("shift", 1.0))
-        check_fields(config, "scheduler_config.json", names={"flow_shift": "shift"})
+        check_fields(config, FILE, names={"flow_shift": "shift"})
         return config
 
 

@@ -1,11 +1,17 @@
-"""What every sampler checks: the options of a `scheduler_config.json`, and the number of steps."""
+"""What every sampler checks: the fields of a `scheduler_config.json`, and the number of steps."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from qvgen_jax.config_fields import Range
 from qvgen_jax.errors import UserError
+
+FILE = "scheduler_config.json"
+
+Levels = Annotated[int, Range(least=2)]
+"""Noise levels of a process: on a single one there is no path from noise to latents."""
 
 
 def check_options(
@@ -30,7 +36,7 @@ def check_options(
             continue
         if fields.get(field) not in values:
             raise UserError(
-                f"scheduler_config.json: {field} is {fields.get(field)!r}, supported: "
+                f"{FILE}: {field} is {fields.get(field)!r}, supported: "
                 f"{', '.join(map(repr, values))}; {remedy}"
             )
 

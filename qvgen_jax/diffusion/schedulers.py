@@ -66,7 +66,7 @@ def scheduler_from_json(fields: Mapping[str, Any]) -> Scheduler:
 
     Raises:
         UserError: it is not one of ours, or uses an option that is not implemented, or a value is
-            not of its kind.
+            not of its kind or range.
     """
     name = fields.get("_class_name")
     if not isinstance(name, str) or name not in _SAMPLERS:

@@ -9,15 +9,15 @@ levels alone. So they are computed once, in numpy float64, and a step is a few w
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvgen_jax.config_fields import check_fields
+from qvgen_jax.config_fields import Positive, Range, check_fields
 from qvgen_jax.diffusion.flow import denoise, shift_sigma
-from qvgen_jax.diffusion.scheduler_config import check_options, check_steps
+from qvgen_jax.diffusion.scheduler_config import FILE, Levels, check_options, check_steps
 
 _SUPPORTED = {
     "_class_name": ("UniPCMultistepScheduler",),
@@ -43,10 +43,10 @@ _REQUIRED = ("prediction_type", "use_flow_sigmas")  # their absence means someth
 class UniPCConfig:
     """The part of `scheduler_config.json` that flow sampling depends on."""
 
-    num_train_timesteps: int = 1000
-    flow_shift: float = 1.0
+    num_train_timesteps: Levels = 1000
+    flow_shift: Positive = 1.0
     solver_order: int = 2
-    disable_corrector: tuple[int, ...] = ()
+    disable_corrector: tuple[Annotated[int, Range(least=0)], ...] = ()
 
     @classmethod
     def from_json(cls, config: Mapping) -> "UniPCConfig":
@@ -54,7 +54,7 @@ class UniPCConfig:
 
         Raises:
             UserError: the scheduler is another one or uses an option that is not implemented, or
-                a value is not of its kind.
+                a value is not of its kind or range.
         """
         remedy = "use Wan's UniPCMultistepScheduler settings"
         check_options(config, _SUPPORTED, _REQUIRED, remedy)
@@ -66,7 +66,7 @@ class UniPCConfig:
             solver_order=config.get("solver_order", 2),
             disable_corrector=tuple(corrector) if isinstance(corrector, list) else corrector,
         )
-        check_fields(parsed, "scheduler_config.json", may_be_zero=("disable_corrector",))
+        check_fields(parsed, FILE)
         return parsed
 
 

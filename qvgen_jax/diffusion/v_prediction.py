@@ -7,14 +7,14 @@ the model predicts the velocity `sqrt(a) * noise - sqrt(1 - a) * latents` (Salim
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvgen_jax.config_fields import check_fields
-from qvgen_jax.diffusion.scheduler_config import check_options, check_steps
+from qvgen_jax.config_fields import Positive, Range, check_fields, refusal
+from qvgen_jax.diffusion.scheduler_config import FILE, Levels, check_options, check_steps
 
 _SUPPORTED = {
     "prediction_type": ("v_prediction",),
@@ -24,6 +24,8 @@ _SUPPORTED = {
 }
 _REQUIRED = ("_class_name", "prediction_type", "timestep_spacing")  # diffusers' defaults differ
 
+_Beta = Annotated[float, Range(above=0, below=1)]  # the share of noise that a timestep adds
+
 
 @dataclass(frozen=True)
 class VPredictionConfig:
@@ -32,10 +34,10 @@ class VPredictionConfig:
     `clip_sample` is not among the fields: diffusers' CogVideoX schedulers never read it.
     """
 
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    snr_shift_scale: float = 3.0
+    num_train_timesteps: Levels = 1000
+    beta_start: _Beta = 0.00085
+    beta_end: _Beta = 0.012
+    snr_shift_scale: Positive = 3.0
     rescale_betas_zero_snr: bool = False
     set_alpha_to_one: bool = True
 
@@ -47,12 +49,15 @@ class VPredictionConfig:
 
         Raises:
             UserError: the scheduler is another one or uses an option that is not implemented, or
-                a value is not of its kind.
+                a value is not of its kind or range.
         """
         supported = {"_class_name": (cls.class_name,), **_SUPPORTED}
         check_options(fields, supported, _REQUIRED, "use the settings published with CogVideoX")
         config = cls(**{name: fields[name] for name in cls.__dataclass_fields__ if name in fields})
-        check_fields(config, "scheduler_config.json")
+        check_fields(config, FILE)
+        if config.beta_start > config.beta_end:
+            expected = f"at most beta_end = {config.beta_end}"
+            raise refusal("beta_start", config.beta_start, FILE, expected)
         return config
 
     def alphas_cumprod(self) -> np.ndarray:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qvgen_jax.config_fields import check_fields, check_value
+from qvgen_jax.config_fields import Positive, check_fields, check_value, refusal
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.cogvideox_block import CogVideoXBlock
 from qvgen_jax.models.cogvideox_positions import rotations, sincos_table
@@ -89,9 +89,9 @@ class CogVideoXConfig:
     sample_frames: int = 49
     patch_size: tuple[int, int, int] = (1, 2, 2)
     max_text_seq_length: int = 226
-    norm_eps: float = 1e-5
-    spatial_interpolation_scale: float = 1.875
-    temporal_interpolation_scale: float = 1.0
+    norm_eps: Positive = 1e-5
+    spatial_interpolation_scale: Positive = 1.875
+    temporal_interpolation_scale: Positive = 1.0
     use_rotary_positional_embeddings: bool = False
 
     @property
@@ -121,7 +121,7 @@ class CogVideoXConfig:
 
         Raises:
             UserError: the file describes another variant (image-to-video, ...), or a value is not
-                of its field's kind.
+                of its field's kind or range.
         """
         fields = dict(fields)
         name = fields.get("_class_name", "CogVideoXTransformer3DModel")
@@ -147,6 +147,9 @@ class CogVideoXConfig:
         check_value(bias, bool, "patch_bias", what)
         config = cls(**values, patch_size=(frames or 1, patch, patch))
         check_fields(config, what)
+        for field in ("sample_height", "sample_width"):
+            if getattr(config, field) < patch:
+                raise refusal(field, getattr(config, field), what, f"at least patch_size = {patch}")
         if config.in_channels != config.out_channels:
             raise UserError(
                 f"in_channels = {config.in_channels} but out_channels = {config.out_channels} in "

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qvgen_jax.config_fields import check_fields
+from qvgen_jax.config_fields import Even, Positive, check_fields
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.layers import (
     TwoLinears,
@@ -67,14 +67,14 @@ class WanConfig:
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 40
-    attention_head_dim: int = 128
+    attention_head_dim: Even = 128
     in_channels: int = 16
     out_channels: int = 16
     text_dim: int = 4096
-    freq_dim: int = 256
+    freq_dim: Even = 256
     ffn_dim: int = 13824
     num_layers: int = 40
-    eps: float = 1e-6
+    eps: Positive = 1e-6
     rope_max_seq_len: int = 1024
 
     @property
@@ -87,7 +87,7 @@ class WanConfig:
 
         Raises:
             UserError: the file describes another variant (image-to-video, VACE, ...), or a value is
-                not of its field's kind.
+                not of its field's kind or range.
         """
         fields = dict(fields)
         name = fields.get("_class_name", "WanTransformer3DModel")

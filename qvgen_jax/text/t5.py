@@ -8,14 +8,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qvgen_jax.config_fields import check_fields
+from qvgen_jax.config_fields import Positive, Range, check_fields, refusal
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.attention import attention
 from qvgen_jax.models.layers import RMSNorm
@@ -33,9 +33,9 @@ class T5Config:
     d_ff: int = 10240
     num_layers: int = 24
     num_heads: int = 64
-    relative_attention_num_buckets: int = 32
+    relative_attention_num_buckets: Annotated[int, Range(least=4)] = 32
     relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
+    layer_norm_epsilon: Positive = 1e-6
     model_type: str = "umt5"
 
     @classmethod
@@ -44,7 +44,7 @@ class T5Config:
 
         Raises:
             UserError: neither T5 nor UMT5, another feed-forward than the gated GELU, or a value
-                that is not of its field's kind.
+                that is not of its field's kind or range.
         """
         kind = fields.get("model_type", "umt5")
         if kind not in ("t5", "umt5"):
@@ -61,7 +61,18 @@ class T5Config:
             )
         names = {field.name for field in dataclasses.fields(cls)}
         config = cls(**{name: value for name, value in fields.items() if name in names})
-        check_fields(config, "the text encoder's config.json")
+        what = "the text encoder's config.json"
+        check_fields(config, what)
+        # See `relative_position_buckets`: it divides by the log of how far one is from the other.
+        exact = config.relative_attention_num_buckets // 4
+        distance = config.relative_attention_max_distance
+        if distance <= exact:
+            raise refusal(
+                "relative_attention_max_distance",
+                distance,
+                what,
+                f"more than {exact}, a quarter of relative_attention_num_buckets",
+            )
         return config
 
     @property

@@ -165,7 +165,7 @@ def test_the_vae_of_wan_2_2_is_refused_by_name(field, value):
 
 
 def test_statistics_of_the_wrong_length_are_refused():
-    with pytest.raises(UserError, match="latents_std has 3 values; expected z_dim = 2"):
+    with pytest.raises(UserError, match=r"latents_std is .*as many values as z_dim = 2"):
         WanVAEConfig.from_json({**TINY, "latents_std": [1.0, 1.0, 1.0]})
 
 
