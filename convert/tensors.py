@@ -1,6 +1,7 @@
 """Safetensors folders: one file or many behind an index, read one tensor at a time."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from qvgen_jax.errors import UserError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 INDEX = ".safetensors.index.json"
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -41,15 +44,17 @@ class Tensors(Mapping[str, np.ndarray]):
     """The tensors of a component's folder by PyTorch name, each read when it is asked for.
 
     bfloat16 arrives as `ml_dtypes.bfloat16`. At any time only what the caller keeps is in memory.
+    Variants (model.fp16.safetensors) are the same once more, to be read only where they are alone.
 
     Attributes:
         headers: of every file, by its name; checked before anything is read.
-        index: the index file; None where there is one file without an index.
+        index: the index file; None where the tensors are in one file that needs none.
         infos: every tensor's type, shape and place.
 
     Raises:
-        UserError: the folder holds no safetensors (a pickle is refused with the remedy), a file is
-            missing, damaged or outside the folder, index and files disagree, or a tensor holds NaN.
+        UserError: the folder holds no safetensors (a pickle is refused with the remedy) or more
+            than one model, a file is missing, damaged or outside the folder, index and files
+            disagree, or a tensor holds NaN.
     """
 
     def __init__(self, folder: Path):
@@ -75,21 +80,47 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def _find_files(folder: Path) -> tuple[Path | None, dict[str, str]]:
-    """The index and its map from tensor to file; `(None, {})` where there is no index."""
-    # `model.fp16.safetensors.index.json` may lie beside `model.safetensors.index.json`.
-    indexes = sorted(folder.glob(f"*{INDEX}"), key=lambda path: (path.name.count("."), path.name))
-    if not indexes:
+    """The index and its map from tensor to file; `(None, {})` where one file needs no index."""
+    index = _find_index(folder)
+    if index is None:
         return None, {}
-    where = read_json(indexes[0]).get("weight_map")
+    where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
-        raise UserError(f"{indexes[0]} has no weight_map; fetch the folder again")
+        raise UserError(f"{index} has no weight_map; fetch the folder again")
     strange = sorted({str(file) for file in where.values() if not is_plain_name(file)})
     if strange:
         raise UserError(
-            f"{indexes[0]} names files outside its folder: {', '.join(strange)}; expected plain "
+            f"{index} names files outside its folder: {', '.join(strange)}; expected plain "
             "names of .safetensors files beside it. Do not trust this folder; fetch it again"
         )
-    return indexes[0], where
+    return index, where
+
+
+def _find_index(folder: Path) -> Path | None:
+    """The plain index; a variant's only where there is no plain file either."""
+    indexes = sorted(folder.glob(f"*{INDEX}"))
+    plain = [path for path in indexes if not _is_variant(path)]
+    files = [path for path in folder.glob("*.safetensors") if not _is_variant(path)]
+    # A shard alone is no model, and some variants' index names shards without the variant.
+    if not plain and any(not _SHARD.search(path.name) for path in files):
+        return None
+    indexes = plain or indexes
+    if len(indexes) > 1:
+        raise UserError(
+            f"{folder} holds {len(indexes)} models: {', '.join(path.name for path in indexes)}; "
+            "keep one of them, with its files"
+        )
+    return indexes[0] if indexes else None
+
+
+def _is_variant(path: Path) -> bool:
+    """Whether a file or an index is of model.fp16, say, and not of model."""
+    return not path.name.partition(".")[2].startswith("safetensors")
+
+
+def _model_of(path: Path) -> str:
+    """`model` of model.safetensors, model.fp16.safetensors, model-00001-of-00002.fp16... alike."""
+    return _SHARD.sub("", path.name).partition(".")[0]
 
 
 def is_plain_name(file: Any) -> bool:
@@ -107,10 +138,8 @@ def _only_file(folder: Path) -> Path:
     pickles = sorted(path for path in folder.glob("*") if path.suffix in PICKLES)
     if not files and pickles:
         raise pickle_refusal(pickles[0])
-    # `model.fp16.safetensors` may lie beside `model.safetensors`: a variant, the same once more.
-    plain = [path for path in files if "." not in path.stem] if len(files) > 1 else files
-    variants = [path for path in files if path not in plain]
-    if len(plain) != 1 or not all(x.name.startswith(f"{plain[0].stem}.") for x in variants):
+    plain = [path for path in files if not _is_variant(path)] if len(files) > 1 else files
+    if len(plain) != 1 or len({_model_of(path) for path in files}) > 1:
         raise UserError(
             f"{folder} holds {len(files)} .safetensors files and no index: expected one file "
             "(beside it at most variants such as model.fp16.safetensors), or several with a "

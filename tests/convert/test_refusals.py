@@ -5,6 +5,7 @@ import os
 import pickle
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -306,6 +307,59 @@ def test_a_variant_beside_the_plain_file_is_left_alone(tmp_path):
     assert Tensors(tmp_path)["a"].dtype == np.float32
     write_tensors(tmp_path / "other.safetensors", {"b": np.ones(2, np.float32)})
     with pytest.raises(UserError, match=r"holds 3 .* remove what does not belong there"):
+        Tensors(tmp_path)
+
+
+FP16_INDEX = "model.fp16.safetensors.index.json"
+FP16_SHARDS = {
+    "today's names": "model.fp16-{:05}-of-00002.safetensors",
+    "diffusers' old names": "model-{:05}-of-00002.fp16.safetensors",
+    "names without the variant": "model-{:05}-of-00002.safetensors",
+}
+
+
+def write_shards(folder: Path, index: str, shards: str, value: np.ndarray) -> None:
+    """Tensors a and b of one value in a file each, and their index."""
+    where = {"a": shards.format(1), "b": shards.format(2)}
+    for name, file in where.items():
+        write_tensors(folder / file, {name: value})
+    (folder / index).write_text(json.dumps({"weight_map": where}))
+
+
+@pytest.mark.parametrize("shards", list(FP16_SHARDS.values())[:2], ids=list(FP16_SHARDS)[:2])
+def test_a_variants_index_beside_the_plain_file_is_left_alone(tmp_path, shards):
+    write_tensors(tmp_path / "model.safetensors", {"a": np.ones(2, np.float32)})
+    write_shards(tmp_path, FP16_INDEX, shards, np.zeros(2, np.float16))
+    tensors = Tensors(tmp_path)
+    assert tensors.index is None
+    assert {name: array.dtype for name, array in tensors.items()} == {"a": np.float32}
+
+
+@pytest.mark.parametrize("shards", list(FP16_SHARDS.values())[:2], ids=list(FP16_SHARDS)[:2])
+def test_a_variants_index_beside_the_plain_index_is_left_alone(tmp_path, shards):
+    plain = "model.safetensors.index.json"
+    write_shards(tmp_path, plain, "model-{:05}-of-00002.safetensors", np.ones(2, np.float32))
+    write_shards(tmp_path, FP16_INDEX, shards, np.zeros(2, np.float16))
+    tensors = Tensors(tmp_path)
+    assert tensors.index == tmp_path / plain
+    assert {array.dtype for array in tensors.values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("shards", FP16_SHARDS.values(), ids=FP16_SHARDS)
+def test_a_variants_index_alone_is_read(tmp_path, shards):
+    write_shards(tmp_path, FP16_INDEX, shards, np.zeros(2, np.float16))
+    tensors = Tensors(tmp_path)
+    assert tensors.index == tmp_path / FP16_INDEX
+    assert set(tensors) == {"a", "b"}
+    assert tensors["b"].dtype == np.float16
+
+
+def test_of_two_variants_alone_neither_is_chosen(tmp_path):
+    for kind, value in (("bf16", np.ones(2, ml_dtypes.bfloat16)), ("fp16", np.ones(2, np.float16))):
+        shards = f"model.{kind}-{{:05}}-of-00002.safetensors"
+        write_shards(tmp_path, f"model.{kind}.safetensors.index.json", shards, value)
+    named = "holds 2 models: model.bf16.safetensors.*, model.fp16.safetensors.*; keep one of them"
+    with pytest.raises(UserError, match=named):
         Tensors(tmp_path)
 
 
