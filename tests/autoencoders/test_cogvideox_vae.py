@@ -19,16 +19,9 @@ from qvgen_jax.autoencoders.cogvideox import (
 )
 from qvgen_jax.autoencoders.tiling import Tiling
 from qvgen_jax.errors import UserError
+from tests.golden.tiny_models import COGVIDEOX_VAE as TINY
 
 GOLDEN = Path(__file__).parent.parent / "golden/cogvideox_vae.npz"
-TINY = {
-    "block_out_channels": [2, 4, 4],
-    "down_block_types": ["CogVideoXDownBlock3D"] * 3,
-    "up_block_types": ["CogVideoXUpBlock3D"] * 3,
-    "latent_channels": 2,
-    "layers_per_block": 1,
-    "norm_num_groups": 2,
-}
 PUBLISHED = {
     "_class_name": "AutoencoderKLCogVideoX",
     "act_fn": "silu",

@@ -14,16 +14,10 @@ from convert.wan_vae import name_table
 from qvgen_jax.autoencoders.tiling import Tiling
 from qvgen_jax.autoencoders.wan import WanVAE, WanVAEConfig, denormalize, normalize
 from qvgen_jax.errors import UserError
+from tests.golden.tiny_models import WAN_VAE
 
 GOLDEN = Path(__file__).parent.parent / "golden/wan_vae.npz"
-TINY = {
-    "base_dim": 2,
-    "z_dim": 2,
-    "dim_mult": [1, 2, 2, 2],
-    "num_res_blocks": 1,
-    "latents_mean": [0.5, -1.0],
-    "latents_std": [2.0, 0.25],
-}
+TINY = WAN_VAE | {"latents_mean": [0.5, -1.0], "latents_std": [2.0, 0.25]}
 
 
 @pytest.fixture(scope="module")

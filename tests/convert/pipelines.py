@@ -13,17 +13,9 @@ from convert.tables import table_for
 from convert.tensors import write_tensors
 from qvgen_jax.models import abstract_params
 from qvgen_jax.models.wan import WanConfig
+from tests.golden.tiny_models import WAN_ODD
 
-CONFIG = WanConfig(
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=3,
-    out_channels=3,
-    text_dim=10,
-    freq_dim=16,
-    ffn_dim=35,
-    num_layers=3,
-)
+CONFIG = WanConfig(**WAN_ODD | {"num_layers": 3})
 FILES = [f"diffusion_pytorch_model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 

@@ -15,32 +15,15 @@ from convert.tensors import Tensors, read_json, write_tensors
 from qvgen_jax.components import Transformer
 from qvgen_jax.models import config_from_json, quantizable
 from qvgen_jax.quant.packed import read_quantization_config
+from tests.golden import tiny_models
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PHASE, BUCKETS = 6, 50
-WAN = {
-    "_class_name": "WanTransformer3DModel",
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 3,
-    "out_channels": 3,
-    "text_dim": 10,
-    "freq_dim": 16,
-    "ffn_dim": 35,
-    "num_layers": 2,
-}
+WAN = {"_class_name": "WanTransformer3DModel", **tiny_models.WAN_ODD}
 COGVIDEOX = {
     "_class_name": "CogVideoXTransformer3DModel",
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 2,
-    "out_channels": 2,
-    "text_embed_dim": 6,
-    "time_embed_dim": 8,
-    "num_layers": 2,
-    "sample_height": 8,
-    "sample_width": 6,
+    **tiny_models.COGVIDEOX,
     "max_text_seq_length": 5,
 }
 TOLERANCE = 5e-6

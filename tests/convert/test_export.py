@@ -23,18 +23,10 @@ from qvgen_jax.models.wan import TEXT_ONLY, WanConfig, WanTransformer, quantizab
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, dense_factory
 from qvgen_jax.quant.initialize import quantize_params
+from tests.golden.tiny_models import WAN_ODD
 
 ASSET = Path(__file__).parents[2] / "assets" / "tiny_wan" / "transformer" / "config.json"
-SMALL = WanConfig(
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=3,
-    out_channels=3,
-    text_dim=10,
-    freq_dim=16,
-    ffn_dim=35,
-    num_layers=2,
-)
+SMALL = WanConfig(**WAN_ODD)
 
 
 def student(model: WanConfig, quant: QuantConfig) -> Transformer:

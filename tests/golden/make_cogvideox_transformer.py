@@ -10,25 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from tiny_models import COGVIDEOX_MODELS
 
-# The smallest model that has every kind of layer; tests/models/test_cogvideox.py repeats it.
-CONFIG = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 2,
-    "out_channels": 2,
-    "text_embed_dim": 6,
-    "time_embed_dim": 8,
-    "num_layers": 2,
-    "sample_height": 8,
-    "sample_width": 6,
-}
-ROTARY = {"use_rotary_positional_embeddings": True, "num_layers": 1}
-VARIANTS = {
-    "2b": {},
-    "5b": ROTARY,
-    "1_5": ROTARY | {"patch_size_t": 2, "patch_bias": False},
-}
 INPUTS = {  # latents [b, f, h, w, c] with f in temporal patches, timesteps, text tokens
     "video": ((2, 3, 4, 6, 2), (999.0, 437.0), 3),
     "image": ((1, 1, 6, 2, 2), (0.0,), 1),
@@ -57,19 +40,19 @@ def rotary(model: torch.nn.Module, frames: int, height: int, width: int) -> tupl
 def main() -> None:
     rng = np.random.default_rng(0)
     arrays = {}
-    for variant, fields in VARIANTS.items():
-        weights = random_weights(CogVideoXTransformer3DModel(**CONFIG | fields), rng)
+    for variant, fields in COGVIDEOX_MODELS.items():
+        weights = random_weights(CogVideoXTransformer3DModel(**fields), rng)
         shapes = {name: value.shape for name, value in weights.items()}
         arrays[f"{variant}_shapes"] = json.dumps(shapes)
         arrays[f"{variant}_weights"] = np.concatenate([v.ravel() for v in weights.values()])
         state = {k: torch.from_numpy(v.astype(np.float32)) for k, v in weights.items()}
         for name, ((b, f, h, w, c), timesteps, tokens) in INPUTS.items():
             # The table of the 2B has room for text of one length only.
-            model = CogVideoXTransformer3DModel(**CONFIG | fields, max_text_seq_length=tokens)
+            model = CogVideoXTransformer3DModel(**fields, max_text_seq_length=tokens)
             model.eval().load_state_dict(state)
             f *= fields.get("patch_size_t", 1)
             latents = rng.standard_normal((b, f, h, w, c)).astype(np.float32)
-            text = rng.standard_normal((b, tokens, CONFIG["text_embed_dim"])).astype(np.float32)
+            text = rng.standard_normal((b, tokens, fields["text_embed_dim"])).astype(np.float32)
             times = np.array(timesteps, np.float32)
             with torch.no_grad():
                 out = model(

@@ -9,16 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX
-
-# The smallest model with every kind of layer; tests/autoencoders/test_cogvideox_vae.py repeats it.
-CONFIG = {
-    "block_out_channels": [2, 4, 4],
-    "down_block_types": ["CogVideoXDownBlock3D"] * 3,
-    "up_block_types": ["CogVideoXUpBlock3D"] * 3,
-    "latent_channels": 2,
-    "layers_per_block": 1,
-    "norm_num_groups": 2,
-}
+from tiny_models import COGVIDEOX_VAE
 
 
 def to_torch(x: np.ndarray) -> torch.Tensor:
@@ -33,7 +24,7 @@ def to_numpy(x: torch.Tensor) -> np.ndarray:
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    model = AutoencoderKLCogVideoX(**CONFIG).eval()
+    model = AutoencoderKLCogVideoX(**COGVIDEOX_VAE).eval()
     weights = {}
     for name, tensor in model.state_dict().items():
         norm = tensor.ndim == 1 and name.endswith("weight")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiny_models
 import torch
 from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
 from make_released_quantizers import load_release, perturb
@@ -81,16 +82,7 @@ class Family:
 WAN = Family(
     "wan",
     WanTransformer3DModel,
-    {
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": 3,
-        "out_channels": 3,
-        "text_dim": 10,
-        "freq_dim": 16,
-        "ffn_dim": 35,
-        "num_layers": 2,
-    },
+    tiny_models.WAN_ODD,
     "condition_embedder.time_proj",
     (2, 4, 6, 3),
     (5, 10),
@@ -99,18 +91,7 @@ WAN = Family(
 COGVIDEOX = Family(
     "cogvideox",
     CogVideoXTransformer3DModel,
-    {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "in_channels": 2,
-        "out_channels": 2,
-        "text_embed_dim": 6,
-        "time_embed_dim": 8,
-        "num_layers": 2,
-        "sample_height": 8,
-        "sample_width": 6,
-        "max_text_seq_length": 5,
-    },
+    tiny_models.COGVIDEOX | {"max_text_seq_length": 5},
     "norm_out.linear",
     (2, 2, 6, 2),
     (5, 6),

@@ -9,19 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tiny_models import T5
 from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
-
-# tests/text/test_t5.py repeats it. 8 buckets up to a distance of 12: both kinds in 16 tokens.
-CONFIG = {
-    "vocab_size": 20,
-    "d_model": 12,
-    "d_kv": 4,
-    "num_heads": 2,
-    "d_ff": 16,
-    "num_layers": 2,
-    "relative_attention_num_buckets": 8,
-    "relative_attention_max_distance": 12,
-}
 
 
 def make(file: str, model: torch.nn.Module, masked: bool) -> None:
@@ -35,7 +24,7 @@ def make(file: str, model: torch.nn.Module, masked: bool) -> None:
         weights[name] = (values + name.endswith("norm.weight")).astype(np.float16)
     state = {k: torch.from_numpy(v.astype(np.float32)) for k, v in weights.items()}
     model.load_state_dict(state | {"encoder.embed_tokens.weight": state["shared.weight"]})
-    ids = rng.integers(3, CONFIG["vocab_size"], (2, 16)).astype(np.int32)
+    ids = rng.integers(3, T5["vocab_size"], (2, 16)).astype(np.int32)
     mask = (np.arange(16) < np.array([[5], [16]])).astype(np.int32)
     ids = np.where(mask, ids, 0)
     if not masked:
@@ -54,9 +43,9 @@ def make(file: str, model: torch.nn.Module, masked: bool) -> None:
 
 
 def main() -> None:
-    t5 = T5Config(**CONFIG, feed_forward_proj="gated-gelu")
+    t5 = T5Config(**T5)
     make("t5.npz", T5EncoderModel(t5).eval(), masked=False)
-    make("umt5.npz", UMT5EncoderModel(UMT5Config(**CONFIG)).eval(), masked=True)
+    make("umt5.npz", UMT5EncoderModel(UMT5Config(**T5)).eval(), masked=True)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
+from tiny_models import WAN
 
-# The smallest model that has every kind of layer; tests/models/test_wan.py repeats it.
-CONFIG = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "in_channels": 2,
-    "out_channels": 2,
-    "text_dim": 6,
-    "freq_dim": 8,
-    "ffn_dim": 24,
-    "num_layers": 2,
-}
 INPUTS = {  # latents [b, f, h, w, c], timesteps, text tokens
     "video": ((2, 3, 4, 6, 2), (1000.0, 437.5), 3),
     "image": ((1, 1, 2, 2, 2), (1.0,), 1),
@@ -40,12 +30,12 @@ def random_weights(model: torch.nn.Module, rng: np.random.Generator) -> dict[str
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    model = WanTransformer3DModel(**CONFIG).eval()
+    model = WanTransformer3DModel(**WAN).eval()
     weights = random_weights(model, rng)
     arrays = {}
     for name, (shape, timesteps, tokens) in INPUTS.items():
         latents = rng.standard_normal(shape).astype(np.float32)
-        text = rng.standard_normal((shape[0], tokens, CONFIG["text_dim"])).astype(np.float32)
+        text = rng.standard_normal((shape[0], tokens, WAN["text_dim"])).astype(np.float32)
         times = np.array(timesteps, np.float32)
         with torch.no_grad():
             x = torch.from_numpy(latents).permute(0, 4, 1, 2, 3)

@@ -9,16 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-
-# The smallest model that has every kind of layer; tests/autoencoders/test_wan_vae.py repeats it.
-CONFIG = {
-    "base_dim": 2,
-    "z_dim": 2,
-    "dim_mult": [1, 2, 2, 2],
-    "num_res_blocks": 1,
-    "latents_mean": [0.0, 0.0],
-    "latents_std": [1.0, 1.0],
-}
+from tiny_models import WAN_VAE
 
 
 def to_torch(x: np.ndarray) -> torch.Tensor:
@@ -33,7 +24,7 @@ def to_numpy(x: torch.Tensor) -> np.ndarray:
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    model = AutoencoderKLWan(**CONFIG).eval()
+    model = AutoencoderKLWan(**WAN_VAE).eval()
     weights = {}
     for name, tensor in model.state_dict().items():
         spread = tensor[0].numel() ** -0.5 if name.endswith("weight") else 0.2

@@ -23,25 +23,9 @@ from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Dense
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.training.student import student_definition, teacher_definition
+from tests.golden.tiny_models import COGVIDEOX_MODELS as VARIANTS
 
 GOLDEN = Path(__file__).parent.parent / "golden/cogvideox_transformer.npz"
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 2,
-    "out_channels": 2,
-    "text_embed_dim": 6,
-    "time_embed_dim": 8,
-    "num_layers": 2,
-    "sample_height": 8,
-    "sample_width": 6,
-}
-ROTARY = {"use_rotary_positional_embeddings": True, "num_layers": 1}
-VARIANTS = {
-    "2b": TINY,
-    "5b": TINY | ROTARY,
-    "1_5": TINY | ROTARY | {"patch_size_t": 2, "patch_bias": False},
-}
 
 
 @pytest.fixture(scope="module")

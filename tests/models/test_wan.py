@@ -15,18 +15,9 @@ from convert.wan_transformer import name_table
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.wan import TEXT_ONLY, TIME_ONLY, WanConfig, WanTransformer, quantizable
 from qvgen_jax.quant.dense import Dense
+from tests.golden.tiny_models import WAN as TINY
 
 GOLDEN = Path(__file__).parent.parent / "golden/wan_transformer.npz"
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "in_channels": 2,
-    "out_channels": 2,
-    "text_dim": 6,
-    "freq_dim": 8,
-    "ffn_dim": 24,
-    "num_layers": 2,
-}
 # As published with Wan2.1-T2V-1.3B; the 14B differs in three fields.
 WAN_1_3B = {
     "_class_name": "WanTransformer3DModel",

@@ -14,6 +14,7 @@ from convert.cogvideox_transformer import name_table
 from convert.names import from_torch, to_torch
 from qvgen_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
 from qvgen_jax.models.cogvideox_positions import rotations, sincos_table
+from tests.golden.tiny_models import COGVIDEOX_VARIANTS
 from tests.parity.table import hold
 
 torch = pytest.importorskip("torch")
@@ -29,15 +30,9 @@ TINY = {
     "sample_height": 12,
     "sample_width": 18,
 }
-ROTARY = {"use_rotary_positional_embeddings": True}
-VARIANTS = {
-    "2b": TINY,
-    "5b": TINY | ROTARY,
-    # diffusers cuts the rotations of 1.5 from a table of the sample size.
-    "1_5": TINY
-    | ROTARY
-    | {"patch_size_t": 2, "patch_bias": False, "sample_height": 28, "sample_width": 24},
-}
+VARIANTS = {name: TINY | fields for name, fields in COGVIDEOX_VARIANTS.items()}
+# diffusers cuts the rotations of 1.5 from a table of the sample size.
+VARIANTS["1_5"] |= {"sample_height": 28, "sample_width": 24}
 
 
 def torch_model(fields: dict) -> torch.nn.Module:

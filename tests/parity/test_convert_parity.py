@@ -14,21 +14,13 @@ from convert.tables import table_for  # noqa: E402
 from convert.to_arrays import import_pipeline  # noqa: E402
 from convert.to_safetensors import export_safetensors  # noqa: E402
 from convert.verify import verify  # noqa: E402
+from tests.golden.tiny_models import WAN_SAVED  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_diffusers_loads_from_the_export_what_it_saved(tmp_path, dtype):
     torch.manual_seed(0)
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=24,
-        freq_dim=16,
-        ffn_dim=56,
-        num_layers=3,
-    ).to(dtype)
+    model = diffusers.WanTransformer3DModel(**WAN_SAVED | {"num_layers": 3}).to(dtype)
     source = tmp_path / "source"
     model.save_pretrained(source / "transformer", max_shard_size="40KB")
     write_json(source / "model_index.json", MODEL_INDEX)

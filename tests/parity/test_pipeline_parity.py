@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import qvgen_jax  # noqa: E402
 from qvgen_jax.diffusion.guidance import Guidance  # noqa: E402
+from tests.golden.tiny_models import COGVIDEOX_VARIANTS, WAN_SAVED  # noqa: E402
 from tests.parity.table import hold  # noqa: E402
 
 FRAMES = "Prompt to frames (mean difference, of 1)"
@@ -33,16 +34,7 @@ def _full_precision():
 def _random_folder(folder: Path) -> Path:
     """Written by diffusers and transformers themselves; odd sizes, two layers of everything."""
     torch.manual_seed(0)
-    transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=24,
-        freq_dim=16,
-        ffn_dim=56,
-        num_layers=2,
-    )
+    transformer = diffusers.WanTransformer3DModel(**WAN_SAVED)
     vae = diffusers.AutoencoderKLWan(
         base_dim=8,
         z_dim=4,
@@ -127,13 +119,6 @@ def test_the_trained_tiny_pipeline_gives_the_same_frames():
     hold(FRAMES, "Wan, trained tiny", difference, 1 / 255)
 
 
-_COGVIDEOX = {
-    "2b": {},
-    "5b": {"use_rotary_positional_embeddings": True},
-    "1_5": {"use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False},
-}
-
-
 def _random_cogvideox(folder: Path, variant: str) -> Path:
     """As `_random_folder`, of CogVideoX; its weights are random beyond their initial scale."""
     torch.manual_seed(1)
@@ -149,7 +134,7 @@ def _random_cogvideox(folder: Path, variant: str) -> Path:
         sample_height=4,
         sample_frames=9,
         max_text_seq_length=32,
-        **_COGVIDEOX[variant],
+        **COGVIDEOX_VARIANTS[variant],
     )
     vae = diffusers.AutoencoderKLCogVideoX(
         block_out_channels=(8, 8, 8, 16),

@@ -14,19 +14,9 @@ from convert.names import from_torch
 from convert.t5 import Untied, name_table
 from qvgen_jax.errors import UserError
 from qvgen_jax.text.t5 import T5Config, T5Encoder, relative_position_buckets
+from tests.golden.tiny_models import T5 as TINY
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-TINY = {  # as in tests/golden/make_t5.py
-    "vocab_size": 20,
-    "d_model": 12,
-    "d_kv": 4,
-    "num_heads": 2,
-    "d_ff": 16,
-    "num_layers": 2,
-    "relative_attention_num_buckets": 8,
-    "relative_attention_max_distance": 12,
-    "feed_forward_proj": "gated-gelu",
-}
 # As published with Wan 2.1: the fields that decide a shape or are checked.
 UMT5_XXL = {
     "d_ff": 10240,
