@@ -77,11 +77,7 @@ def run(job: str, config: ConfigDict, workdir: Path) -> None:
         raise UserError(f"--job {job} needs a config with a train section, not one of pretraining")
     plain = {**config.to_dict(), "command": f"python {shlex.join(sys.argv)}"}
     if job == "encode":
-        from qvgen_jax.data.prepare import check_source, ensure_encoded
-        from qvgen_jax.training.loop import load_model
-
-        check_source(plain, workdir)
-        print(f"encoded clips: {ensure_encoded(plain, workdir, load_model(plain))}")
+        _encode(plain, workdir)
     elif job == "generate":
         from qvgen_jax.evaluation.samples import generate_files
 
@@ -110,16 +106,37 @@ def _pretrain(config: ConfigDict, workdir: Path) -> None:
     print(f"pipeline: {workdir / 'pipeline'}")
 
 
+def _encode(config: dict, workdir: Path) -> None:
+    from qvgen_jax.data.prepare import (
+        check_held_out,
+        check_source,
+        ensure_encoded,
+        ensure_held_out,
+    )
+    from qvgen_jax.training.loop import load_model
+
+    check_source(config, workdir)
+    check_held_out(config, workdir)
+    pipe = load_model(config)
+    print(f"encoded clips: {ensure_encoded(config, workdir, pipe)}")
+    if config["evaluate"]["held_out"]:
+        print(f"encoded held-out clips: {ensure_held_out(config, workdir, pipe)}")
+
+
 def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
     """`train` does all of it; `export` and `evaluate` need a finished run and do their part."""
     from convert.export import export_pipeline
+    from qvgen_jax.data.prepare import check_held_out
     from qvgen_jax.evaluation.finish import compare_and_report
     from qvgen_jax.evaluation.samples import read_prompts
     from qvgen_jax.training.loop import finished_state, train
     from qvgen_jax.training.state import exported_params
     from qvgen_jax.training.student import quant_config
 
-    read_prompts(config["sample"]["prompts"], config["sample"]["count"])  # Told before training.
+    shown, drifting = config["sample"]["count"], config["evaluate"]["drift_videos"]
+    if count := max(shown, drifting):
+        read_prompts(config["sample"]["prompts"], count)  # Told before training.
+    check_held_out(config, workdir)
     pipe, state = (train if job == "train" else finished_state)(config, workdir)
     export = workdir / "export"
     if job != "evaluate" or not (export / "model_index.json").is_file():

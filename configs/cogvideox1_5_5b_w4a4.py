@@ -97,5 +97,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluate.videos = 0  # The judge knows the tiny pipeline's world only.
     config.evaluate.seed = 1000
     config.evaluate.round_to_nearest = True
+    config.evaluate.held_out = ""
+    config.evaluate.held_out_encoded = ""
+    config.evaluate.drift_videos = 0
+    config.evaluate.reference = ""
 
     return config.lock()

@@ -98,5 +98,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluate.videos = 512 if full else 16  # 0: no judging, for models of another world.
     config.evaluate.seed = 1000
     config.evaluate.round_to_nearest = True  # Compare with no training at all.
+    config.evaluate.held_out = ""  # Clips never trained on, for the distillation loss; or "".
+    config.evaluate.held_out_encoded = ""  # "" means inside the workdir.
+    config.evaluate.drift_videos = 0  # Compared in their final latents with full precision's.
+    config.evaluate.reference = ""  # Full precision's answers; "" means inside the workdir.
 
     return config.lock()

@@ -71,6 +71,28 @@ def ensure_encoded(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Pa
     return encoded
 
 
+def _held_out(config: Mapping, workdir: str | Path) -> dict:
+    """The config with its held-out clips in the place of those to train on."""
+    evaluate = config["evaluate"]
+    encoded = evaluate["held_out_encoded"] or str(Path(workdir) / "held_out")
+    return {"data": {**config["data"], "source": evaluate["held_out"], "encoded": encoded}}
+
+
+def check_held_out(config: Mapping, workdir: str | Path) -> None:
+    """`check_source` of the clips that `evaluate.held_out` names, if any.
+
+    Raises:
+        UserError: the folder does not exist.
+    """
+    if config["evaluate"]["held_out"]:
+        check_source(_held_out(config, workdir), workdir)
+
+
+def ensure_held_out(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Path:
+    """`ensure_encoded` of the held-out clips: `evaluate.held_out`, in the training clips' size."""
+    return ensure_encoded(_held_out(config, workdir), workdir, pipe)
+
+
 def _check_size(encoded: Path, size: Mapping[str, int]) -> None:
     manifest = json.loads((encoded / MANIFEST).read_text(encoding="utf-8"))
     for name, value in size.items():

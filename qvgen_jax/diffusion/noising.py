@@ -58,3 +58,19 @@ def _v_prediction_noise(scheduler: v_prediction.VPredictionConfig) -> Noising:
         return noisy, timestep.astype(jnp.float32), velocity
 
     return noising
+
+
+def noise_at(scheduler: Scheduler) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """`(clean, noise, timesteps) -> noisy` of a batch at timesteps that the caller chose.
+
+    Timesteps are float32 `[batch]`, 0 (clean) to 1000 (noise) in flow matching, to 999 in
+    v-prediction.
+    """
+    if isinstance(scheduler, v_prediction.VPredictionConfig):
+        alphas_cumprod = scheduler.alphas_cumprod()
+        return lambda clean, noise, timesteps: v_prediction.add_noise(
+            clean, noise, timesteps.astype(jnp.int32), alphas_cumprod
+        )
+    return lambda clean, noise, timesteps: flow.add_noise(
+        clean, noise, timesteps / flow.NUM_TRAIN_TIMESTEPS
+    )

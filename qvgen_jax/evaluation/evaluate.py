@@ -14,6 +14,7 @@ from qvgen_jax.components import fingerprint
 from qvgen_jax.data.moving_shapes import Attributes, caption, held_out_prompts
 from qvgen_jax.evaluation.intervals import paired_difference, wilson
 from qvgen_jax.evaluation.judge import judge, plain, strict
+from qvgen_jax.evaluation.reference import locked, reference_folder, save_arrays
 from qvgen_jax.evaluation.samples import slug
 from qvgen_jax.pipeline import Pipeline
 
@@ -63,9 +64,7 @@ def score_in_slices(
         if not path.is_file():
             part = slice(start, start + _SLICE)
             found = score(pipe, asked[part], seeds[part], batch_size)
-            partial = path.with_suffix(".tmp.npz")
-            np.savez(partial, **found)
-            partial.replace(path)
+            save_arrays(path, **found)
             print(f"{folder.name}: {min(start + _SLICE, len(asked))}/{len(asked)}", flush=True)
         parts.append(dict(np.load(path)))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -81,8 +80,13 @@ def _share(hits: np.ndarray) -> dict:
 
 
 def row(name: str, found: dict, reference: dict) -> dict:
-    """One line of the table: shares with intervals, and what differs from the reference."""
+    """One line of the table: shares with intervals, and what differs from the reference.
+
+    `strict_videos` has a character per video, 1 where it is strictly right, for paired comparisons
+    between runs.
+    """
     line = {"name": name, **{key: _share(found[key]) for key in _SCORES}}
+    line["strict_videos"] = "".join("01"[int(hit)] for hit in found["strict"])
     # The first slice holds the compilation.
     seconds = found["seconds"][_SLICE:] if len(found["seconds"]) > _SLICE else found["seconds"]
     line["seconds_per_video"] = round(float(np.median(seconds)), 3)
@@ -108,7 +112,8 @@ def made_by(pipe: Pipeline) -> str:
 def evaluate_variants(config: Mapping, workdir: Path, variants: Mapping[str, Pipeline]) -> dict:
     """Judge all variants; the first must be the full-precision one.
 
-    Writes `evaluation.json` in the workdir and returns what it holds.
+    That one's verdicts are kept in `evaluate.reference`, which runs may share. Writes
+    `evaluation.json` in the workdir and returns what it holds.
     """
     count, seed = config["evaluate"]["videos"], config["evaluate"]["seed"]
     asked, seeds = held_out(count, seed)
@@ -117,9 +122,14 @@ def evaluate_variants(config: Mapping, workdir: Path, variants: Mapping[str, Pip
     for name, pipe in variants.items():
         # Another model, or other settings, must not find this one's slices.
         asked_of = f"{slug(name)}-{count}-{seed}-{made_by(pipe)}"
-        folder = workdir / "evaluation" / asked_of
-        found = score_in_slices(pipe, asked, seeds, batch_size, folder)
-        reference = found if reference is None else reference
+        if reference is None:
+            shared = reference_folder(config, workdir)
+            with locked(shared):
+                found = score_in_slices(pipe, asked, seeds, batch_size, shared / asked_of)
+            reference = found
+        else:
+            folder = workdir / "evaluation" / asked_of
+            found = score_in_slices(pipe, asked, seeds, batch_size, folder)
         rows.append(row(name, found, reference))
     defaults = next(iter(variants.values())).defaults
     result = {

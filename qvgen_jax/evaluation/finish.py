@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from safetensors import safe_open
 
+from qvgen_jax.evaluation import drift
 from qvgen_jax.evaluation.evaluate import REFERENCE, evaluate_variants, table
 from qvgen_jax.evaluation.report import write_report
 from qvgen_jax.evaluation.samples import write_pairs
@@ -79,12 +80,15 @@ def _layer(params: Mapping, name: str) -> Mapping:
 def compare_and_report(config: Mapping, workdir: Path, teacher: Pipeline) -> Path:
     """Judge teacher, round-to-nearest and the export; write everything; the report's path.
 
-    The judge knows the tiny pipeline's world only: other models say `evaluate.videos = 0`.
+    The judge knows the tiny pipeline's world only: other models say `evaluate.videos = 0`. What
+    `evaluation.drift` measures is asked for by `evaluate.held_out` and `evaluate.drift_videos`.
     """
     student = load(workdir / "export", text_weights=config["text_weights"], free_text_encoder=True)
     if config["evaluate"]["videos"]:
         print(table(_evaluate(config, workdir, teacher, student)), flush=True)
-    write_pairs(config, workdir, teacher, student)
+    drift.measure(config, workdir, teacher, student)
+    if config["sample"]["count"]:
+        write_pairs(config, workdir, teacher, student)
     sizes = measure_sizes(teacher, workdir / "export")
     (workdir / "sizes.json").write_text(json.dumps(sizes, indent=1))
     return write_report(workdir)

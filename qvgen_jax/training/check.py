@@ -14,9 +14,14 @@ _POSITIVE = (
     "train.keep_checkpoints",
     "data.max_length",
     "data.encode_batch_size",
-    "sample.count",
     "sample.batch_size",
 )
+# What 0 leaves out.
+_OPTIONAL = {
+    "sample.count": "pairs of videos",
+    "evaluate.videos": "judging",
+    "evaluate.drift_videos": "drift",
+}
 _CHOICES = {
     "compute_dtype": ("float32", "bfloat16"),
     "text_weights": ("float", "int8"),
@@ -59,11 +64,10 @@ def check_config(config: Mapping) -> None:
         value = _value(config, name)
         if value not in choices:
             raise UserError(f"--config.{name}={value}; expected one of {', '.join(choices)}")
-    if config["evaluate"]["videos"] < 0:
-        raise UserError(
-            f"--config.evaluate.videos={config['evaluate']['videos']}; expected a whole number, "
-            "0 for no judging"
-        )
+    for name, what in _OPTIONAL.items():
+        value = _value(config, name)
+        if value < 0:
+            raise UserError(f"--config.{name}={value}; expected a whole number, 0 for no {what}")
     train, quant = config["train"], config["quant"]
     _check_table(quant["time_table"], quant["table_steps"])
     if train["batch_size"] % train["accumulate"]:

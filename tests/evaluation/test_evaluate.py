@@ -10,7 +10,10 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation import evaluate
 from qvgen_jax.evaluation.samples import read_prompts
 
-CONFIG = {"evaluate": {"videos": 6, "seed": 5}, "sample": {"batch_size": 2}}
+CONFIG = {
+    "evaluate": {"videos": 6, "seed": 5, "reference": ""},
+    "sample": {"batch_size": 2},
+}
 
 
 NETWORK = SimpleNamespace(config="tiny", states=({"kernel": np.ones(3)},))
@@ -54,6 +57,8 @@ def test_the_table_counts_pairs_and_finished_slices_are_not_computed_again(tmp_p
     low, high = worse["strict_difference"]["interval"]
     assert low < -0.5 < high
     assert worse["latent_difference"] == 1.0
+    assert reference["strict_videos"] == "111111"
+    assert worse["strict_videos"] == "010101"
     assert "-50.0 points" in evaluate.table(result)
 
     calls = good.calls, bad.calls
@@ -64,6 +69,17 @@ def test_the_table_counts_pairs_and_finished_slices_are_not_computed_again(tmp_p
     good.defaults = {**good.defaults, "steps": 26}  # Other settings: their own slices.
     evaluate.evaluate_variants(CONFIG, tmp_path, {"Full precision": good, "Bad": bad})
     assert (good.calls, bad.calls) == (2 * calls[0], calls[1])
+
+
+def test_runs_that_share_a_reference_judge_full_precision_once(tmp_path):
+    shared = {**CONFIG, "evaluate": {**CONFIG["evaluate"], "reference": str(tmp_path / "shared")}}
+    good, rows = Renderer(), []
+    for run in ("one", "two"):
+        (tmp_path / run).mkdir()
+        variants = {"Full precision": good, "Bad": Renderer(wrong=2)}
+        rows.append(evaluate.evaluate_variants(shared, tmp_path / run, variants)["variants"])
+    assert good.calls == 1
+    assert rows[0][0] == rows[1][0]
 
 
 def test_prompts_come_from_the_held_out_list_or_a_file(tmp_path):
