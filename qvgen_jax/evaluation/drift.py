@@ -13,7 +13,7 @@ Everything but `measure` is a function of arrays, so that a student can be asked
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -24,18 +24,28 @@ from qvgen_jax.components import Transformer
 from qvgen_jax.data.dataset import EncodedDataset
 from qvgen_jax.data.prepare import ensure_held_out
 from qvgen_jax.diffusion.noising import noise_at
-from qvgen_jax.diffusion.schedulers import Scheduler
+from qvgen_jax.diffusion.schedulers import Scheduler, make_schedule
 from qvgen_jax.evaluation.evaluate import made_by
 from qvgen_jax.evaluation.reference import locked, reference_folder, save_arrays
 from qvgen_jax.evaluation.samples import read_prompts
 from qvgen_jax.pipeline import Pipeline
 from qvgen_jax.training.step import fill_patches
 
-TIMESTEPS = tuple(range(50, 1000, 100))
-"""The centres of ten equal buckets of noise."""
+# The centres of ten equal buckets of noise.
+_CENTRES = np.arange(50, 1000, 100)
 
 RESULT = "held_out.json"
 _NOISE_SEED = 0
+
+
+def bucket_timesteps(pipe: Pipeline) -> tuple[int, ...]:
+    """Of the timesteps that the pipeline samples at, those nearest the centres of ten buckets.
+
+    The ones it is used at, and the only ones that an export with a time table knows.
+    """
+    visited = make_schedule(pipe.scheduler, pipe.defaults["steps"]).timesteps
+    nearest = np.abs(np.asarray(visited)[:, None] - _CENTRES).argmin(0)
+    return tuple(sorted({int(visited[row]) for row in nearest}))
 
 
 def read_clips(dataset: EncodedDataset) -> dict[str, np.ndarray]:
@@ -69,7 +79,7 @@ def predictions(
     clips: Mapping[str, np.ndarray],
     scheduler: Scheduler,
     batch_size: int,
-    timesteps: tuple[int, ...] = TIMESTEPS,
+    timesteps: Sequence[int],
 ) -> np.ndarray:
     """What a transformer predicts for held-out clips: float32 `[timesteps, clips, f, h, w, c]`.
 
@@ -177,7 +187,7 @@ def measure(config: Mapping, workdir: Path, teacher: Pipeline, student: Pipeline
         found = compare(answer(student, asked), theirs)
         result[name] = {**found, "seconds": round(time.perf_counter() - start, 2)}
     if result:
-        result["timesteps"] = TIMESTEPS
+        result["timesteps"] = bucket_timesteps(teacher)
         (workdir / RESULT).write_text(json.dumps(result, indent=1))
     return result
 
@@ -186,8 +196,10 @@ def _measurements(config: Mapping, workdir: Path, teacher: Pipeline) -> list[tup
     """(name, what is asked, the function that answers, the function that compares) of each."""
     evaluate, batch_size = config["evaluate"], config["sample"]["batch_size"]
 
+    timesteps = bucket_timesteps(teacher)
+
     def predict(pipe: Pipeline, clips: Mapping) -> np.ndarray:
-        return predictions(pipe.transformer, clips, teacher.scheduler, batch_size)
+        return predictions(pipe.transformer, clips, teacher.scheduler, batch_size, timesteps)
 
     def sample(pipe: Pipeline, asked: Mapping) -> np.ndarray:
         prompts, seeds = asked["prompts"].tolist(), asked["seeds"].tolist()
@@ -211,7 +223,7 @@ def _reference(
     config: Mapping, workdir: Path, teacher: Pipeline, name: str, asked: Mapping, answer
 ) -> np.ndarray:
     """The teacher's answer, from its folder if it was asked the same before."""
-    digest = hashlib.sha256(f"{made_by(teacher)} {TIMESTEPS} {_NOISE_SEED}".encode())
+    digest = hashlib.sha256(f"{made_by(teacher)} {_NOISE_SEED}".encode())
     for array in asked.values():
         digest.update(np.ascontiguousarray(array).tobytes())
     folder = reference_folder(config, workdir)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from qvgen_jax.diffusion.schedulers import make_schedule
 from qvgen_jax.diffusion.unipc import UniPCConfig
 from qvgen_jax.evaluation import drift
 
@@ -30,9 +31,9 @@ class Network:
 
 def test_predictions_are_of_every_clip_whatever_the_batch():
     scheduler = UniPCConfig()
-    whole = drift.predictions(Network(), CLIPS, scheduler, batch_size=5)
-    parts = drift.predictions(Network(), CLIPS, scheduler, batch_size=2)
-    assert whole.shape == (10, 5, 3, 2, 2, 4)
+    whole = drift.predictions(Network(), CLIPS, scheduler, batch_size=5, timesteps=(100, 900))
+    parts = drift.predictions(Network(), CLIPS, scheduler, batch_size=2, timesteps=(100, 900))
+    assert whole.shape == (2, 5, 3, 2, 2, 4)
     np.testing.assert_array_equal(whole, parts)
 
 
@@ -95,6 +96,16 @@ def pipeline(factor: float) -> SimpleNamespace:
         defaults={"steps": 25},
         sample_latents=sample_latents,
     )
+
+
+def test_the_measured_timesteps_are_the_samplers_own_and_spread_over_all_noise():
+    pipe = pipeline(1.0)
+    found = drift.bucket_timesteps(pipe)
+    assert set(found) <= set(make_schedule(pipe.scheduler, 25).timesteps.tolist())
+    assert len(found) >= 8
+    assert np.diff(found).max() <= 150
+    pipe.defaults["steps"] = 2  # Fewer timesteps than buckets: each once.
+    assert len(drift.bucket_timesteps(pipe)) == 2
 
 
 def test_the_teacher_is_asked_once_for_all_runs_of_a_folder(tmp_path, monkeypatch):
