@@ -1,8 +1,9 @@
-"""The one command: pretrain, encode, train, generate, evaluate, export.
+"""The one command: pretrain, encode, train, generate, evaluate, export, compare recipes.
 
     python main.py --config configs/tiny_w4a4.py
     python main.py --config configs/tiny_w4a4.py --config.train.steps=300 --workdir runs/longer
     python main.py --config configs/tiny_w4a4.py --job generate --prompt "a red star moving up ..."
+    python main.py --config configs/study_tiny.py --job study --workdir studies/recipe
 
 The same command again continues an interrupted run. Exit code 2 means that something given to the
 program was wrong; the message says what, and nothing was lost.
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from qvgen_jax.errors import UserError
 
-JOBS = ("train", "pretrain", "encode", "generate", "evaluate", "export")
+JOBS = ("train", "pretrain", "encode", "generate", "evaluate", "export", "study")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, file.py[:argument]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; runs/<config name> if absent")
@@ -73,8 +74,13 @@ def run(job: str, config: ConfigDict, workdir: Path) -> None:
     if job == "pretrain":
         _pretrain(config, workdir)
         return
+    if job == "study":
+        _study(config, workdir)
+        return
     if "train" not in config:
-        raise UserError(f"--job {job} needs a config with a train section, not one of pretraining")
+        raise UserError(
+            f"--job {job} needs a config with a train section, not one of pretraining or a study"
+        )
     plain = {**config.to_dict(), "command": f"python {shlex.join(sys.argv)}"}
     if job == "encode":
         _encode(plain, workdir)
@@ -104,6 +110,14 @@ def _pretrain(config: ConfigDict, workdir: Path) -> None:
         dtype="float16",
     )
     print(f"pipeline: {workdir / 'pipeline'}")
+
+
+def _study(config: ConfigDict, workdir: Path) -> None:
+    from qvgen_jax.study.job import run_study
+
+    if "variants" not in config:
+        raise UserError("--job study needs a grid of runs such as configs/study_tiny.py")
+    print(f"tables and figures: {run_study(config.to_dict(), workdir)}")
 
 
 def _encode(config: dict, workdir: Path) -> None:

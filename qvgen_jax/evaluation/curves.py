@@ -144,7 +144,7 @@ def figure(
 
 def _loss(ax, records: Sequence[dict]) -> None:
     steps, values = column(records, "loss")
-    smooth = _smooth_by_phase(steps, values, phases(records))
+    smooth = smooth_by_phase(steps, values, phases(records))
     _trace(ax, steps, values, smooth, ACCENT)
     finite = smooth[np.isfinite(smooth)]
     if len(finite) and finite.min() > 0 and finite.max() > 10 * finite.min():
@@ -155,7 +155,7 @@ def _loss(ax, records: Sequence[dict]) -> None:
 
 def _gradient_norm(ax, records: Sequence[dict]) -> None:
     steps, values = column(records, "grad_norm")
-    _trace(ax, steps, values, _smooth_by_phase(steps, values, phases(records)), ACCENT)
+    _trace(ax, steps, values, smooth_by_phase(steps, values, phases(records)), ACCENT)
     if (values > 0).any():
         ax.set_yscale("log")
 
@@ -230,7 +230,7 @@ def _window(count: int) -> int:
     return max(1, count // SMOOTHING)
 
 
-def _smooth_by_phase(steps, values, spans: Sequence[Phase]) -> np.ndarray:
+def smooth_by_phase(steps, values, spans: Sequence[Phase]) -> np.ndarray:
     """Centred moving average that never mixes two phases: the jump at a boundary stays a jump."""
     window = _window(len(steps))
     smooth = np.full(len(values), np.nan)

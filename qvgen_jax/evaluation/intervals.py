@@ -61,3 +61,42 @@ def paired_difference(
     means = drawn @ values / len(difference)
     low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
     return Interval(float(difference.mean()), float(low), float(high))
+
+
+def crossed_difference(
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    *,
+    seed: int = 0,
+    resamples: int = 10_000,
+    level: float = 0.95,
+) -> Interval:
+    """Mean of `ours - theirs` over training seeds and videos, both of which are samples.
+
+    All students answer the same prompts with the same noise, so scores are correlated along both
+    axes. Training seeds and videos are therefore drawn again separately, and every drawn seed meets
+    every drawn video (the pigeonhole bootstrap, Owen 2007, arXiv 0712.1111, which errs on the wide
+    side). With three seeds the first axis has few distinct draws: its part is rough.
+
+    Args:
+        ours: `[seeds, videos]` scores of students that differ in their training seed.
+        theirs: `[seeds, videos]` of others with the same seeds, or `[videos]` of one reference.
+        seed, resamples, level: as in `paired_difference`.
+
+    Raises:
+        ValueError: the shapes do not match, or there is nothing in them.
+    """
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.ndim != 2 or not ours.size or theirs.shape not in (ours.shape, ours.shape[1:]):
+        raise ValueError(
+            f"crossed_difference needs [seeds, videos] and the same or [videos], got {ours.shape}, "
+            f"{theirs.shape}"
+        )
+    difference = ours - theirs
+    seeds, videos = difference.shape
+    rng = np.random.default_rng(seed)
+    drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+    drawn_videos = rng.multinomial(videos, np.full(videos, 1 / videos), size=resamples) / videos
+    means = np.einsum("rs,sv,rv->r", drawn_seeds, difference, drawn_videos, optimize=True)
+    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(float(difference.mean()), float(low), float(high))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from qvgen_jax.evaluation.intervals import paired_difference, wilson
+from qvgen_jax.evaluation.intervals import crossed_difference, paired_difference, wilson
 
 
 def test_wilson_agrees_with_the_textbook():
@@ -43,3 +43,29 @@ def test_the_paired_interval_is_seeded_and_empty_of_luck_when_all_pairs_agree():
 def test_unpaired_scores_are_refused():
     with pytest.raises(ValueError, match=r"\(3,\), \(2,\)"):
         paired_difference(np.ones(3), np.ones(2))
+
+
+def test_crossed_difference_of_one_seed_is_the_paired_one():
+    rng = np.random.default_rng(3)
+    ours, theirs = rng.random(200) < 0.7, rng.random(200) < 0.9
+    crossed = crossed_difference(ours[None], theirs)
+    paired = paired_difference(ours, theirs)
+    assert crossed.value == paired.value
+    np.testing.assert_allclose(crossed, paired, atol=0.01)  # Other draws of the same resampling.
+
+
+def test_crossed_difference_knows_the_variance_of_both_axes():
+    """Independent effects of seed and video: the standard errors add as squares."""
+    rng = np.random.default_rng(4)
+    seeds, videos = 40, 60
+    scores = rng.normal(0, 1, (seeds, 1)) + rng.normal(0, 2, (1, videos))
+    found = crossed_difference(scores, np.zeros(videos))
+    error = np.sqrt(scores.mean(1).var() / seeds + scores.mean(0).var() / videos)
+    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(error, rel=0.05)
+    assert found == crossed_difference(scores, np.zeros((seeds, videos)))
+
+
+def test_crossed_difference_refuses_other_shapes():
+    for ours, theirs in ((np.ones(3), np.ones(3)), (np.ones((2, 3)), np.ones(2))):
+        with pytest.raises(ValueError, match=r"needs \[seeds, videos\]"):
+            crossed_difference(ours, theirs)

@@ -1,0 +1,139 @@
+"""Which part of the recipe does what: variants x bit-widths x seeds on the tiny pipeline.
+
+    python main.py --job study --config configs/study_tiny.py --workdir studies/recipe
+    python main.py --job study --config configs/study_tiny.py:finals --workdir studies/recipe
+
+Screening: every variant once at W4A4 and W3A3, measured on held-out distillation loss and drift.
+Finals: the 8 best, the release and plain training, three seeds each, judged on 512 pairs of videos.
+Records of finished cells are in the workdir and tracked; the same command runs the missing ones.
+Clips are drawn and encoded at the first start.
+"""
+
+from ml_collections import ConfigDict
+
+_SCREENING = {
+    # As it is in configs/tiny_w4a4.py.
+    "default": {},
+    # The released code's quantizers, branch, moments and schedule (ModelTC/QVGen, training/quant).
+    "released": {
+        "quant.behaviour": "released",
+        "quant.branch_moments": "keep",
+        "quant.branch_space": "weights",
+        "quant.decay_fraction": 1.0,
+    },
+    # No low-rank branch at all (QVGen, arXiv 2505.11497, the ablation without Phi).
+    "plain_qat": {"quant.rank": 0},
+    # The same for as many operations as the default takes, in more steps.
+    "plain_qat_equal_ops": {"quant.rank": 0, "train.steps": "equal_operations"},
+    # The rank that Phi starts with (QVGen, its ablation of r).
+    "rank_8": {"quant.rank": 8},
+    "rank_16": {"quant.rank": 16},
+    "rank_64": {"quant.rank": 64},
+    # As many columns as the hidden size, whole to the end: QVGen's figure of singular values.
+    "full_rank_kept": {
+        "quant.rank": 128,
+        "quant.decay_shape": "abrupt",
+        "quant.decay_fraction": 1.0,
+    },
+    # Three quarters leave per phase instead of half (QVGen, lambda = 1/4).
+    "shrink_4": {"quant.shrink": 4},
+    # The way from 1 to 0 within a phase (QVGen, its ablation of the annealing function).
+    "linear_decay": {"quant.decay_shape": "linear"},
+    # The important directions leave first: what the order is worth (ours).
+    "largest_first": {"quant.decay_order": "largest"},
+    # When Phi is gone; QVGen decays to the last step, 1.0.
+    "decay_end_30": {"quant.decay_fraction": 0.3},
+    "decay_end_70": {"quant.decay_fraction": 0.7},
+    "decay_end_85": {"quant.decay_fraction": 0.85},
+    "decay_end_100": {"quant.decay_fraction": 1.0},
+    # No new SVD at a boundary: columns leave in the order of step 0 (ours).
+    "no_refactor": {"quant.refactor": False},
+    # Adam's moments of L and R over a refactoring: as they are (the release), or rotated with it.
+    "moments_keep": {"quant.branch_moments": "keep"},
+    "moments_rotate": {"quant.branch_moments": "rotate"},
+    # A level rate once the branch is gone, instead of the end of a cosine (ours).
+    "constant_tail": {"train.schedule": "constant_tail"},
+    # The true velocity blended into the target, by timestep (the blend l(t) with a = 5).
+    "truth_blend_5": {"train.truth_blend": 5.0},
+    # The last 4 of 25 steps without guidance, which amplifies errors (arXiv 2404.07724).
+    "unguided_last": {"sample.unguided_steps": 4},
+    # The timestep's own linears in full precision, exported as a table (DSAQuant, 2609.04031).
+    "time_table": {"quant.time_table": True},
+    # No zero points of weights (QuaRot, arXiv 2404.00456; DSAQuant).
+    "symmetric_weights": {"quant.symmetric_weights": True},
+    # A token's range as its values are, zero outside or not (the release).
+    "activations_without_zero": {"quant.include_zero": "no"},
+    # Rotated activations (QuaRot), balanced channels (SmoothQuant, arXiv 2211.10438), and both.
+    "hadamard": {"quant.rotation": "hadamard"},
+    "smoothing_05": {"quant.smoothing": 0.5},
+    "hadamard_smoothing": {"quant.rotation": "hadamard", "quant.smoothing": 0.5},
+    # Noise levels in training as in sampling (the pipeline's flow_shift).
+    "inference_shift": {"train.shift": 3.0},
+    # Averaged weights once the branch is gone (Polyak and Juditsky; as diffusion models ship).
+    "ema_099": {"train.ema_decay": 0.99},
+    # The whole branch at once, late (QVGen, the ablation without decay).
+    "abrupt_end": {"quant.decay_shape": "abrupt", "quant.decay_fraction": 0.9},
+}
+
+
+def get_config(arg: str = "screening") -> ConfigDict:
+    """`arg`: "screening", "finals", or "smoke" for a few steps of two variants."""
+    stage = arg or "screening"
+    if stage not in ("screening", "finals", "smoke"):
+        raise ValueError(f"study_tiny knows 'screening', 'finals' and 'smoke', not {arg!r}")
+    finals, smoke = stage == "finals", stage == "smoke"
+
+    config = ConfigDict(convert_dict=False)  # Dotted keys are no keys of a ConfigDict.
+    config.stage = stage
+    config.base = "configs/tiny_w4a4.py" if smoke else "configs/tiny_w4a4.py:full"
+    config.bits = ((4, 4),) if smoke else ((4, 4), (3, 3))
+    config.seeds = (0, 1, 2) if finals else (0,)
+    # The spread of runs that differ in nothing but luck.
+    config.more_seeds = {"default": (1, 2)} if stage == "screening" else {}
+    config.parallel = 2  # Cells at once, each on its share of the CPUs.
+
+    config.variants = dict(_SCREENING)
+    if smoke:
+        config.variants = {name: _SCREENING[name] for name in ("default", "plain_qat")}
+    # Of the earlier `stage` ("" runs all variants) the `best` by held-out loss, beside `always`;
+    # or `names`, where they are chosen by hand. `without`: variants the choice need not wait for.
+    config.finalists = ConfigDict()
+    config.finalists.stage = "screening" if finals else ""
+    config.finalists.best = 8
+    config.finalists.always = ("default", "released", "plain_qat")
+    config.finalists.names = ()
+    config.finalists.without = ()
+
+    steps = {"screening": 300, "finals": 600, "smoke": 6}[stage]
+    config.common = {
+        "train.steps": steps,
+        "train.warmup_steps": steps // 20,
+        "train.batch_size": 2 if smoke else 16,
+        "train.log_every": 1 if smoke else 4,
+        "train.checkpoint_every": max(steps // 3, 1),
+        "train.keep_checkpoints": 1,
+        "sample.count": 0,  # No videos to look at.
+        "evaluate.round_to_nearest": False,
+        "evaluate.videos": 512 if finals else 0,
+        "evaluate.drift_videos": 2 if smoke else 32,
+        "evaluate.held_out": "assets/clips" if smoke else "data/moving_shapes_heldout_64",
+        "evaluate.held_out_encoded": (
+            "runs/study/smoke_encoded" if smoke else "data/moving_shapes_heldout_64_encoded"
+        ),
+        "evaluate.reference": "runs/study/reference",
+    }
+    if smoke:
+        config.common |= {"data.encoded": "runs/study/smoke_encoded", "quant.rank": 2}
+    # Drawn if they are missing: folder -> arguments of data/moving_shapes.py.
+    config.clips = {
+        "data/moving_shapes_1024": {"count": 1024, "seed": 1},
+        "data/moving_shapes_heldout_64": {"count": 64, "seed": 2, "split": "heldout"},
+    }
+    if smoke:
+        config.clips = {}
+
+    config.scratch = "runs/study"  # Checkpoints, exports, logs and what cells share.
+    config.keep_cells = False  # True: a cell's folder stays when its record is written.
+    config.docs = "" if smoke else "docs/study"  # Tables and figures; "" means inside the workdir.
+
+    return config.lock()

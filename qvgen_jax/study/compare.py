@@ -1,0 +1,189 @@
+"""What the records of a study say about its variants, as numbers with intervals."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from qvgen_jax.evaluation.intervals import (
+    Interval,
+    crossed_difference,
+    paired_difference,
+    wilson,
+)
+
+DEFAULT = "default"
+
+
+def at_bits(records: Sequence[Mapping], bits: Sequence[int]) -> dict[str, dict[int, Mapping]]:
+    """Variant -> training seed -> record, of one bit-width."""
+    found: dict[str, dict[int, Mapping]] = {}
+    for record in records:
+        if tuple(record["bits"]) == tuple(bits):
+            found.setdefault(record["variant"], {})[record["seed"]] = record
+    return found
+
+
+def bits_of(records: Sequence[Mapping]) -> list[tuple[int, int]]:
+    """The bit-widths there are, most bits first."""
+    return sorted({tuple(record["bits"]) for record in records}, reverse=True)
+
+
+def held_out_loss(record: Mapping) -> float:
+    """Distillation loss on held-out clips by the variance of the target; NaN if not measured."""
+    measured = record["held_out"]
+    return math.nan if measured is None else _number(measured["mean"]["normalised"])
+
+
+def drift(record: Mapping) -> float:
+    """How far final latents are from full precision's, relative; NaN if not measured."""
+    return math.nan if record["drift"] is None else _number(record["drift"]["relative"])
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def change(
+    ours: Mapping[int, Mapping], theirs: Mapping[int, Mapping], what: str
+) -> Interval | None:
+    """By what share a measure is above (or below) another variant's, paired.
+
+    Args:
+        ours, theirs: seed -> record; the seeds that both have are compared.
+        what: "held_out", clip by clip, or "drift", video by video.
+
+    Returns:
+        With the bootstrap interval over clips or videos; training luck is not in it. None where
+        nothing can be compared.
+    """
+    key = {"held_out": "per_clip", "drift": "per_video"}[what]
+    pairs = [
+        (ours[seed][what][key], theirs[seed][what][key])
+        for seed in sorted(set(ours) & set(theirs))
+        if ours[seed][what] and theirs[seed][what]
+    ]
+    if not pairs or any(None in values for pair in pairs for values in pair):
+        return None
+    mine = np.mean([pair[0] for pair in pairs], axis=0)
+    others = np.mean([pair[1] for pair in pairs], axis=0)
+    found, base = paired_difference(mine, others), float(others.mean())
+    return Interval(found.value / base, found.low / base, found.high / base)
+
+
+def luck(runs: Mapping[int, Mapping]) -> float | None:
+    """How far the held-out losses of one recipe's seeds are apart: greatest minus least by their
+    mean; None for one seed."""
+    values = [held_out_loss(record) for record in runs.values()]
+    if len(values) < 2:
+        return None
+    return (max(values) - min(values)) / float(np.mean(values))
+
+
+def screening_rows(records: Sequence[Mapping], bits: Sequence[int]) -> list[dict]:
+    """One row per variant of a bit-width, best held-out loss first; diverged ones last."""
+    variants = at_bits(records, bits)
+    default = variants.get(DEFAULT, {})
+    rows = []
+    for name, runs in variants.items():
+        measured = list(runs.values())
+        motions = [record["drift"]["motion"] for record in measured if record["drift"]]
+        rows.append(
+            {
+                "variant": name,
+                "seeds": len(runs),
+                "loss": _mean(map(held_out_loss, measured)),
+                "loss_change": None if name == DEFAULT else change(runs, default, "held_out"),
+                "drift": _mean(map(drift, measured)),
+                "drift_change": None if name == DEFAULT else change(runs, default, "drift"),
+                "motion": _mean(map(_number, motions)),
+                "steps": measured[0]["config"]["train.steps"],
+                "seconds_per_step": _mean(
+                    _number(record["seconds_per_step"]["mean"]) for record in measured
+                ),
+            }
+        )
+    return sorted(rows, key=lambda row: (math.isnan(row["loss"]), row["loss"]))
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return float(np.mean(values)) if values else math.nan
+
+
+def standing(records: Sequence[Mapping]) -> dict[str, float]:
+    """Variant -> its held-out loss by the default's, geometric mean over bit-widths; low is good.
+
+    Training seeds that the default lacks are left out, and so are variants that lack a bit-width.
+    One whose loss is not finite stands last.
+    """
+    widths = bits_of(records)
+    ratios: dict[str, list[float]] = {}
+    for bits in widths:
+        variants = at_bits(records, bits)
+        default = variants.get(DEFAULT, {})
+        for name, runs in variants.items():
+            seeds = sorted(set(runs) & set(default))
+            if not seeds:
+                continue
+            mine, theirs = (
+                _mean(held_out_loss(those[seed]) for seed in seeds) for those in (runs, default)
+            )
+            ratios.setdefault(name, []).append(mine / theirs)
+    return {
+        name: math.inf if math.isnan(sum(found)) else float(np.exp(np.mean(np.log(found))))
+        for name, found in ratios.items()
+        if len(found) == len(widths)
+    }
+
+
+def _verdicts(record: Mapping, which: int) -> np.ndarray:
+    """Strict verdicts `[videos]`: of full precision (0) or of the student (-1)."""
+    return np.array([int(hit) for hit in record["judge"][which]["strict_videos"]])
+
+
+def final_rows(records: Sequence[Mapping], bits: Sequence[int]) -> list[dict]:
+    """One row per judged variant of a bit-width, most videos strictly right first.
+
+    `strict` is Wilson's interval over all videos of all seeds, as if they were independent; the
+    paired differences, to full precision and to the default, treat seeds and videos as crossed.
+    """
+    judged = [record for record in records if record["judge"]]
+    variants = at_bits(judged, bits)
+    default = variants.get(DEFAULT, {})
+    rows = []
+    for name, runs in variants.items():
+        measured = [runs[seed] for seed in sorted(runs)]
+        hits = np.stack([_verdicts(record, -1) for record in measured])
+        teacher = _verdicts(measured[0], 0)
+        shared = sorted(set(runs) & set(default)) if name != DEFAULT else []
+        against = None
+        if shared:
+            pair = [[_verdicts(those[seed], -1) for seed in shared] for those in (runs, default)]
+            against = crossed_difference(np.stack(pair[0]), np.stack(pair[1]))
+        gaps = [record["judge"][-1]["latent_difference"] for record in measured]
+        rows.append(
+            {
+                "variant": name,
+                "seeds": len(runs),
+                "count": int(hits.sum()),
+                "total": hits.size,
+                "strict": wilson(int(hits.sum()), hits.size),
+                "to_full_precision": crossed_difference(hits, teacher),
+                "to_default": against,
+                "latents": (float(np.mean(gaps)), min(gaps), max(gaps)),
+                "loss": _mean(map(held_out_loss, measured)),
+                "drift": _mean(map(drift, measured)),
+                "export_bytes": measured[0]["sizes"]["transformer_export_bytes"],
+            }
+        )
+    return sorted(rows, key=lambda row: (-row["strict"].value, row["variant"]))
+
+
+def full_precision(records: Sequence[Mapping]) -> tuple[Interval, int, int] | None:
+    """The teacher's strict share, count and videos, if any cell was judged."""
+    judged = next((record for record in records if record["judge"]), None)
+    if judged is None:
+        return None
+    hits = _verdicts(judged, 0)
+    return wilson(int(hits.sum()), hits.size), int(hits.sum()), hits.size

@@ -1,0 +1,129 @@
+"""How many multiply-adds a training step takes, from the shapes of the network's matrices.
+
+For comparisons at equal cost: without the low-rank branch a step is cheaper, so that more of them
+fit. Norms, softmax and the quantizers' element-wise work are left out.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from qvgen_jax.autoencoders.wan import WanVAEConfig
+from qvgen_jax.errors import UserError
+from qvgen_jax.models import abstract_params, config_from_json, quantizable
+from qvgen_jax.models.wan import TEXT_ONLY, TIME_ONLY, WanConfig
+from qvgen_jax.quant.schedule import RankDecay, phase_steps_for
+
+EQUAL_OPERATIONS = "equal_operations"
+"""What a grid writes for `train.steps`: as many as cost what the default costs."""
+
+
+def rows_of(name: str, tokens: int, text_tokens: int) -> int:
+    """How many rows of one sample go through the linear `name`."""
+    if name in TIME_ONLY:
+        return 1
+    return text_tokens if name in TEXT_ONLY else tokens
+
+
+def _products(
+    model: WanConfig, tokens: int, text_tokens: int, rank: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Multiply-adds of one sample's forward, without and in the low-rank branches, by name."""
+    params, dense, branch = abstract_params(model), {}, {}
+    for name in ("patch_embedding", *quantizable(model)):
+        node = params
+        for part in name.split("."):
+            node = node[part]
+        *layers, fan_in, fan_out = node["kernel"].shape
+        rows = rows_of(name, tokens, text_tokens) * (layers[0] if layers else 1)
+        dense[name] = rows * fan_in * fan_out
+        if name != "patch_embedding":
+            branch[name] = rows * rank * (fan_in + fan_out)
+    # Logits and weighted sum, over the tokens themselves and over the text.
+    attended = 2 * tokens * (tokens + text_tokens)
+    dense["blocks.attention"] = model.num_layers * attended * model.dim
+    return dense, branch
+
+
+def forward_operations(model: WanConfig, tokens: int, text_tokens: int) -> int:
+    """Multiply-adds of one sample's forward in full precision."""
+    return sum(_products(model, tokens, text_tokens, 0)[0].values())
+
+
+def step_operations(
+    model: WanConfig, tokens: int, text_tokens: int, rank: int, batch_size: int, remat: bool
+) -> int:
+    """Multiply-adds of a training step.
+
+    The teacher's forward, the student's, and its backward at twice that; with `remat` the blocks'
+    forward once more.
+
+    Args:
+        tokens: of the video, of one sample.
+        text_tokens: of the prompt.
+        rank: columns of the branch in memory, 0 without one: a closed gate still costs its product.
+            Applied to the tokens.
+    """
+    dense, branch = _products(model, tokens, text_tokens, rank)
+    total = sum(dense.values())
+    for name, count in [*dense.items(), *branch.items()]:
+        total += count * (4 if remat and name.startswith("blocks.") else 3)
+    return batch_size * total
+
+
+def run_operations(config: Mapping) -> tuple[int, int]:
+    """Multiply-adds of a whole run, and of one of its steps without a branch.
+
+    Args:
+        config: of the run; its model is a local folder of a Wan pipeline.
+
+    Raises:
+        UserError: the model is of another family, or its config files are not there.
+    """
+    model, (tokens, text_tokens) = _model(config), _tokens(config)
+    train, quant = config["train"], config["quant"]
+    shape = (model, tokens, text_tokens)
+    rest = (train["batch_size"], train["remat"])
+    with_branch = step_operations(*shape, quant["rank"], *rest)
+    without = step_operations(*shape, 0, *rest)
+    phase = phase_steps_for(train["steps"], quant["decay_fraction"], quant["rank"], quant["shrink"])
+    end = RankDecay(phase, quant["rank"], quant["shrink"]).end if quant["rank"] else 0
+    return end * with_branch + (train["steps"] - end) * without, without
+
+
+def equal_steps(config: Mapping, like: Mapping) -> int:
+    """Steps of a run without a branch, `config`, that take the operations of the whole of `like`.
+
+    Raises:
+        UserError: `config` has a branch, whose length would depend on the answer.
+    """
+    if config["quant"]["rank"]:
+        raise UserError(
+            f"train.steps={EQUAL_OPERATIONS!r} is for runs without a branch; quant.rank is "
+            f"{config['quant']['rank']}, set it to 0"
+        )
+    return round(run_operations(like)[0] / run_operations(config)[1])
+
+
+def _json(config: Mapping, part: str) -> dict:
+    path = Path(config["model"]) / part / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; operations are counted for a local Wan pipeline")
+    return json.loads(path.read_text())
+
+
+def _model(config: Mapping) -> WanConfig:
+    model = config_from_json(_json(config, "transformer"))
+    if not isinstance(model, WanConfig):
+        raise UserError(f"{config['model']} is no Wan pipeline; operations are counted for those")
+    return model
+
+
+def _tokens(config: Mapping) -> tuple[int, int]:
+    """Of one sample's video and of its prompt."""
+    data, patch = config["data"], _model(config).patch_size
+    vae = WanVAEConfig.from_json(_json(config, "vae"))
+    frames = 1 + (data["num_frames"] - 1) // vae.temporal_factor
+    height, width = (data[side] // vae.spatial_factor for side in ("height", "width"))
+    tokens = (frames // patch[0]) * (height // patch[1]) * (width // patch[2])
+    return tokens, data["max_length"]
