@@ -24,6 +24,7 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, build_transformer, config_from_json, quantizable
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.pipeline import COGVIDEOX_1_5_DEFAULTS, COGVIDEOX_DEFAULTS, WAN_DEFAULTS
+from qvgen_jax.placement import Shardings, with_shardings
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.packed import read_quantization_config
 from qvgen_jax.text.t5 import T5Config, T5Encoder
@@ -49,7 +50,10 @@ _AUTOENCODERS = {
 
 
 def read_components(
-    path: str | Path, dtype: jnp.dtype, text_weights: str = "float"
+    path: str | Path,
+    dtype: jnp.dtype,
+    text_weights: str = "float",
+    shardings: Shardings = None,
 ) -> dict[str, Any]:
     """Everything in the folder, as keyword arguments of `Pipeline`.
 
@@ -57,6 +61,7 @@ def read_components(
         path: a folder, or the name of one on the Hugging Face hub.
         dtype: of the matrices of transformer and text encoder, and of what they compute.
         text_weights: "float", or "int8" for the text encoder in a byte per weight.
+        shardings: of the transformer, as `read_transformer` takes them.
 
     Raises:
         UserError: see `qvgen_jax.load`.
@@ -64,7 +69,7 @@ def read_components(
     folder = find_folder(path)
     pipeline = check_index(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    transformer = read_transformer(folder / "transformer", dtype)
+    transformer = read_transformer(folder / "transformer", dtype, shardings)
     wan = isinstance(transformer.config, WanConfig)
     if wan != (pipeline == "WanPipeline"):
         raise UserError(
@@ -157,21 +162,24 @@ def read_default_steps(folder: Path, config: TransformerConfig) -> int:
     return _read_defaults(folder, config, max_length=1)["steps"]
 
 
-def read_transformer(folder: Path, dtype: jnp.dtype, shardings: Any = None) -> Transformer:
+def read_transformer(folder: Path, dtype: jnp.dtype, shardings: Shardings = None) -> Transformer:
     """The transformer of a folder: full precision, imported, or packed by this project's export.
 
     Args:
         folder: the transformer's.
         dtype: of its matrices.
-        shardings: where an imported one shall live: a tree like the parameters', or one
-            `jax.sharding.Sharding` for all; every host then reads its own slices only. If None,
-            and always for the other two, the parameters arrive in host memory.
+        shardings: where the parameters shall live; see `qvgen_jax.load`. Of an imported one every
+            host reads its own slices only; the other two are read whole by every host. If None, the
+            parameters arrive in host memory.
+
+    Raises:
+        UserError: the folder is damaged or of another model, or the shardings do not fit it.
     """
     fields = read_json(folder / "config.json")
     config = config_from_json(fields)
     if fields.get("quantization_config"):
         quant = read_quantization_config(fields["quantization_config"])
-        return _read_packed_transformer(folder, config, quant, dtype)
+        return _read_packed_transformer(folder, config, quant, dtype, shardings)
 
     def build() -> nnx.Module:
         return build_transformer(config, key=jax.random.key(0), dtype=dtype, remat=False)
@@ -179,20 +187,27 @@ def read_transformer(folder: Path, dtype: jnp.dtype, shardings: Any = None) -> T
     def precision(path: tuple[str, ...]) -> jnp.dtype:
         return jnp.float32 if set(path) & set(_FLOAT32) else dtype
 
+    graphdef, expected = _described(build, precision)
+    like = with_shardings(expected, shardings)
     if array_tree.is_array_tree(folder):
-        graphdef, expected = _described(build, precision)
-        like = _placed(expected, shardings)
-        return Transformer(config, graphdef, (array_tree.restore_params(folder, like),))
-    table = table_for(config)
-    return Transformer(config, *_read_network(folder, build, table, Tensors(folder), precision))
+        params = array_tree.restore_params(folder, like)
+    else:
+        params = _read_params(folder, table_for(config), Tensors(folder), like)
+    return Transformer(config, graphdef, (params,))
 
 
 def _read_packed_transformer(
-    folder: Path, config: TransformerConfig, quant: QuantConfig, dtype: jnp.dtype
+    folder: Path,
+    config: TransformerConfig,
+    quant: QuantConfig,
+    dtype: jnp.dtype,
+    shardings: Shardings,
 ) -> Transformer:
     graphdef, shapes, levels = packed_definition(config, quant, dtype)
+    like = with_shardings(shapes, shardings)
     table = fold_names(table_for(config), config) if quant.time_table else table_for(config)
     params = from_packed(table, Tensors(folder), quantizable(config), quant, shapes)
+    params = jax.tree.map(_put, params, like)
     return Transformer(config, graphdef, (params, levels), table_steps=quant.table_steps)
 
 
@@ -211,10 +226,9 @@ def read_vae(folder: Path) -> VAE:
     def build() -> nnx.Module:
         return network(config, key=jax.random.key(0))
 
-    tensors = Tensors(folder)
-    return VAE(
-        config, *_read_network(folder, build, table_for(config), tensors, lambda path: jnp.float32)
-    )
+    graphdef, expected = _described(build, lambda path: jnp.float32)
+    params = _read_params(folder, table_for(config), Tensors(folder), expected)
+    return VAE(config, graphdef, (params,))
 
 
 def read_text_encoder(folder: Path, dtype: jnp.dtype, weights: str = "float") -> TextEncoder:
@@ -238,19 +252,15 @@ def read_text_encoder(folder: Path, dtype: jnp.dtype, weights: str = "float") ->
     if weights == "int8":
         graphdef = nnx.graphdef(nnx.eval_shape(build))
         return TextEncoder(config, graphdef, (t5.read_int8(config, tensors),))
-    table = t5.name_table(config)
-    return TextEncoder(config, *_read_network(folder, build, table, tensors, lambda path: dtype))
+    graphdef, expected = _described(build, lambda path: dtype)
+    params = _read_params(folder, t5.name_table(config), tensors, expected)
+    return TextEncoder(config, graphdef, (params,))
 
 
-def _read_network(
-    folder: Path,
-    build: Callable[[], nnx.Module],
-    table: list[Entry],
-    tensors: Mapping[str, np.ndarray],
-    precision: Callable[[tuple[str, ...]], jnp.dtype],
-) -> tuple[nnx.GraphDef, tuple[dict]]:
-    """The network's description and `(params,)`."""
-    graphdef, expected = _described(build, precision)
+def _read_params(
+    folder: Path, table: list[Entry], tensors: Mapping[str, np.ndarray], expected: dict
+) -> dict:
+    """The tensors in our layout, each leaf in the type and the sharding of `expected`."""
     params = from_torch(table, tensors)
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
         names = tuple(part.key for part in path)
@@ -263,8 +273,12 @@ def _read_network(
                 f"{folder}: {'.'.join(names)} is {list(array.shape)}, expected "
                 f"{list(leaf.shape)} by config.json; they belong to different models"
             )
-        node[names[-1]] = np.asarray(array, leaf.dtype)
-    return graphdef, (params,)
+        node[names[-1]] = _put(np.asarray(array, leaf.dtype), leaf)
+    return params
+
+
+def _put(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array | np.ndarray:
+    return array if leaf.sharding is None else jax.device_put(array, leaf.sharding)
 
 
 def _described(
@@ -282,14 +296,3 @@ def _described(
         return jax.ShapeDtypeStruct(leaf.shape, precision(names) if matrix else jnp.float32)
 
     return graphdef, jax.tree_util.tree_map_with_path(held, nnx.to_pure_dict(state))
-
-
-def _placed(expected: dict, shardings: Any) -> dict:
-    if shardings is None:
-        return expected
-    shardings = jax.tree.broadcast(shardings, expected)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        expected,
-        shardings,
-    )

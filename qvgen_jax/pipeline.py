@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from qvgen_jax.autoencoders.tiling import Tiling
 from qvgen_jax.components import VAE, TextEncoder, Transformer
 from qvgen_jax.diffusion.guidance import Guidance
 from qvgen_jax.diffusion.schedulers import Scheduler, make_schedule
 from qvgen_jax.errors import UserError
+from qvgen_jax.placement import Shardings, automatic, for_models, placed, spread
 from qvgen_jax.request import check_request, latent_size, prompt_list, whole_number
 from qvgen_jax.text.tokenizer import WAN_PROMPTS, PromptRule, tokenize
 
@@ -58,6 +59,7 @@ def load(
     dtype: Any = None,
     mesh: Mesh | None = None,
     *,
+    shardings: Shardings = None,
     text_weights: str = "float",
     free_text_encoder: bool = False,
 ) -> "Pipeline":
@@ -68,22 +70,29 @@ def load(
             name of one on the Hugging Face hub.
         dtype: float32 (default) or bfloat16: in which the transformer and the text encoder hold
             their matrices and compute. The VAE is always float32.
-        mesh: devices to spread the videos of a batch over; every device holds all parameters.
+        mesh: devices to spread the videos of a batch over; every device holds all parameters, but
+            for what `shardings` cuts.
+        shardings: where the transformer's parameters shall live: one `jax.sharding.Sharding` for
+            all; or a nested dict of them like `qvgen_jax.models.abstract_params(config)`, where one
+            may stand for a whole subtree; or a function from such a dict of shapes to either, which
+            also fits a packed transformer. Of an imported folder every host then reads its own
+            slices only. Without `mesh`, one video is computed on all their devices.
         text_weights: of the text encoder: "float", as `dtype` says, or "int8", a byte each.
         free_text_encoder: keep the text encoder (5.7 B parameters in a real Wan, 4.8 B in
             CogVideoX) in the host's memory, and on the devices only while prompts are encoded.
 
     Raises:
-        UserError: the folder is incomplete, damaged, of another model, or cannot be fetched.
+        UserError: the folder is incomplete, damaged, of another model, or cannot be fetched; or the
+            shardings are of other parameters, of other devices than the mesh, or do not divide.
     """
     from convert.load import read_components
 
-    if mesh is not None:  # The models leave the placement of intermediate results to the compiler.
-        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-    parts = read_components(path, _compute_dtype(dtype), text_weights)
+    mesh = None if mesh is None else automatic(mesh)
+    where = for_models(shardings, mesh)
+    parts = read_components(path, _compute_dtype(dtype), text_weights, where)
     resident = ("transformer", "vae") + (() if free_text_encoder else ("text_encoder",))
     for name in resident:
-        parts[name] = _placed(parts[name], mesh)
+        parts[name] = placed(parts[name], mesh)
     return Pipeline(**parts, mesh=mesh)
 
 
@@ -137,7 +146,7 @@ class Pipeline:
         distinct = list(dict.fromkeys(prompts))
         ids, mask = tokenize(self.tokenizer, distinct, length, self.prompt_rule)
         # From the host's memory, if it lives there, once for all prompts, and gone afterwards.
-        encoder = _placed(self.text_encoder, self.mesh)
+        encoder = placed(self.text_encoder, self.mesh)
         rows = [encoder(ids[i : i + 1], mask[i : i + 1])[0] for i in range(len(ids))]
         encoded = dict(zip(distinct, rows, strict=True))
         return jnp.stack([encoded[prompt] for prompt in prompts])
@@ -293,7 +302,7 @@ class Pipeline:
             gate: float32 `[rank]` of its low-rank branch; None once it is gone.
         """
         transformer = Transformer(self.transformer.config, graphdef, states, gate)
-        return dataclasses.replace(self, transformer=_placed(transformer, self.mesh))
+        return dataclasses.replace(self, transformer=placed(transformer, self.mesh))
 
     def _setting(self, name: str, value: Any) -> Any:
         return self.defaults[name] if value is None else value
@@ -344,19 +353,6 @@ class Pipeline:
         count, outputs = len(next(iter(arrays.values()))), []
         for start in range(0, count, size):
             rows = np.minimum(np.arange(start, start + size), count - 1)
-            batch = {name: _spread(array[rows], self.mesh) for name, array in arrays.items()}
+            batch = {name: spread(array[rows], self.mesh) for name, array in arrays.items()}
             outputs.append(np.asarray(run(**batch))[: count - start])
         return np.concatenate(outputs)
-
-
-def _spread(array: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Rows of the batch over all devices."""
-    if mesh is None:
-        return array
-    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
-
-
-def _placed(network: Any, mesh: Mesh | None) -> Any:
-    """The network with its arrays on the default device, or whole on every device of the mesh."""
-    where = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    return dataclasses.replace(network, states=jax.device_put(network.states, where))

@@ -16,6 +16,7 @@ from qvgen_jax.diffusion.schedulers import Scheduler
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.pipeline import Pipeline, load
+from qvgen_jax.placement import Shardings
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.low_rank import drop_branch, on_every_branch, reverse, small_singular_share
 from qvgen_jax.quant.schedule import RankDecay, phase_steps_for
@@ -170,13 +171,28 @@ def _steps(
     return state
 
 
-def load_model(config: Mapping) -> Pipeline:
-    """The full-precision pipeline; its text encoder is on the devices only while it encodes."""
-    return load(config["model"], text_weights=config["text_weights"], free_text_encoder=True)
+def load_model(config: Mapping, shardings: Shardings = None) -> Pipeline:
+    """The full-precision pipeline; its text encoder is on the devices only while it encodes.
+
+    Args:
+        config: the run's.
+        shardings: of the transformer's parameters; see `qvgen_jax.load`.
+    """
+    return load(
+        config["model"],
+        shardings=shardings,
+        text_weights=config["text_weights"],
+        free_text_encoder=True,
+    )
 
 
-def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
+def train(config: Mapping, workdir: Path, shardings: Shardings = None) -> tuple[Pipeline, dict]:
     """Train the student of `config` in `workdir`, or continue, or find it done.
+
+    Args:
+        config: plain dicts.
+        workdir: where the run lives.
+        shardings: of the teacher's parameters; the compiler places the student's after them.
 
     Returns:
         The teacher's pipeline and the student's final state, without a branch.
@@ -187,7 +203,7 @@ def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
     check_config(config)
     checkpoint.compare_workdir(workdir, config)
     check_source(config, workdir)
-    pipe = load_model(config)
+    pipe = load_model(config, shardings)
     model, teacher = pipe.transformer.config, pipe.transformer.states[0]
     training_noise(pipe.scheduler, config["train"])  # A model of the other family: told now.
     print(describe_layers(model, quant_config(config["quant"], model)), flush=True)
@@ -198,7 +214,9 @@ def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
     return pipe, run_steps(config, workdir, model, pipe.scheduler, teacher, dataset)
 
 
-def finished_state(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
+def finished_state(
+    config: Mapping, workdir: Path, shardings: Shardings = None
+) -> tuple[Pipeline, dict]:
     """As `train`, of a run that has ended.
 
     Raises:
@@ -215,7 +233,7 @@ def finished_state(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
                 f"{workdir} has {stands}, needed is the end of training, step {steps}; run the "
                 "same command with --job train first"
             )
-        pipe = load_model(config)
+        pipe = load_model(config, shardings)
         model, teacher = pipe.transformer.config, pipe.transformer.states[0]
         state = newest_state(config, model, teacher, manager)
     return pipe, enter_step(state, steps, rank_decay(config), config["quant"]["branch_moments"])
