@@ -24,6 +24,7 @@ from convert.names import Entry, in_ranges, to_theirs, torch_names
 from convert.progress import write_durably
 from convert.tensors import read_json
 from qvgen_jax.errors import UserError
+from qvgen_jax.placement import check_cuts
 
 FORMAT_VERSION = 1
 MANIFEST = "arrays.json"
@@ -222,8 +223,10 @@ def restore_params(folder: Path, like: Any) -> Any:
             is `like`'s, whatever the source stored.
 
     Raises:
-        UserError: the folder is damaged, of another version, or of another model.
+        UserError: the folder is damaged, of another version, or of another model; or a sharding
+            does not divide its leaf.
     """
+    check_cuts(like, jax.tree.map(lambda leaf: leaf.sharding, like))
     stored = read_manifest(folder)["leaves"]
     expected = {
         ".".join(part.key for part in path): list(leaf.shape)
@@ -244,8 +247,12 @@ def restore_params(folder: Path, like: Any) -> Any:
     arguments = ocp.args.PyTreeRestore(item=like, restore_args=jax.tree.map(_restore_args, like))
     try:
         return checkpointer.restore((folder / ARRAYS).resolve(), args=arguments)
-    except (ValueError, OSError) as error:
-        raise _damage(folder / ARRAYS, error) from error
+    except Exception as error:
+        # Where a sharding is given, orbax wraps what tensorstore says in a bare Exception.
+        said = error.__cause__ if type(error) is Exception else error
+        if not isinstance(said, ValueError | OSError):
+            raise
+        raise _damage(folder / ARRAYS, said) from error
 
 
 def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:

@@ -1,5 +1,6 @@
 """Loading over four devices; `tests/test_placement.py` runs these where there are four."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 import qvgen_jax
 from convert import load as convert_load
+from convert.array_tree import restore_params
 from convert.export import export_pipeline
 from convert.to_arrays import import_pipeline
 from qvgen_jax.errors import UserError
@@ -156,3 +158,25 @@ def test_shardings_that_do_not_divide_are_refused(folders, thirds, kind):
     first = r"parts: condition_embedder\.text_embedder\.linear_1\.bias \[128\] by .*'thirds': 3"
     with pytest.raises(UserError, match=first):
         qvgen_jax.load(folders[kind], shardings=thirds)
+
+
+def test_restoring_refuses_them_without_calling_the_import_damaged(folders, thirds):
+    shapes = abstract_params(SOURCE / "transformer" / "config.json")
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=thirds), shapes
+    )
+    with pytest.raises(UserError, match="unequal parts: condition_embedder"):
+        restore_params(folders["imported"] / "transformer", like)
+
+
+# orbax drops the other reads at the first error, which the interpreter tells about each.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damage_is_told_where_shardings_are_given_too(folders, cut, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folders["imported"], copy)
+    largest = max((copy / "transformer/arrays/d").iterdir(), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 255
+    largest.write_bytes(content)
+    with pytest.raises(UserError, match=r"incomplete or damaged .*import the model again"):
+        qvgen_jax.load(copy, shardings=cut)
