@@ -18,6 +18,7 @@ from convert.released_names import (
     plan_released,
     recipe_of,
 )
+from convert.released_options import ReleasedOptions
 from convert.safetensors_writer import Spec, write_stream
 from convert.save import write_json
 from convert.tensors import Tensors, check_inside, read_json
@@ -84,28 +85,17 @@ def import_released(
     _check_same_model(folder, config)
     tensors = Tensors(folder)
     plan = plan_released(config, tensors.infos)
-    decay = _decay(plan, released_step, phase_steps, recipe_of(config).phase_steps)
+    options = ReleasedOptions(clip_index, bits, released_step, phase_steps, lora_alpha)
+    decay = options.decay(plan, recipe_of(config).phase_steps)
     rank = 0 if decay is None else phase_rank(released_step, decay)
-    if lora_alpha is not None and not plan.adapter_rank:
-        raise UserError(
-            f"lora_alpha is {lora_alpha}, but {folder} holds no adapters (X.loraA.weight); "
-            "leave it out"
-        )
-    quant = QuantConfig.released(
-        weight_bits=bits[0],
-        act_bits=bits[1],
-        rank=rank,
-        buckets=plan.buckets,
-        clip_index=clip_index,
-        full_precision=plan.full_precision,
-    )
+    quant = options.quant(plan, rank)
     importer = _Importer(
         tensors,
         plan,
         quant,
         float32=recipe_of(config).float32,
         moment=(released_step, decay) if rank else None,
-        adapter_scale=1.0 if lora_alpha is None else lora_alpha / plan.adapter_rank,
+        adapter_scale=options.adapter_scale(plan),
     )
 
     # Whatever the other arguments were: nothing of an interrupted call is used again.
@@ -113,7 +103,7 @@ def import_released(
     partial = partials.start_over(target, task)
     copy_companions(base, partial)
     copy_cards(folder, partial / "transformer")
-    fields = {**fields, "quantization_config": quantization_config(quant)}
+    fields = {**fields, "quantization_config": quantization_config(quant) | options.record(decay)}
     write_json(partial / "transformer" / "config.json", fields)
     specs = importer.specs()
     size = write_stream(partial / "transformer" / WEIGHTS, specs, importer.arrays(specs), progress)
@@ -155,27 +145,6 @@ def _check_same_model(folder: Path, config: TransformerConfig) -> None:
             f"{path} and base's transformer/config.json describe different models; give the base "
             "that the checkpoint was trained from"
         )
-
-
-def _decay(
-    plan: ReleasedPlan, step: int | None, phase_steps: int | None, published: int
-) -> RankDecay | None:
-    """The schedule that rebuilds the branch; None where it is left away."""
-    if step is None and phase_steps is not None:
-        raise UserError(
-            f"phase_steps is {phase_steps}, but only released_step rebuilds the branch: give that "
-            "too, or leave both out"
-        )
-    if step is None:
-        return None
-    if step < 0:
-        raise UserError(f"released_step is {step}, expected the number of steps trained")
-    if not plan.rank:
-        raise UserError(
-            f"released_step is {step}, but the checkpoint has no L and R: it was saved after the "
-            "last phase; leave released_step out"
-        )
-    return RankDecay(published if phase_steps is None else phase_steps, plan.rank)
 
 
 @dataclass(frozen=True)

@@ -80,3 +80,15 @@ def imported_last(release: Release) -> Path:
     if not folder.exists():
         import_released(release.source, release.base, folder, clip_index="last")
     return folder
+
+
+def with_adapters(release: Release) -> Path:
+    """The checkpoint as trained with adapters, after its last phase."""
+    names = [name for name in release.golden if name.startswith("adapters/")]
+
+    def add_adapters(tensors):
+        for name in [name for name in tensors if name.endswith((".L", ".R"))]:
+            del tensors[name]
+        tensors |= {name.removeprefix("adapters/"): release.golden[name] for name in names}
+
+    return release.checkpoint("adapters", add_adapters)

@@ -16,11 +16,13 @@ import pytest
 from convert.load import read_transformer
 from convert.released import holds_released, import_released
 from convert.released_export import export_released
+from convert.released_options import ReleasedOptions, recorded
 from convert.save import write_json
 from convert.tensors import Tensors, read_json, write_tensors
 from qvgen_jax.errors import UserError
 from qvgen_jax.quant.clips import countdown
-from qvgen_jax.quant.packed import unpack_codes
+from qvgen_jax.quant.config import QuantConfig
+from qvgen_jax.quant.packed import read_quantization_config, unpack_codes
 from tests.convert.released_checkpoints import (
     COGVIDEOX,
     PHASE,
@@ -28,6 +30,7 @@ from tests.convert.released_checkpoints import (
     Release,
     imported_last,
     read_packed,
+    with_adapters,
 )
 
 
@@ -110,16 +113,31 @@ def test_without_a_step_the_branch_is_left_away_as_in_the_released_inference(rel
 
 @pytest.mark.parametrize(("case", "alpha"), [("adapter", None), ("adapter_alpha", 2.0)])
 def test_adapters_are_merged(release, tmp_path, case, alpha):
-    names = [name for name in release.golden if name.startswith("adapters/")]
-
-    def add_adapters(tensors):
-        for name in [name for name in tensors if name.endswith((".L", ".R"))]:
-            del tensors[name]
-        tensors |= {name.removeprefix("adapters/"): release.golden[name] for name in names}
-
-    source = release.checkpoint("adapters", add_adapters)
+    source = with_adapters(release)
     import_released(source, release.base, tmp_path / "ours", clip_index="last", lora_alpha=alpha)
     release.check(case, tmp_path / "ours")
+
+
+def test_what_an_import_was_asked_for_is_on_record(release, tmp_path):
+    def record_of(source: Path, name: str, **asked) -> ReleasedOptions:
+        import_released(source, release.base, tmp_path / name, **asked)
+        fields = read_json(tmp_path / name / "transformer" / "config.json")["quantization_config"]
+        return recorded(fields, read_quantization_config(fields))
+
+    assert record_of(release.source, "plain") == ReleasedOptions()
+    # T of the published recipe is put on record where it was not given.
+    branch = record_of(release.source, "branch", clip_index="last", released_step=2)
+    assert branch == ReleasedOptions(clip_index="last", released_step=2, phase_steps=444)
+    merged = record_of(with_adapters(release), "merged", lora_alpha=2.0)
+    assert merged == ReleasedOptions(lora_alpha=2.0)
+
+
+def test_a_folder_without_a_record_was_imported_without_options_and_a_damaged_one_is_refused():
+    quant = QuantConfig.released(rank=0, clip_index="last")
+    assert recorded({}, quant) == ReleasedOptions(clip_index="last")
+    for record in ([], {"released_step": "2"}, {"phase_steps": True}, {"lora_alpha": [1.0]}):
+        with pytest.raises(UserError, match="expected an object with the numbers released_step"):
+            recorded({"released": record}, quant)
 
 
 def test_a_bfloat16_checkpoint_gets_the_codes_of_a_bfloat16_pipeline(either, tmp_path):
