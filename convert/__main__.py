@@ -101,7 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Does one command. Imports are here so that a wrong argument is told at once."""
     source, target, start = arguments.source, arguments.target, time.monotonic()
     if arguments.command == "verify":
-        from convert.verify import as_table, verify
+        from convert.certificate import as_table
+        from convert.verify import verify
 
         certificate = verify(source, target, _meter("tensors", 1))
         print(as_table(certificate))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from convert.__main__ import main
-from convert.verify import _largest_error, as_table, verify
+from convert.certificate import as_table, largest_error
+from convert.verify import verify
 from tests.convert.pipelines import random_tensors, write_pipeline
 
 
@@ -128,11 +129,11 @@ def test_verify_and_export_say_what_they_take(tmp_path, source, capsys):
     assert "add --released" in refusal(["export", str(packed), str(tmp_path / "x")], capsys)
 
 
-def test_what_is_not_a_number_has_no_largest_error():
+def test_what_is_not_a_number_has_nolargest_error():
     one, other = np.ones(3, np.float32), np.array([1, np.nan, 1], ml_dtypes.bfloat16)
-    assert _largest_error(one, other) == (None, None)
-    assert _largest_error(np.full(1, np.inf), np.full(1, np.inf)) == (None, None)
-    assert _largest_error(one, one + 1) == (1.0, 1.0)
+    assert largest_error(one, other) == (None, None)
+    assert largest_error(np.full(1, np.inf), np.full(1, np.inf)) == (None, None)
+    assert largest_error(one, one + 1) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(
