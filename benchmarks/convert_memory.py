@@ -2,13 +2,16 @@
 
     python benchmarks/convert_memory.py sparse --folder /tmp
     python benchmarks/convert_memory.py random --folder /tmp --layers 8
+    python benchmarks/convert_memory.py released --folder /tmp --layers 2
 
 `sparse` makes files with every name and shape of the published float32 model (57 GB) whose bytes
 are holes, and imports them: all zeros, which the arrays do not store, so nearly no disk is used.
 `random` makes, imports, verifies and exports a model of some of its layers with real bytes, beside
-a plain copy of the same files; it needs three times the model's size. Every step is a process of
-its own whose peak resident memory the kernel reports, and starts with the source out of the page
-cache. What was made is deleted. docs/convert.md holds the results.
+a plain copy of the same files; it needs three times the model's size. `released` makes a checkpoint
+of the release's form in bfloat16, every linear quantized with a branch of rank 32, imports it at a
+phase boundary and verifies the import. Every step is a process of its own whose peak resident
+memory the kernel reports, and starts with the source out of the page cache. What was made is
+deleted. docs/convert.md and docs/released.md hold the results.
 """
 
 import argparse
@@ -24,16 +27,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from convert.names import torch_names, torch_shape
 from convert.plan import leaf_shapes
+from convert.released_names import linears_of, other_shapes, quantized_shapes
+from convert.safetensors_writer import Spec, write_stream
 from convert.save import MODEL_INDEX, write_json
 from convert.tables import table_for
 from qvgen_jax.models.wan import WanConfig
+from qvgen_jax.quant.config import QuantConfig
 
 _SHARD_BYTES = 5_000_000_000
 _BLOCK = 1 << 22
+_RANK = 32
 
 
 def shapes_of(config: WanConfig) -> dict[str, tuple[int, ...]]:
@@ -91,6 +99,34 @@ def write_source(folder: Path, config: WanConfig, random: bool) -> int:
     return max(4 * math.prod(shape) for shape in shapes.values())
 
 
+def write_released(folder: Path, base: Path, config: WanConfig) -> int:
+    """A checkpoint of the release's form and its base; returns the bytes of its largest tensor."""
+    fields = {"_class_name": "WanTransformer3DModel", **dataclasses.asdict(config)}
+    write_json(base / "transformer" / "config.json", fields)
+    write_json(base / "model_index.json", MODEL_INDEX)
+    shapes = other_shapes(config)
+    for linear in (linear for linears in linears_of(config).values() for linear in linears):
+        leaves = quantized_shapes(linear, QuantConfig.buckets)
+        leaves |= {"wquantizer.L": (linear.fan_out, _RANK), "wquantizer.R": (_RANK, linear.fan_in)}
+        shapes |= {f"{linear.stem}.{leaf}": shape for leaf, shape in leaves.items()}
+    specs = {name: Spec(np.dtype(ml_dtypes.bfloat16), shape) for name, shape in shapes.items()}
+    folder.mkdir()
+    write_stream(folder / "diffusion_pytorch_model.safetensors", specs, random_tensors(specs))
+    return max(spec.nbytes for spec in specs.values())
+
+
+def random_tensors(specs: dict[str, Spec]) -> Iterator[tuple[str, np.ndarray]]:
+    """Weights of variance 1, which codes of 4 bits between -3 and 3 stand for."""
+    rng = np.random.Generator(np.random.SFC64(0))
+    for name, spec in specs.items():
+        array = rng.standard_normal(spec.shape, np.float32)
+        if name.endswith("quantizer.scale"):
+            array = np.float32(0.4) + np.float32(0.01) * array
+        elif name.endswith("quantizer.zero_point"):
+            array = np.float32(7.5) + np.float32(0.3) * array
+        yield name, array.astype(spec.dtype)
+
+
 def measure(command: list[str], source: Path) -> tuple[float, float, float]:
     """Seconds until the result is on disk, CPU seconds, and the peak resident memory in MB."""
     os.sync()
@@ -111,7 +147,7 @@ def measure(command: list[str], source: Path) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("mode", choices=["sparse", "random"])
+    parser.add_argument("mode", choices=["sparse", "random", "released"])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--layers", type=int, default=40)
     arguments = parser.parse_args()
@@ -127,14 +163,26 @@ def main() -> None:
             "verify": [*convert, "verify", str(source), str(imported)],
             "export": [*convert, "export", str(imported), str(root / "back")],
         }
+    if arguments.mode == "released":
+        words = [str(source), str(imported), "--base", str(root / "base")]
+        steps = {
+            "import": [*convert, "import", *words, "--released-step", "444"],
+            "verify": [*convert, "verify", *words],
+        }
     try:
-        largest = write_source(source, config, arguments.mode == "random")
-        files = list((source / "transformer").glob("*.safetensors"))
+        if arguments.mode == "released":
+            largest = write_released(source, root / "base", config)
+        else:
+            largest = write_source(source, config, arguments.mode == "random")
+        files = list(source.rglob("*.safetensors"))
         nbytes = sum(path.stat().st_size for path in files)
         print(
             f"{arguments.mode}, {arguments.layers} layers: {nbytes:,} bytes in {len(files)} files"
         )
-        print(f"bound on memory: 2 x {largest:,} + 1 GB = {(2 * largest + 1e9) / 1e6:,.0f} MB")
+        if arguments.mode == "released":
+            print(f"largest tensor: {largest:,} bytes")
+        else:
+            print(f"bound on memory: 2 x {largest:,} + 1 GB = {(2 * largest + 1e9) / 1e6:,.0f} MB")
         for name, command in steps.items():
             seconds, busy, peak = measure(command, imported if name == "export" else source)
             rate = nbytes / seconds / 1e6

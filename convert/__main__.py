@@ -5,6 +5,7 @@
     python -m convert verify SRC DST    # compare the two; writes DST/certificate.json
     python -m convert import CHECKPOINT DST --base SRC   # QVGen's release -> a packed pipeline
     python -m convert export PACKED DST --released       # a packed pipeline -> QVGen's release
+    python -m convert verify CHECKPOINT DST --base SRC   # DST, imported so, against the checkpoint
 
 The same import or export again continues an interrupted one; from and to QVGen's release, and
 verify, start again. Exit code 0: done, or equal; 1: verify found a difference; 2: something given
@@ -43,20 +44,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
             ("verify", "what the conversion was made from", "the conversion"),
         )
     )
-    del verifying
-    released = importing.add_argument_group("SRC is a checkpoint of QVGen's release")
-    released.add_argument("--base", help="the full-precision pipeline it was trained from")
-    released.add_argument(
-        "--clip-index",
-        choices=("countdown", "last", "t_mod_50"),
-        help="as their inference with --fix (default), without it, or as their training",
+    _add_released(
+        importing.add_argument_group(
+            "SRC is a checkpoint of QVGen's release",
+            "not given: countdown, 4,4, no branch, the published recipe's T, alpha = r",
+        )
     )
-    released.add_argument("--bits", type=_bits, help="weights,activations (default 4,4)")
-    released.add_argument(
-        "--released-step", type=int, help="steps it had trained: rank and gate are rebuilt and kept"
+    _add_released(
+        verifying.add_argument_group(
+            "SRC is a checkpoint of QVGen's release, DST the packed pipeline imported from it",
+            "not given, but for --base: as DST records its import",
+        )
     )
-    released.add_argument("--phase-steps", type=int, help="T of that training; the published one")
-    released.add_argument("--lora-alpha", type=float, help="adapters are merged with alpha / r")
     back = exporting.add_argument_group("SRC is a packed pipeline, DST for the release's scripts")
     back.add_argument("--released", action="store_true", help="write the release's names")
     back.add_argument("--dtype", choices=("bfloat16", "float32"), help="default bfloat16")
@@ -68,6 +67,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="even what their code computes differently",
     )
     return parser.parse_args(argv)
+
+
+def _add_released(group: Any) -> None:
+    group.add_argument("--base", help="the full-precision pipeline it was trained from")
+    group.add_argument(
+        "--clip-index",
+        choices=("countdown", "last", "t_mod_50"),
+        help="as their inference with --fix, without it, or as their training",
+    )
+    group.add_argument("--bits", type=_bits, help="weights,activations")
+    group.add_argument(
+        "--released-step", type=int, help="steps it had trained: rank and gate are rebuilt and kept"
+    )
+    group.add_argument("--phase-steps", type=int, help="T of that training")
+    group.add_argument("--lora-alpha", type=float, help="adapters are merged with alpha / r")
 
 
 def _command(commands: Any, name: str, source: str, target: str) -> argparse.ArgumentParser:
@@ -99,18 +113,17 @@ def _options(names: Iterable[str]) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Does one command. Imports are here so that a wrong argument is told at once."""
-    source, target, start = arguments.source, arguments.target, time.monotonic()
+    start = time.monotonic()
     if arguments.command == "verify":
         from convert.certificate import as_table
-        from convert.verify import verify
 
-        certificate = verify(source, target, _meter("tensors", 1))
+        certificate = _verify(arguments)
         print(as_table(certificate))
         return 0 if certificate["equal"] else 1
     work = _import if arguments.command == "import" else _export
     nbytes, what = work(arguments)
     seconds = time.monotonic() - start
-    print(f"{target}: {nbytes:,} bytes of transformer, {what}, {seconds:.0f} s")
+    print(f"{arguments.target}: {nbytes:,} bytes of transformer, {what}, {seconds:.0f} s")
     return 0
 
 
@@ -128,11 +141,7 @@ def _import(arguments: argparse.Namespace) -> tuple[int, str]:
             )
         done = import_pipeline(arguments.source, arguments.target, _meter("GB", 1e9))
         return done.nbytes, f"{done.converted} of {done.tensors} tensors in this call"
-    if not arguments.base:
-        raise UserError(
-            f"{arguments.source} is a checkpoint of QVGen's release, a transformer alone: give the "
-            "full-precision pipeline it was trained from, --base FOLDER"
-        )
+    _check_base(arguments)
     nbytes = import_released(
         arguments.source,
         given.pop("base"),
@@ -141,6 +150,33 @@ def _import(arguments: argparse.Namespace) -> tuple[int, str]:
         progress=_meter("tensors", 1),
     )
     return nbytes, "packed"
+
+
+def _check_base(arguments: argparse.Namespace) -> None:
+    if not arguments.base:
+        raise UserError(
+            f"{arguments.source} is a checkpoint of QVGen's release, a transformer alone: give the "
+            "full-precision pipeline it was trained from, --base FOLDER"
+        )
+
+
+def _verify(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The certificate, which is written too."""
+    from convert.released import holds_released
+    from convert.released_verify import verify_released
+    from convert.verify import is_packed, verify
+
+    source, target, given = arguments.source, arguments.target, _given(arguments, _OF_IMPORT)
+    if not is_packed(target) or not holds_released(source):
+        if given:
+            raise UserError(
+                f"{_options(given)} only for a checkpoint of QVGen's release and the packed "
+                f"pipeline imported from it, not for {source} and {target}"
+            )
+        return verify(source, target, _meter("tensors", 1))
+    _check_base(arguments)
+    meter = _meter("tensors", 1)
+    return verify_released(source, given.pop("base"), target, **given, progress=meter)
 
 
 def _export(arguments: argparse.Namespace) -> tuple[int, str]:

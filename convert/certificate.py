@@ -22,6 +22,7 @@ def certify(
     tensors: Mapping[str, dict[str, Any] | None],
     unexpected: Iterable[str],
     files: Mapping[str, str],
+    **more: Any,
 ) -> dict[str, Any]:
     """Writes the certificate into `converted` and returns it.
 
@@ -31,6 +32,7 @@ def certify(
         tensors: every tensor it must hold, and what `compare` found; None where it is missing.
         unexpected: tensors it must not hold.
         files: every other file, from `compare_files`.
+        more: of one kind of check only, to be written as it is.
     """
     unexpected = sorted(unexpected)
     found = {name: entry for name, entry in tensors.items() if entry}
@@ -39,8 +41,14 @@ def certify(
         "format_version": 1,
         "source": str(source.resolve()),
         "converted": str(converted.resolve()),
+        **more,
         "equal": equal == len(tensors) and not unexpected and set(files.values()) <= {"equal"},
-        "counts": {"tensors": len(tensors), "equal": equal, "files": len(files)},
+        "counts": {
+            "tensors": len(tensors),
+            "equal": equal,
+            "files": len(files),
+            **_sums_of_codes(found.values()),
+        },
         "missing": sorted(set(tensors) - set(found)),
         "unexpected": unexpected,
         "layers": _by_layer(found),
@@ -109,8 +117,21 @@ def _by_layer(tensors: Mapping[str, dict]) -> dict[str, dict]:
             "bytes": sum(found["bytes"] for found in group),
             "max_error": _largest(found["max_error"] for found in group),
             "max_relative_error": _largest(found["max_relative_error"] for found in group),
+            **_sums_of_codes(group),
         }
         for layer, group in layers.items()
+    }
+
+
+def _sums_of_codes(entries: Iterable[dict]) -> dict[str, Any]:
+    """Of the packed linears among the tensors; nothing where there is none."""
+    linears = [found for found in entries if "codes" in found]
+    if not linears:
+        return {}
+    sums = {key: sum(found[key] for found in linears) for key in ("codes", "codes_that_differ")}
+    return sums | {
+        key: _largest(found[key] for found in linears)
+        for key in ("max_weight_error", "max_relative_weight_error")
     }
 
 
@@ -144,25 +165,47 @@ def _file_sha256(path: Path) -> str:
 
 def as_table(certificate: Mapping[str, Any]) -> str:
     """The certificate for people: one line per layer, then everything that differs."""
-    lines = [
+    counts, packed = certificate["counts"], "codes" in certificate["counts"]
+    heading = (
         f"{'layer':<24} {'tensors':>8} {'equal':>6} {'bytes':>14} {'error':>9} {'relative':>9}"
-    ]
+    )
+    lines = [heading + (f" {'codes off':>9} {'weights':>9}" if packed else "")]
     for layer, found in _in_order(certificate["layers"]):
-        lines.append(
+        line = (
             f"{layer:<24} {found['tensors']:>8} {found['equal']:>6} {found['bytes']:>14,} "
             f"{_short(found['max_error']):>9} {_short(found['max_relative_error']):>9}"
         )
-    for name, found in certificate["tensors"].items():
-        if not found["equal"]:
-            lines.append(f"differs: {name}, error {_short(found['max_error'])}")
-    lines += [f"{what}: {name}" for what in ("missing", "unexpected") for name in certificate[what]]
-    lines += [f"{what}: {path}" for path, what in certificate["files"].items() if what != "equal"]
-    counts = certificate["counts"]
+        if "codes" in found:
+            line += f" {found['codes_that_differ']:>9} {_short(found['max_weight_error']):>9}"
+        lines.append(line)
+    lines += _findings(certificate)
+    if packed:
+        lines.append(
+            f"{counts['codes_that_differ']:,} of {counts['codes']:,} codes differ; packed weights "
+            f"are {_short(counts['max_weight_error'])} from the release's at most, "
+            f"{_short(counts['max_relative_weight_error'])} of their layer's largest"
+        )
+    rounded = sum(
+        found["equal"] and "tolerance" in found for found in certificate["tensors"].values()
+    )
+    within = f", {rounded} within float32's rounding" if rounded else ""
     lines.append(
-        f"{counts['equal']} of {counts['tensors']} tensors equal to the bit, {counts['files']} "
-        f"other files; {'EQUAL' if certificate['equal'] else 'NOT EQUAL'}"
+        f"{counts['equal'] - rounded} of {counts['tensors']} tensors equal to the bit{within}, "
+        f"{counts['files']} other files; {'EQUAL' if certificate['equal'] else 'NOT EQUAL'}"
     )
     return "\n".join(lines)
+
+
+def _findings(certificate: Mapping[str, Any]) -> Iterator[str]:
+    """Everything that is not as it must be, a line each."""
+    for name, found in certificate["tensors"].items():
+        if not found["equal"]:
+            codes = "{codes_that_differ:,} of {codes:,} codes, " if "codes" in found else ""
+            yield f"differs: {name}, {codes.format(**found)}error {_short(found['max_error'])}"
+    for what in ("missing", "unexpected"):
+        yield from (f"{what}: {name}" for name in certificate[what])
+    yield from (f"{what}: {path}" for path, what in certificate["files"].items() if what != "equal")
+    yield from (f"transformer/config.json: {fault}" for fault in certificate.get("config", ()))
 
 
 def _short(error: float | None) -> str:

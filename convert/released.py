@@ -76,13 +76,13 @@ def import_released(
         UserError: checkpoint and base do not fit, an argument does not fit the checkpoint, the
             target exists, or `TARGET.partial` is another conversion's.
     """
-    folder, base, target = _checkpoint_folder(source), find_folder(base), Path(target)
-    check_target(base, target)
-    check_target(folder, target)
+    folder, base, target = checkpoint_folder(source), find_folder(base), Path(target)
+    for origin in (base, folder):
+        check_target(origin, target, f"{source} {target} --base {base}")
     check_companions(base)
     fields = read_json(base / "transformer" / "config.json")
     config = config_from_json(fields)
-    _check_same_model(folder, config)
+    check_same_model(folder, config)
     tensors = Tensors(folder)
     plan = plan_released(config, tensors.infos)
     options = ReleasedOptions(clip_index, bits, released_step, phase_steps, lora_alpha)
@@ -114,10 +114,20 @@ def import_released(
 
 def copy_cards(source: Path, target: Path) -> None:
     """Copies the licence and the model card of a checkpoint's folder."""
-    for pattern in _CARDS:
-        for file in source.glob(pattern):
-            check_inside(file, source)
-            shutil.copy2(file, target / file.name)
+    for file in cards(source):
+        shutil.copy2(file, target / file.name)
+
+
+def cards(source: Path) -> list[Path]:
+    """The licence and the model card in a checkpoint's folder.
+
+    Raises:
+        UserError: one is a link to outside the folder.
+    """
+    files = [file for pattern in _CARDS for file in source.glob(pattern)]
+    for file in files:
+        check_inside(file, source)
+    return files
 
 
 def holds_released(source: str | Path) -> bool:
@@ -126,18 +136,23 @@ def holds_released(source: str | Path) -> bool:
     Raises:
         UserError: it cannot be found, or its files are damaged.
     """
-    folder = _checkpoint_folder(source)
+    folder = checkpoint_folder(source)
     return bool(list(folder.glob("*.safetensors"))) and is_released(Tensors(folder).infos)
 
 
-def _checkpoint_folder(source: str | Path) -> Path:
+def checkpoint_folder(source: str | Path) -> Path:
+    """Where a checkpoint's tensors lie: the folder, or the `transformer/` in it.
+
+    Raises:
+        UserError: it cannot be found.
+    """
     folder = find_folder(source)
     inner = folder / "transformer"
     pipeline = (folder / "model_index.json").is_file() or not list(folder.glob("*.safetensors"))
     return inner if inner.is_dir() and pipeline else folder
 
 
-def _check_same_model(folder: Path, config: TransformerConfig) -> None:
+def check_same_model(folder: Path, config: TransformerConfig) -> None:
     """See that a config.json beside the checkpoint, if there is one, is of the base model."""
     path = folder / "config.json"
     if path.is_file() and config_from_json(read_json(path)) != config:

@@ -75,7 +75,7 @@ def export_released(
     source, target = Path(source), Path(target)
     if dtype not in _DTYPES:
         raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
-    check_target(source, target)
+    check_target(source, target, f"{target} {source} --base BASE")
     folder = source / "transformer" if (source / "transformer").is_dir() else source
     fields = read_json(folder / "config.json")
     if not fields.get("quantization_config"):

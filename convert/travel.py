@@ -82,8 +82,13 @@ def check_companions(source: Path) -> None:
             Tensors(folder)
 
 
-def check_target(source: Path, target: Path) -> None:
+def check_target(source: Path, target: Path, compare: str = "") -> None:
     """See that `target` can become a new folder beside `source`.
+
+    Args:
+        source: what it will be made from.
+        target: the folder.
+        compare: what `verify` takes to compare the two; default SOURCE TARGET.
 
     Raises:
         UserError: it is there already, or one of the two lies in the other.
@@ -94,5 +99,5 @@ def check_target(source: Path, target: Path) -> None:
     if target.exists():
         raise UserError(
             f"{target} exists already; choose another folder, delete it, or compare the two with "
-            f"`python -m convert verify {source} {target}`"
+            f"`python -m convert verify {compare or f'{source} {target}'}`"
         )

@@ -14,6 +14,22 @@ from convert.travel import Report, companions, silent
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import config_from_json
 
+_TAKES = (
+    "verify takes two full-precision pipelines, safetensors or imports, or a checkpoint of QVGen's "
+    "release, as `export --released` writes it too, and the packed pipeline imported from it: "
+    "`verify CHECKPOINT PACKED --base BASE`"
+)
+
+
+def is_packed(pipeline: str | Path) -> bool:
+    """Whether a pipeline folder's transformer is packed.
+
+    Raises:
+        UserError: the folder cannot be found, or its config.json is damaged.
+    """
+    path = find_folder(pipeline) / "transformer" / "config.json"
+    return path.is_file() and bool(read_json(path).get("quantization_config"))
+
 
 def open_tensors(pipeline: Path) -> Mapping[str, np.ndarray]:
     """The transformer's tensors by PyTorch name, from safetensors or from an import.
@@ -23,17 +39,10 @@ def open_tensors(pipeline: Path) -> Mapping[str, np.ndarray]:
     """
     folder = pipeline / "transformer"
     if not folder.is_dir():
-        raise UserError(
-            f"{pipeline} has no transformer/; verify takes two full-precision pipelines, "
-            "safetensors or imports: check an import of QVGen's release by exporting it again "
-            "with --released"
-        )
+        raise UserError(f"{pipeline} has no transformer/; {_TAKES}")
     fields = read_json(folder / "config.json")
     if fields.get("quantization_config"):
-        raise UserError(
-            f"{pipeline} is packed; verify takes two full-precision pipelines, safetensors or "
-            "imports: check an import of QVGen's release by exporting it again with --released"
-        )
+        raise UserError(f"{pipeline} is packed; {_TAKES}")
     if not array_tree.is_array_tree(folder):
         return Tensors(folder)
     array_tree.read_manifest(folder)
@@ -57,7 +66,7 @@ def verify(source: str | Path, converted: str | Path, report: Report = silent) -
         raise UserError(
             f"{source} and {converted} are the same folder; give the source and its conversion"
         )
-    ours, theirs = open_tensors(source), open_tensors(converted)
+    theirs, ours = open_tensors(converted), open_tensors(source)
     tensors = {}
     for name in ours:
         tensors[name] = compare(name, ours, theirs) if name in theirs else None
