@@ -52,13 +52,15 @@ def _write(path: Path, draw: Callable, panels: Mapping[str, Runs]) -> None:
         axes = fig.subplots(1, len(panels), squeeze=False)[0]
         for ax, (title, runs) in zip(axes, panels.items(), strict=True):
             draw(ax, runs)
-            ax.set_title(title, color=INK, fontsize=FONT_SIZE, loc="left")
+            ax.set_title(title, color=INK, fontsize=FONT_SIZE, loc="left", pad=20)
             _frame(ax)
         path.parent.mkdir(parents=True, exist_ok=True)
         fig.savefig(path, format="svg", metadata={"Date": None})
 
 
 def _frame(ax) -> None:
+    from matplotlib import ticker
+
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.spines["bottom"].set_color(MUTED)
     ax.tick_params(colors=MUTED, length=0)
@@ -66,6 +68,10 @@ def _frame(ax) -> None:
     ax.set_axisbelow(True)
     for label in (ax.xaxis.label, ax.yaxis.label):
         label.set_color(MUTED)
+    if ax.get_yscale() == "log":
+        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5), numticks=8))
+        ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_locator(ticker.NullLocator())
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, labelcolor=INK, fontsize=FONT_SIZE - 1.5)
 
@@ -90,7 +96,7 @@ def _boundaries(ax, spans: Sequence[Phase]) -> None:
         if index:
             ax.axvline(span.start, color=MUTED, linewidth=0.7, alpha=0.45, zorder=0.5)
         middle = (span.start + span.end) / 2
-        ax.text(middle, 0.97, f"{span.rank}", transform=across, color=MUTED, ha="center", va="top")
+        ax.text(middle, 1.02, f"{span.rank}", transform=across, color=MUTED, ha="center")
 
 
 def gradient_norm(ax, runs: Runs) -> bool:
@@ -151,7 +157,7 @@ def end_of_decay(ax, runs: Runs) -> bool:
         ax.annotate(
             "default",
             (100 * default, found[default]),
-            (0, 8),
+            (0, -16),
             textcoords="offset points",
             color=ORANGE,
             ha="center",
