@@ -68,14 +68,17 @@ def _one_head_at_a_time(
 
         @jax.checkpoint
         def chunk(q: jax.Array) -> jax.Array:
-            logits = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) * scale
+            # Not a product with k.T: XLA's CPU backend transposes, and then multiplies, in float32.
+            contracted = (((1,), (1,)), ((), ()))
+            logits = jax.lax.dot_general(q, k, contracted, preferred_element_type=jnp.float32)
+            logits = logits * scale
             weights = jnp.exp(logits - logits.max(-1, keepdims=True))
             total = weights.sum(-1, keepdims=True)
             y = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            return (y / total).astype(q.dtype)
+            return y / total
 
         padded = jnp.pad(q, ((0, -tokens % size), (0, 0)))
         return jax.lax.map(chunk, padded.reshape(-1, size, dim)).reshape(-1, dim)[:tokens]
 
     y = jax.lax.map(head, (by_head(query), by_head(key), by_head(value)))
-    return y.reshape(batch, heads, tokens, dim).transpose(0, 2, 1, 3)
+    return y.reshape(batch, heads, tokens, dim).transpose(0, 2, 1, 3).astype(query.dtype)

@@ -14,6 +14,7 @@ from flax import nnx
 
 from qvgen_jax.config_fields import Positive, check_fields, check_value, refusal
 from qvgen_jax.errors import UserError
+from qvgen_jax.layer_scan import layer_scan
 from qvgen_jax.models.cogvideox_block import CogVideoXBlock
 from qvgen_jax.models.cogvideox_positions import rotations, sincos_table
 from qvgen_jax.models.layers import (
@@ -341,7 +342,7 @@ class CogVideoXTransformer(nnx.Module):
 
         if self.remat:
             body = jax.checkpoint(body, prevent_cse=False)
-        x, _ = jax.lax.scan(body, x, self.blocks)
+        x, _ = layer_scan(body, x, self.blocks)
 
         x = self.norm_out(self.norm_final(x[:, text_tokens:]), condition, ctx)
         x = self.proj_out(x.astype(self.dtype), ctx)

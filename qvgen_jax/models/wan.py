@@ -10,6 +10,7 @@ from flax import nnx
 
 from qvgen_jax.config_fields import Even, Positive, check_fields
 from qvgen_jax.errors import UserError
+from qvgen_jax.layer_scan import layer_scan
 from qvgen_jax.models.layers import (
     TwoLinears,
     layer_norm,
@@ -279,7 +280,7 @@ class WanTransformer(nnx.Module):
 
         if self.remat:
             body = jax.checkpoint(body, prevent_cse=False)
-        x, _ = jax.lax.scan(body, x, self.blocks)
+        x, _ = layer_scan(body, x, self.blocks)
 
         table = self.scale_shift_table[...].astype(jnp.float32) + embedding[:, None]
         shift, scale = jnp.split(table, 2, axis=1)

@@ -17,6 +17,7 @@ from flax import nnx
 
 from qvgen_jax.config_fields import Positive, Range, check_fields, refusal
 from qvgen_jax.errors import UserError
+from qvgen_jax.layer_scan import layer_scan
 from qvgen_jax.models.attention import attention
 from qvgen_jax.models.layers import RMSNorm
 from qvgen_jax.quant.dense import Dense
@@ -240,5 +241,5 @@ class T5Encoder(nnx.Module):
             return block(x, buckets, shared_bias, visible), None
 
         x = self.token_embedding[token_ids].astype(self.dtype)
-        x, _ = jax.lax.scan(body, x, self.blocks)
+        x, _ = layer_scan(body, x, self.blocks)
         return self.final_norm(x).astype(self.dtype)
