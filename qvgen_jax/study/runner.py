@@ -12,7 +12,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -26,6 +25,16 @@ from qvgen_jax.study.grid import Cell, differences, relevant, shown_command
 _ERROR_LINES = 12
 _PATIENCE = 60.0  # Seconds for an interrupted cell to finish its last checkpoint.
 _POLL = 0.2
+# In a new process, before it becomes the cell: its CPUs, and Ctrl-C, which a shell's background
+# jobs ignore. Not by `preexec_fn`, which is not safe beside JAX's threads.
+_START = """
+import os, signal, sys
+cpus, *command = sys.argv[1:]
+if cpus:
+    os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *command])
+"""
 
 
 class Outcome(NamedTuple):
@@ -165,13 +174,12 @@ def _start(
     with log.open("w") as file:
         # A session of its own: Ctrl-C is for the runner, which then stops its cells one by one.
         process = subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, "-c", _START, ",".join(map(str, cpus or ())), *command],
             env={**os.environ, **environment},
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=None if cpus is None else partial(os.sched_setaffinity, 0, cpus),
         )
     shown = shown_command(command, environment)
     return _Running(cell, process, time.monotonic(), log, cpus, shown)

@@ -37,6 +37,7 @@ _CHOICES = {
 
 
 _RANGES = (
+    ("seed", 0, 2**31),
     ("train.tail_rate", 0, 1),
     ("train.truth_blend", 0, 50),
     ("train.ema_decay", 0, 1),

@@ -62,7 +62,6 @@ def make_recipe(
         temporal_patch=model.patch_size[0],
         train=config["train"],
         tail=tail_start(config),
-        seed=config["seed"],
     )
 
 
@@ -152,7 +151,7 @@ def _steps(
 ) -> dict:
     """From the state's step to the last."""
     train, decay, start = config["train"], rank_decay(config), int(state["step"])
-    empty_text = jnp.asarray(dataset.empty_text_embeds)
+    empty_text, seed = jnp.asarray(dataset.empty_text_embeds), jnp.int32(config["seed"])
     data = batches(dataset, seed=config["seed"], batch_size=train["batch_size"], start_step=start)
     compiled: dict[bool, Callable] = {}
     pace = _Pace(start)
@@ -161,7 +160,7 @@ def _steps(
         branch = has_branch(decay, step + 1)
         if branch not in compiled:
             compiled[branch] = compile_step(make_recipe(config, model, scheduler, branch=branch))
-        state, metrics = compiled[branch](state, next(data), teacher, empty_text)
+        state, metrics = compiled[branch](state, next(data), teacher, empty_text, seed)
         done = step + 1
         writer.advance(done)
         if done % train["log_every"] == 0 or done == train["steps"]:

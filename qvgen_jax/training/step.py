@@ -25,7 +25,6 @@ class Recipe(NamedTuple):
         temporal_patch: latent frames per token of the model.
         train: the `train` section of the config.
         tail: the step where the learning rates' constant tail begins, if they have one.
-        seed: of noise, timesteps and caption dropout.
     """
 
     student: nnx.GraphDef
@@ -36,10 +35,9 @@ class Recipe(NamedTuple):
     temporal_patch: int
     train: Mapping
     tail: int
-    seed: int
 
 
-def sample_keys(seed: int, step: jax.Array, sample_index: jax.Array) -> jax.Array:
+def sample_keys(seed: jax.Array | int, step: jax.Array, sample_index: jax.Array) -> jax.Array:
     """One key per sample, `[batch]`, a function of (seed, step, global sample index) alone.
 
     The release seeds every rank alike, so that all draw the same noise; here no two samples share
@@ -163,7 +161,12 @@ def _accumulated(loss: Callable, params: dict, inputs: dict, parts: int) -> tupl
 
 
 def train_step(
-    state: dict, batch: dict, teacher_params: dict, empty_text: jax.Array, recipe: Recipe
+    state: dict,
+    batch: dict,
+    teacher_params: dict,
+    empty_text: jax.Array,
+    seed: jax.Array,
+    recipe: Recipe,
 ) -> tuple[dict, dict]:
     """One update.
 
@@ -172,13 +175,15 @@ def train_step(
         batch: arrays of `noisy_inputs` and `sample_index` int32 `[b]`, global.
         teacher_params: the full-precision model's dict.
         empty_text: `[n, d]`.
+        seed: int32 `[]`, of noise, timesteps and caption dropout; an argument, so that runs which
+            differ in nothing else share one compiled program.
         recipe: static.
 
     Returns:
         The new state and float32 scalars: loss, grad_norm, gate, rank and a rate per group.
     """
     step = state["step"]
-    keys = sample_keys(recipe.seed, step, batch["sample_index"])
+    keys = sample_keys(seed, step, batch["sample_index"])
     dropout = recipe.train["caption_dropout"]
     filled = fill_patches(batch, recipe.temporal_patch)
     inputs = noisy_inputs(filled, keys, recipe.noising, dropout, empty_text)

@@ -37,7 +37,7 @@ def test_cosine_rates_end_at_zero_and_a_constant_tail_stays_level():
 
 
 def recipe(decay: RankDecay, ema_decay: float) -> Recipe:
-    return Recipe(*[None] * 2, decay, *[None] * 3, {"ema_decay": ema_decay}, 0, 0)
+    return Recipe(*[None] * 2, decay, *[None] * 3, {"ema_decay": ema_decay}, 0)
 
 
 def test_the_average_starts_where_the_branch_has_gone():
