@@ -163,6 +163,7 @@ def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
             exported_params(state),
             quant,
             generation={"unguided_steps": config["sample"]["unguided_steps"]},
+            levels=state["levels"],
         )
         print(f"export: {export}")
     if job != "export":

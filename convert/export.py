@@ -33,6 +33,8 @@ def export_pipeline(
     params: Mapping,
     quant: QuantConfig,
     generation: Mapping[str, Any] | None = None,
+    *,
+    levels: Mapping | None = None,
 ) -> None:
     """Writes a folder of the same layout as `source`, its transformer packed.
 
@@ -48,6 +50,7 @@ def export_pipeline(
             stored as what they say in `source`'s default number of steps and in `table_steps`.
         generation: defaults of `generate` that it was made for, see `_read_defaults` in
             `convert.load`; what is 0 is left out.
+        levels: of the student's state; needed where tokens are smoothed.
 
     Raises:
         UserError: the student still has its branch, or `folder` or `FOLDER.partial` holds
@@ -71,7 +74,7 @@ def export_pipeline(
         quant = dataclasses.replace(
             quant, table_steps=tuple(sorted(set(steps))), time_entries=len(timesteps)
         )
-    tensors = to_packed(table, params, quantizable(model), quant)
+    tensors = to_packed(table, params, quantizable(model), quant, levels)
     fields = read_json(source / "transformer" / "config.json")
 
     partial = progress.start_over(folder, {"task": "packed export"})

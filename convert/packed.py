@@ -56,9 +56,13 @@ def _layers(node: Mapping, stacked: bool) -> list[dict]:
 
 
 def to_packed(
-    table: list[Entry], params: Mapping, names: tuple[str, ...], quant: QuantConfig
+    table: list[Entry],
+    params: Mapping,
+    names: tuple[str, ...],
+    quant: QuantConfig,
+    levels: Mapping | None = None,
 ) -> dict[str, np.ndarray]:
-    """Tensors by PyTorch name of a trained student.
+    """Tensors by PyTorch name of a trained student; `levels` hold the factors of smoothing.
 
     Linears that stay in full precision are bfloat16. The rest (patch embedding, norms, modulation
     tables, biases) is float32: 0.2 % of a packed 14B model, and the export computes what was
@@ -75,7 +79,10 @@ def to_packed(
             matrix = entry.name in kept and entry.path[-1] == "kernel"
             tensors[name] = tensors[name].astype(ml_dtypes.bfloat16 if matrix else np.float32)
     for name, entry in kernels.items():
-        layers = _layers(_at(params, name), entry.layers is not None)
+        node = dict(_at(params, name))
+        if quant.smooths(name):
+            node["smooth"] = _at(levels, name)["smooth"]
+        layers = _layers(node, entry.layers is not None)
         for stem, layer in zip(linear_stems(entry), layers, strict=True):
             packed = pack_layer(layer, quant.bits_of(name)[0])
             tensors |= {f"{stem}.{leaf}": array for leaf, array in packed.items()}
@@ -129,12 +136,11 @@ def from_packed(
         UserError: tensors are missing, unexpected or of another shape.
     """
     kernels, rest = split_table(table, quant.quantized(names))
-    leaves = leaves_of(quant)
     packed_names = {
         f"{stem}.{leaf}"
-        for entry in kernels.values()
+        for name, entry in kernels.items()
         for stem in linear_stems(entry)
-        for leaf in leaves
+        for leaf in leaves_of(quant, name)
     }
     missing = sorted(packed_names - set(tensors))
     if missing:
@@ -151,7 +157,7 @@ def from_packed(
         expected = _at(shapes, name)
         layers = []
         for stem in linear_stems(entry):
-            layer = {leaf: tensors[f"{stem}.{leaf}"] for leaf in leaves}
+            layer = {leaf: tensors[f"{stem}.{leaf}"] for leaf in leaves_of(quant, name)}
             layers.append(unpack_layer(layer, quant.bits_of(name)[0], expected["codes"].shape[-2]))
         node = {k: np.stack([layer[k] for layer in layers]) for k in layers[0]}
         if entry.layers is None:

@@ -98,8 +98,9 @@ def export_released(
     tensors = Tensors(folder)
     leaves = [
         f"{linear.stem}.{leaf}"
-        for linear in quantized
-        for leaf in leaves_of(quant)
+        for name, group in linears.items()
+        for linear in group
+        for leaf in leaves_of(quant, name)
         if leaf != "bias" or linear.bias
     ]
     check_names((*leaves, *others), tensors)
@@ -128,6 +129,8 @@ def _refuse(quant: QuantConfig, differences: list[str], approximate: bool) -> No
         impossible.append("its weights are symmetric and hold no zero points")
     if quant.rotation != "none":
         impossible.append("its tokens are rotated before they are quantized")
+    if quant.smoothing:
+        impossible.append("its tokens are smoothed before they are quantized")
     if quant.buckets not in (1, _BUCKETS):
         impossible.append(f"it has {quant.buckets} clip pairs per layer, theirs has {_BUCKETS}")
     if impossible:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from safetensors import safe_open
 
+from qvgen_jax.data.dataset import EncodedDataset
+from qvgen_jax.data.prepare import ensure_encoded
 from qvgen_jax.evaluation import drift
 from qvgen_jax.evaluation.evaluate import REFERENCE, evaluate_variants, table
 from qvgen_jax.evaluation.report import write_report
@@ -17,16 +19,23 @@ from qvgen_jax.models import TransformerConfig, quantizable, time_only
 from qvgen_jax.pipeline import Pipeline, load
 from qvgen_jax.quant.initialize import round_to_nearest
 from qvgen_jax.quant.packed import read_quantization_config
+from qvgen_jax.training.calibrate import activation_maxima
 from qvgen_jax.training.student import quant_config, student_definition
 
-_PACKED = ("codes", "scale", "zero_point", "clips")
+_PACKED = ("codes", "scale", "zero_point", "clips", "smooth")
 
 
-def untrained(config: Mapping, pipe: Pipeline) -> Pipeline:
+def untrained(config: Mapping, workdir: Path, pipe: Pipeline) -> Pipeline:
     """Round-to-nearest at the config's bit-widths: min-max ranges, nothing learned."""
     model: TransformerConfig = pipe.transformer.config
     quant = quant_config(config["quant"], model)
-    params, levels = round_to_nearest(pipe.transformer.states[0], quantizable(model), quant)
+    teacher, activations = pipe.transformer.states[0], None
+    if quant.smoothing:
+        dataset = EncodedDataset(
+            ensure_encoded(config, workdir, pipe), config["data"]["max_length"]
+        )
+        activations = activation_maxima(config, model, pipe.scheduler, teacher, dataset)
+    params, levels = round_to_nearest(teacher, quantizable(model), quant, activations)
     dtype = jnp.dtype(config["compute_dtype"])
     definition = student_definition(model, quant, dtype, branch=False)
     return pipe.with_transformer(definition, params, levels)
@@ -98,6 +107,6 @@ def _evaluate(config: Mapping, workdir: Path, teacher: Pipeline, student: Pipeli
     bits = f"W{config['quant']['weight_bits']}A{config['quant']['act_bits']}"
     variants = {REFERENCE: teacher}
     if config["evaluate"]["round_to_nearest"]:
-        variants[f"Round-to-nearest {bits}"] = untrained(config, teacher)
+        variants[f"Round-to-nearest {bits}"] = untrained(config, workdir, teacher)
     variants[f"QVGen {bits}"] = student
     return evaluate_variants(config, workdir, variants)

@@ -123,6 +123,10 @@ class QuantConfig:
             return 1
         return block_size(self.folded[name][1] if name in self.folded else width)
 
+    def smooths(self, name: str) -> bool:
+        """Whether a layer divides its tokens itself: `smoothing`, unless that is folded."""
+        return self.smoothing > 0 and name not in self.folded
+
     def quantized(self, names: Iterable[str]) -> tuple[str, ...]:
         """The layers of a model that this config quantizes, in the model's order.
 

@@ -12,6 +12,7 @@ from kernels.quantized_matmul import quantized_matmul
 from qvgen_jax.quant.codes_matmul import QuantizedWeight, codes_matmul
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.rotation import rotate
+from qvgen_jax.quant.smoothing import smooth_tokens
 from qvgen_jax.quant.tokens import clip_multipliers, fake_quantize_tokens, initial_clips
 from qvgen_jax.quant.weights import fake_quantize_weight, quantize_weight
 
@@ -72,7 +73,10 @@ class Dense(nnx.Module):
 
 
 class Levels(nnx.Variable):
-    """2^bits - 1 of one layer: an array in the state, so that stacked layers may differ in bits."""
+    """What of a layer is in the state but is not trained.
+
+    2^bits - 1, an array so that stacked layers may differ in bits, and the factors of smoothing.
+    """
 
 
 def _levels(bits: int) -> Levels:
@@ -95,7 +99,9 @@ class _TokenQuantizer(nnx.Module):
         self.block = 1 if name in config.folded else config.block_of(name, in_features)
 
     def _prepare(self, x: jax.Array) -> jax.Array:
-        """`x [..., in]` as it is quantized: rotated, as the kernel is."""
+        """`x [..., in]` as it is quantized: smoothed, then rotated; the kernel undoes both."""
+        if hasattr(self, "smooth"):
+            x = smooth_tokens(x, self.smooth[...])
         return rotate(x, self.block)
 
     def _clip_arguments(self, x: jax.Array, ctx: QuantContext) -> dict:
@@ -141,13 +147,15 @@ class QuantDense(_TokenQuantizer):
         if config.rank:
             self.L = nnx.Param(jnp.zeros((out_features, config.rank), jnp.float32))
             self.R = nnx.Param(jnp.zeros((config.rank, in_features), jnp.float32))
+        if config.smooths(name):
+            self.smooth = Levels(jnp.ones((in_features,), jnp.float32))
 
     def __call__(
         self, x: jax.Array | QuantizedTokens, ctx: QuantContext = QuantContext()
     ) -> jax.Array:
         """`x [..., in]` to `[..., out]`.
 
-        Tokens already quantized are taken as they are, rotated too, and take no gradient.
+        Tokens already quantized are smoothed and rotated already, and take no gradient.
         """
         if isinstance(x, QuantizedTokens):
             values, tokens = dequantize_tokens(x), x
@@ -207,7 +215,8 @@ class PackedDense(_TokenQuantizer):
     Params: `codes` int4 (up to 4 bits) or int8 `[in, out]`, `scale`, `zero_point` (unless weights
     are symmetric), `code_sum` (the codes summed over the input axis) and `bias` `[out]`, `lower`
     and `upper` `[buckets]`; where the config has a rank, `L`, `R` and the `gate [rank]` they were
-    saved with. The values come from `qvgen_jax.quant.packed`.
+    saved with; `smooth [in]` where it divides its tokens. The values come from
+    `qvgen_jax.quant.packed`.
     """
 
     def __init__(
@@ -233,11 +242,13 @@ class PackedDense(_TokenQuantizer):
             self.L = nnx.Param(jnp.zeros((out_features, config.rank), jnp.float32))
             self.R = nnx.Param(jnp.zeros((config.rank, in_features), jnp.float32))
             self.gate = nnx.Param(jnp.zeros((config.rank,), jnp.float32))
+        if config.smooths(name):
+            self.smooth = nnx.Param(jnp.ones((in_features,), jnp.float32))
 
     def __call__(
         self, x: jax.Array | QuantizedTokens, ctx: QuantContext = QuantContext()
     ) -> jax.Array:
-        """`x [..., in]`, or tokens already quantized (and rotated), to `[..., out]`."""
+        """`x [..., in]`, or tokens ready and quantized, to `[..., out]`."""
         tokens = x
         if not isinstance(x, QuantizedTokens):
             x = self._prepare(x)

@@ -1,7 +1,7 @@
 """From a full-precision transformer's parameters to those of the quantized one at step 0."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import jax
@@ -11,6 +11,7 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.low_rank import initial_branch
 from qvgen_jax.quant.rotation import rotate, rotate_kernel
+from qvgen_jax.quant.smoothing import smooth_factors
 from qvgen_jax.quant.tokens import initial_clips
 from qvgen_jax.quant.weights import dequantize_weight, quantize_weight, search_range
 
@@ -33,22 +34,53 @@ def _replace(params: dict, path: list[str], node: dict) -> dict:
     return {**params, path[0]: _replace(params.get(path[0], {}), path[1:], node)}
 
 
-def _prepare(params: dict, names: Iterable[str], config: QuantConfig) -> dict:
-    """Every kernel as its rotated tokens want it, and `to_v` turning them where that is folded."""
+def _prepare(
+    params: dict,
+    names: Iterable[str],
+    config: QuantConfig,
+    activations: Mapping[str, jax.Array] | None,
+) -> tuple[dict, dict[str, jax.Array]]:
+    """Every kernel as its smoothed and rotated tokens want it, and the factors by layer.
+
+    Where that is folded, the columns and the bias of the linear before smooth and rotate.
+    """
+    teacher, smooth = params, {}
     for name in config.quantized(names):
         node = _node(params, name)
-        block = config.block_of(name, node["kernel"].shape[-2])
-        if block == 1:
-            continue
-        node = {**node, "kernel": rotate_kernel(node["kernel"], block)}
+        width = node["kernel"].shape[-2]
+        block, factors = config.block_of(name, width), None
+        if config.smoothing:
+            kernel = _node(teacher, name)["kernel"]
+            factors = smooth_factors(_maxima(activations, name), kernel, config.smoothing)
+            node = {**node, "kernel": _wide(node["kernel"]) * factors[..., None]}
+        if block > 1:
+            node = {**node, "kernel": rotate_kernel(node["kernel"], block)}
         params = _replace(params, name.split("."), node)
         if name in config.folded:
             source = config.folded[name][0]
-            node = _node(params, source)
-            outputs = {leaf: node[leaf] for leaf in ("kernel", "bias") if leaf in node}
-            outputs = {leaf: rotate(_wide(array), block) for leaf, array in outputs.items()}
-            params = _replace(params, source.split("."), {**node, **outputs})
-    return params
+            node = _fold(_node(params, source), factors, block)
+            params = _replace(params, source.split("."), node)
+        elif factors is not None:
+            smooth[name] = factors
+    return params, smooth
+
+
+def _fold(node: dict, factors: jax.Array | None, block: int) -> dict:
+    """A linear whose outputs are smoothed and rotated."""
+    outputs = {leaf: _wide(node[leaf]) for leaf in ("kernel", "bias") if leaf in node}
+    if factors is not None:
+        divided = {"kernel": factors[..., None, :], "bias": factors}
+        outputs = {leaf: array / divided[leaf] for leaf, array in outputs.items()}
+    return {**node, **{leaf: rotate(array, block) for leaf, array in outputs.items()}}
+
+
+def _maxima(activations: Mapping[str, jax.Array] | None, name: str) -> jax.Array:
+    if activations is None or name not in activations:
+        raise ValueError(
+            f"smoothing needs the largest activations of {name!r}; "
+            "qvgen_jax.training.calibrate.activation_maxima measures them"
+        )
+    return activations[name]
 
 
 def _wide(array: jax.Array) -> jax.Array:
@@ -71,23 +103,32 @@ def _quantize_stack(kernels: jax.Array, levels: jax.Array, rank: int, symmetric:
     return jax.lax.map(lambda pair: _quantize_kernel(*pair, rank, symmetric), (kernels, levels))
 
 
-def quantize_params(params: dict, names: Iterable[str], config: QuantConfig) -> tuple[dict, dict]:
+def quantize_params(
+    params: dict,
+    names: Iterable[str],
+    config: QuantConfig,
+    activations: Mapping[str, jax.Array] | None = None,
+) -> tuple[dict, dict]:
     """Adds scale, zero point, clips and the branch to every layer that the config quantizes.
 
     Args:
         params: nested dict; a quantizable layer holds `kernel [in, out]`, or `[layers, in, out]`
             where blocks are stacked.
         names: the model's quantizable layers, e.g. `blocks.attn1.to_q`.
-        config: bits, rank, clips, rotation and the layers that stay in full precision.
+        config: bits, rank, clips, rotation, smoothing and the layers that stay in full precision.
+        activations: for smoothing, each layer's largest magnitude of every input channel, `[in]` or
+            `[layers, in]`.
 
     Returns:
         params (a new dict that shares the untouched arrays) and levels, the nested dict of the
-        `Levels` variables: `weight_levels` and `act_levels`, float32 `[]` or `[layers]`.
+        `Levels` variables: `weight_levels` and `act_levels`, float32 `[]` or `[layers]`, and
+        `smooth [in]` or `[layers, in]` where a layer divides its tokens.
 
     Raises:
         UserError: a name that neither the parameters nor the model have.
+        ValueError: smoothing, and no activations of a layer.
     """
-    params = _prepare(params, names, config)
+    params, smooth = _prepare(params, names, config, activations)
     levels: dict = {}
     for name in config.quantized(names):
         node = _node(params, name)
@@ -107,7 +148,9 @@ def quantize_params(params: dict, names: Iterable[str], config: QuantConfig) -> 
         clips = jnp.broadcast_to(clips, (*stack, *clips.shape))
         path = name.split(".")
         params = _replace(params, path, {**node, **leaves, "lower": clips, "upper": clips})
-        levels = _replace(levels, path, {"weight_levels": weight_levels, "act_levels": act_levels})
+        fixed = {"weight_levels": weight_levels, "act_levels": act_levels}
+        fixed |= {"smooth": smooth[name]} if name in smooth else {}
+        levels = _replace(levels, path, fixed)
     return params, levels
 
 
@@ -145,13 +188,18 @@ def quantization_errors(params: dict, levels: dict, names: Iterable[str]) -> dic
 _UNCLIPPED = 20.0
 
 
-def round_to_nearest(params: dict, names: Iterable[str], config: QuantConfig) -> tuple[dict, dict]:
+def round_to_nearest(
+    params: dict,
+    names: Iterable[str],
+    config: QuantConfig,
+    activations: Mapping[str, jax.Array] | None = None,
+) -> tuple[dict, dict]:
     """What low bits cost when nothing is learned: min-max ranges that contain 0, no branch.
 
     The floor of every comparison. Arguments and result as of `quantize_params`, at rank 0.
     """
     config = dataclasses.replace(config, rank=0)
-    params, levels = quantize_params(params, names, config)
+    params, levels = quantize_params(params, names, config, activations)
     for name in config.quantized(names):
         node = _node(params, name)
         low = jnp.minimum(jnp.min(node["kernel"], axis=-2), 0.0)

@@ -25,6 +25,8 @@ Version 3 is written where a model uses something that older readers do not know
         table           [entries, out]   what the linear says, its bias included, at
         timesteps       float32 [entries], once for the whole model, sorted
     rotation            the tokens are rotated before they are quantized, see docs/format.md
+    smoothing           they are divided before that by
+        smooth          float32 [in]   unless the linear is `folded`
 
 The transformer's config.json holds a `quantization_config`, see `quantization_config`. Its layer
 names are the model's `quantizable` names: `blocks.attn1.to_q` stands for every block's.
@@ -110,7 +112,8 @@ def pack_layer(layer: Mapping[str, Any], bits: int) -> dict[str, np.ndarray]:
     """The tensors of one trained linear.
 
     Args:
-        layer: params of one `QuantDense`, not stacked; L and R are not read.
+        layer: params of one `QuantDense`, not stacked, with its `smooth` where it has one; L and R
+            are not read.
         bits: of the weight.
 
     Returns:
@@ -125,7 +128,7 @@ def pack_tensors(codes: np.ndarray, layer: Mapping[str, Any], bits: int) -> dict
 
     Args:
         codes: unsigned, `[out, in]`.
-        layer: `scale`, `lower`, `upper`; `zero_point` and `bias` where there are any.
+        layer: `scale`, `lower`, `upper`; `zero_point`, `bias` and `smooth` where there are any.
         bits: of the codes.
     """
     tensors = {
@@ -133,7 +136,7 @@ def pack_tensors(codes: np.ndarray, layer: Mapping[str, Any], bits: int) -> dict
         "scale": np.asarray(layer["scale"], np.float32),
         "clips": np.stack([np.asarray(layer[k], np.float32) for k in ("lower", "upper")], axis=1),
     }
-    for leaf in ("zero_point", "bias"):
+    for leaf in ("zero_point", "bias", "smooth"):
         if layer.get(leaf) is not None:
             tensors[leaf] = np.asarray(layer[leaf], np.float32)
     return tensors
@@ -151,16 +154,17 @@ def unpack_layer(
         "lower": np.asarray(tensors["clips"][:, 0], np.float32),
         "upper": np.asarray(tensors["clips"][:, 1], np.float32),
     }
-    for leaf in ("zero_point", "bias", *BRANCH_LEAVES):
+    for leaf in ("zero_point", "bias", "smooth", *BRANCH_LEAVES):
         if leaf in tensors:
             layer[leaf] = np.asarray(tensors[leaf], np.float32)
     return layer
 
 
-def leaves_of(config: QuantConfig) -> tuple[str, ...]:
-    """What every quantized linear of a folder holds."""
+def leaves_of(config: QuantConfig, name: str) -> tuple[str, ...]:
+    """What a quantized linear of a folder holds."""
     leaves = LEAVES + BRANCH_LEAVES if config.rank else LEAVES
-    return tuple(x for x in leaves if x != "zero_point" or not config.symmetric_weights)
+    leaves = tuple(x for x in leaves if x != "zero_point" or not config.symmetric_weights)
+    return (*leaves, "smooth") if config.smooths(name) else leaves
 
 
 def quantization_config(config: QuantConfig) -> dict[str, Any]:
@@ -173,6 +177,8 @@ def quantization_config(config: QuantConfig) -> dict[str, Any]:
         features["time_table"] = table
     if config.rotation != "none":
         features["rotation"] = {"kind": config.rotation, "largest_block": LARGEST_BLOCK}
+    if config.smoothing:
+        features["smoothing"] = config.smoothing
     if config.folded:
         features["folded"] = {
             name: {"into": source, "head_width": width}
@@ -228,6 +234,7 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
             rank=fields["rank"] if version == BRANCH_VERSION else fields.get("rank", 0),
             symmetric_weights=bool(fields.get("symmetric_weights", False)),
             rotation=_rotation(fields.get("rotation")),
+            smoothing=fields.get("smoothing", 0.0),
             folded={
                 name: (source["into"], source["head_width"])
                 for name, source in fields.get("folded", {}).items()

@@ -71,6 +71,11 @@ def check_config(config: Mapping) -> None:
             raise UserError(f"--config.{name}={value}; expected a whole number, 0 for no {what}")
     train, quant = config["train"], config["quant"]
     _check_table(quant["time_table"], quant["table_steps"])
+    if not 0 <= quant["smoothing"] < 1:
+        raise UserError(
+            f"--config.quant.smoothing={quant['smoothing']}; expected 0 (off) to below 1, such as "
+            "0.5"
+        )
     if train["batch_size"] % train["accumulate"]:
         raise UserError(
             f"train.batch_size={train['batch_size']} does not divide into "

@@ -21,6 +21,7 @@ from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.low_rank import drop_branch, on_every_branch, reverse, small_singular_share
 from qvgen_jax.quant.schedule import RankDecay, phase_steps_for
 from qvgen_jax.training import checkpoint
+from qvgen_jax.training.calibrate import activation_maxima, unmeasured
 from qvgen_jax.training.check import check_config
 from qvgen_jax.training.metrics import MetricWriter
 from qvgen_jax.training.optimizer import make_optimizer
@@ -65,10 +66,18 @@ def make_recipe(
     )
 
 
-def initial_state(config: Mapping, model: TransformerConfig, teacher: dict) -> dict:
-    """The student at step 0: the teacher's weights, searched scales, and Phi as their error."""
+def initial_state(
+    config: Mapping,
+    model: TransformerConfig,
+    teacher: dict,
+    activations: Mapping[str, jax.Array] | None = None,
+) -> dict:
+    """The student at step 0: the teacher's weights, searched scales, and Phi as their error.
+
+    `activations` are what `activation_maxima` measures; needed where the run smooths.
+    """
     quant = quant_config(config["quant"], model)
-    params, levels = quantize_params(teacher, quantizable(model), quant)
+    params, levels = quantize_params(teacher, quantizable(model), quant, activations)
     if config["quant"]["decay_order"] == "largest":
         params = on_every_branch(params, lambda left, right: reverse(left, right, quant.rank))
     optimizer = make_optimizer(config["train"], tail_start(config))
@@ -77,12 +86,12 @@ def initial_state(config: Mapping, model: TransformerConfig, teacher: dict) -> d
 
 def newest_state(
     config: Mapping, model: TransformerConfig, teacher: dict, manager: ocp.CheckpointManager
-) -> dict:
-    """The state to continue from: the newest checkpoint's, or step 0's."""
+) -> dict | None:
+    """The newest checkpoint's state; None where there is no checkpoint yet."""
     step = manager.latest_step()
     if step is None:
-        return initial_state(config, model, teacher)
-    like = jax.eval_shape(lambda: initial_state(config, model, teacher))
+        return None
+    like = jax.eval_shape(lambda: initial_state(config, model, teacher, unmeasured(model, teacher)))
     if not has_branch(rank_decay(config), step):
         like = {**like, "params": drop_branch(like["params"]), "opt": drop_branch(like["opt"])}
     return checkpoint.restore(manager, step, like)
@@ -130,6 +139,9 @@ def run_steps(
     # Leaving the block, also by an interruption, waits until the last save is complete.
     with checkpoint.open_checkpoints(workdir, train["keep_checkpoints"]) as manager:
         state = newest_state(config, model, teacher, manager)
+        if state is None:
+            activations = activation_maxima(config, model, scheduler, teacher, dataset)
+            state = initial_state(config, model, teacher, activations)
         writer = MetricWriter(
             workdir, int(state["step"]), train["steps"], train["wandb_project"], "train"
         )

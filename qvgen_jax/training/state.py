@@ -1,9 +1,10 @@
 """The train state, a plain dict, and what happens to it at a phase boundary.
 
 `{"params", "levels", "opt", "step"}`: `params` are the student's float32 master weights with its
-quantizers and branch, `levels` the number of levels per layer (not trained), `opt` the optimizer's
-state, `step` the number of updates made. With an average of the weights also `"ema"`, like `params`
-but without the branch. Random keys and the data position are functions of `step`.
+quantizers and branch, `levels` what of a layer is not trained (its numbers of levels, the factors
+of smoothing), `opt` the optimizer's state, `step` the number of updates made. With an average of
+the weights also `"ema"`, like `params` but without the branch. Random keys and the data position
+are functions of `step`.
 """
 
 from functools import partial

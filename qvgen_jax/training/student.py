@@ -50,7 +50,7 @@ def quant_config(quant: Mapping, model: TransformerConfig) -> QuantConfig:
         kept = (*chosen["full_precision"], *time_only(model))
         chosen["full_precision"] = tuple(dict.fromkeys(kept))
         chosen["table_steps"] = tuple(quant["table_steps"])
-    if chosen["rotation"] != "none":
+    if chosen["rotation"] != "none" or chosen["smoothing"]:
         chosen["folded"] = {
             name: source
             for name, source in values_of(model).items()
@@ -111,4 +111,7 @@ def describe_layers(model: TransformerConfig, quant: QuantConfig) -> str:
     total = sum(model.num_layers if n.startswith("blocks.") else 1 for n in names)
     patches = "" if "patch_embed.proj" in names else "patch embedding, "
     kept = f"  {patches}norms, modulation tables, attention products    full precision"
-    return "\n".join([f"{total} linears:", *lines, kept])
+    before = [f"smoothed by {quant.smoothing}"] if quant.smoothing else []
+    before += [f"rotated ({quant.rotation})"] if quant.rotation != "none" else []
+    ready = [f"  tokens {', then '.join(before)}, before they are quantized"] if before else []
+    return "\n".join([f"{total} linears:", *lines, *ready, kept])

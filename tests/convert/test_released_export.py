@@ -12,6 +12,7 @@ from convert.released_names import is_released
 from convert.save import write_json
 from convert.tensors import Tensors, read_json, write_tensors
 from qvgen_jax.errors import UserError
+from qvgen_jax.models.wan import WanConfig, quantizable
 from tests.convert.released_checkpoints import (
     BUCKETS,
     PHASE,
@@ -20,6 +21,8 @@ from tests.convert.released_checkpoints import (
     Release,
     imported_last,
 )
+
+NAMES = quantizable(WanConfig())
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,11 @@ def test_what_the_released_code_cannot_run_is_refused(release, imported, tmp_pat
     rotated = as_trained_by_us(imported, tmp_path / "rotated", format_version=3, rotation=rotation)
     with pytest.raises(UserError, match="tokens are rotated"):
         export_released(rotated, tmp_path / "theirs", approximate=True)
+    folded = {name: {"into": "proj_out", "head_width": 8} for name in NAMES}
+    smoothing = {"format_version": 3, "smoothing": 0.5, "folded": folded}
+    smoothed = as_trained_by_us(imported, tmp_path / "smoothed", **smoothing)
+    with pytest.raises(UserError, match="tokens are smoothed"):
+        export_released(smoothed, tmp_path / "theirs", approximate=True)
     moment = {"released_step": 2, "phase_steps": PHASE}
     import_released(release.source, release.base, tmp_path / "branch", **moment)
     with pytest.raises(UserError, match="low-rank branch"):

@@ -1,0 +1,43 @@
+"""Channels balanced between tokens and kernel at step 0 (SmoothQuant, arXiv 2211.10438, eq. 4).
+
+A channel's tokens are divided by a factor and its kernel row multiplied by it: outliers of the
+activations move into the weights, which have a scale per output channel and are trained. The
+factors themselves are not.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# Channels that are next to silent count as this share of the loudest, so that no factor is extreme.
+_QUIETEST = 1e-3
+_SMALLEST = 1e-12
+
+
+def smooth_factors(activation_max: jax.Array, kernel: jax.Array, alpha: float) -> jax.Array:
+    """`max|x_j|^alpha / max|w_j|^(1 - alpha)`, divided by its geometric mean over the channels.
+
+    A common factor changes no code. With a mean of 1 the kernel keeps its size, and a learning rate
+    its meaning.
+
+    Args:
+        activation_max: `[..., in]`, the largest magnitude of each input channel.
+        kernel: `[..., in, out]`.
+        alpha: how much of the outliers moves; between 0 and 1.
+
+    Returns:
+        Float32 `[..., in]`, positive.
+    """
+    of_tokens = _loud(activation_max.astype(jnp.float32))
+    of_kernel = _loud(jnp.max(jnp.abs(kernel.astype(jnp.float32)), axis=-1))
+    logs = alpha * jnp.log(of_tokens) - (1 - alpha) * jnp.log(of_kernel)
+    return jnp.exp(logs - logs.mean(-1, keepdims=True))
+
+
+def _loud(maxima: jax.Array) -> jax.Array:
+    return jnp.maximum(maxima, jnp.maximum(_QUIETEST * maxima.max(-1, keepdims=True), _SMALLEST))
+
+
+def smooth_tokens(x: jax.Array, factors: jax.Array) -> jax.Array:
+    """`x [..., in]` with each channel divided by its factor `[in]`, in the dtype of `x`."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return (x.astype(wide) / factors).astype(x.dtype)

@@ -1,0 +1,84 @@
+"""What a run measures of its teacher before step 0: the activations that smoothing balances.
+
+A function of the config's seed, the data and the teacher. Only step 0 needs it; a checkpoint holds
+what came of it.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qvgen_jax.data.dataset import EncodedDataset, batches
+from qvgen_jax.diffusion.noising import training_noise
+from qvgen_jax.diffusion.schedulers import Scheduler
+from qvgen_jax.models import TransformerConfig, build_transformer, quantizable
+from qvgen_jax.quant.calibration import Probe, observing
+from qvgen_jax.training.step import fill_patches, noisy_inputs, sample_keys
+from qvgen_jax.training.student import quant_config
+
+BATCHES = 4
+
+
+def _at(tree: Mapping, name: str) -> Mapping:
+    for part in name.split("."):
+        tree = tree[part]
+    return tree
+
+
+def activation_maxima(
+    config: Mapping,
+    model: TransformerConfig,
+    scheduler: Scheduler,
+    teacher: dict,
+    dataset: EncodedDataset,
+) -> dict[str, jax.Array] | None:
+    """The teacher's largest activations over what the first steps of the run will train on.
+
+    Returns:
+        The name of each quantized linear to the largest magnitude of each of its input channels,
+        float32 `[in]` or `[layers, in]`; None if the run does not smooth.
+    """
+    quant, train = quant_config(config["quant"], model), config["train"]
+    if not quant.smoothing:
+        return None
+    names, dtype = quant.quantized(quantizable(model)), jnp.dtype(config["compute_dtype"])
+    network = nnx.eval_shape(
+        lambda: build_transformer(
+            model, key=jax.random.key(0), dense=observing(names), dtype=dtype, remat=True
+        )
+    )
+    graphdef, _, probes = nnx.split(network, nnx.Param, Probe)
+    probes = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), nnx.to_pure_dict(probes))
+    noising = training_noise(scheduler, train)
+    empty_text = jnp.asarray(dataset.empty_text_embeds)
+
+    @jax.jit
+    def measure(teacher: dict, batch: dict, step: jax.Array) -> dict:
+        keys = sample_keys(config["seed"], step, batch["sample_index"])
+        filled = fill_patches(batch, model.patch_size[0])
+        inputs = noisy_inputs(filled, keys, noising, train["caption_dropout"], empty_text)
+
+        def of_part(part: tuple) -> dict:
+            def total(probes: dict) -> jax.Array:
+                y = nnx.merge(graphdef, teacher, probes)(*part)
+                return jnp.sum(y.astype(jnp.float32))
+
+            return jax.grad(total)(probes)
+
+        # As many samples at once as a training step holds.
+        seen = (inputs["latents"], inputs["timesteps"], inputs["text_embeds"])
+        parts = jax.tree.map(lambda x: x.reshape(train["accumulate"], -1, *x.shape[1:]), seen)
+        return jax.tree.map(lambda x: x.max(0), jax.lax.map(of_part, parts))
+
+    data = batches(dataset, seed=config["seed"], batch_size=train["batch_size"])
+    found = [measure(teacher, next(data), jnp.int32(step)) for step in range(BATCHES)]
+    maxima = jax.tree.map(lambda *each: jnp.max(jnp.stack(each), axis=0), *found)
+    return {name: _at(maxima, name)["probe"] for name in names}
+
+
+def unmeasured(model: TransformerConfig, teacher: dict) -> dict[str, jax.Array]:
+    """Ones in the shapes of `activation_maxima`, for states that are only described."""
+    shapes = {name: _at(teacher, name)["kernel"].shape[:-1] for name in quantizable(model)}
+    return {name: jnp.ones(shape, jnp.float32) for name, shape in shapes.items()}
