@@ -14,11 +14,11 @@ demo: $(VENV)/.ready-base
 test: $(VENV)/.ready-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -n 2 --ignore=tests/parity $(PYTEST_ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal --ignore=tests/parity $(PYTEST_ARGS)
 
 # Numbers against PyTorch diffusers and transformers (installs torch).
 parity: $(VENV)/.ready-parity
-	$(RUN) -m pytest -n 2 tests/parity $(PYTEST_ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal tests/parity $(PYTEST_ARGS)
 
 # The same, one test after the other and the slow ones too, and docs/parity_table.md from it.
 parity-table: $(VENV)/.ready-parity

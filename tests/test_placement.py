@@ -95,6 +95,7 @@ def test_a_long_list_of_faults_is_cut():
         with_shardings(like, over("rows"))
 
 
+@pytest.mark.slow
 def test_loading_over_four_devices():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     # The number of devices is fixed when JAX starts: another process, not part of this run.

@@ -209,6 +209,7 @@ def test_without_quantization_the_rotated_model_is_the_teacher(family, fold, ful
     assert error < 1e-5 * jnp.linalg.norm(expected)
 
 
+@pytest.mark.slow
 def test_the_tiny_model_loses_less_of_its_teacher_when_rotated():
     """At eight bits it is the teacher to 2 %; at four the rotation takes a tenth of the error."""
     teacher = read_transformer(TINY, jnp.float32)

@@ -96,6 +96,7 @@ def test_a_run_without_smoothing_measures_nothing(teacher):  # noqa: F811
     assert activation_maxima(CONFIG, MODEL, SCHEDULER, teacher, Clips()) is None
 
 
+@pytest.mark.slow
 def test_a_smoothed_run_resumes_exactly_never_trains_its_factors_and_is_exported_as_trained(
     teacher,  # noqa: F811
     activations,

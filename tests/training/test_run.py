@@ -1,7 +1,6 @@
 """Whole runs of a model of the smallest size: resumed, accumulated, compiled once."""
 
 import json
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from qvgen_jax.training import loop
 from qvgen_jax.training.checkpoint import claim_workdir
 from qvgen_jax.training.optimizer import labels
 from qvgen_jax.training.state import exported_params
-from qvgen_jax.training.step import noisy_inputs, sample_keys, train_step
+from qvgen_jax.training.step import noisy_inputs, sample_keys
 
 MODEL = WanConfig(
     num_attention_heads=1,
@@ -203,7 +202,7 @@ def test_accumulating_half_batches_gives_the_same_update(teacher):
     batch["sample_index"] = np.arange(4, dtype=np.int32)
     empty = jnp.zeros((3, 8), jnp.float32)
     norms = [
-        jax.jit(partial(train_step, recipe=r))(state, batch, teacher, empty, 3)[1]
+        loop.compile_step(r)(jax.tree.map(jnp.copy, state), batch, teacher, empty, jnp.int32(3))[1]
         for r in (recipe, halves)
     ]
     # float32 sums in another order; no code lies near enough to a boundary to flip here.

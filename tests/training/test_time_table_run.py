@@ -17,6 +17,8 @@ from qvgen_jax.training.check import check_config
 from qvgen_jax.training.checkpoint import claim_workdir, compare_workdir
 from qvgen_jax.training.student import describe_layers, quant_config, student_definition
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"num_frames": 5, "height": 32, "width": 32, "seeds": 3}
 PROMPT = "a red star moving up"
 
