@@ -49,7 +49,7 @@ def export_pipeline(
         quant: how it was quantized. With `time_table`, the linears that see only the timestep are
             stored as what they say in `source`'s default number of steps and in `table_steps`.
         generation: defaults of `generate` that it was made for, see `_read_defaults` in
-            `convert.load`; what is 0 is left out.
+            `convert.load`.
         levels: of the student's state; needed where tokens are smoothed.
 
     Raises:
@@ -83,10 +83,13 @@ def export_pipeline(
     fields = {**fields, "quantization_config": quantization_config(quant)}
     write_json(partial / "transformer" / "config.json", fields)
     write_tensors(partial / "transformer" / "diffusion_pytorch_model.safetensors", tensors)
-    changed = {name: value for name, value in (generation or {}).items() if value}
-    if changed:
-        path = partial / "generation_config.json"
-        write_json(path, {**(read_json(path) if path.is_file() else {}), **changed})
+    path = partial / "generation_config.json"
+    before = read_json(path) if path.is_file() else {}
+    # What is 0 is the default, and left out; unless the source says something else.
+    after = {**before, **(generation or {})}
+    after = {name: value for name, value in after.items() if value or name in before}
+    if after != before:
+        write_json(path, after)
     (partial / _MARKER).touch()
     shutil.rmtree(folder, ignore_errors=True)
     progress.finish(partial, folder)

@@ -41,7 +41,11 @@ _LICENCES = ("*LICENSE*", "*LICENCE*", "*NOTICE*", "*README.md")
 _FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table")
 
 # What a generation_config.json holds where it is not a whole number from 1.
-_GENERATION = {"guidance_scale": Annotated[float, Range(least=0)], "fps": Positive}
+_GENERATION = {
+    "guidance_scale": Annotated[float, Range(least=0)],
+    "fps": Positive,
+    "unguided_steps": Annotated[int, Range(least=0)],
+}
 
 _AUTOENCODERS = {
     "AutoencoderKLWan": (WanVAEConfig, WanVAE),
@@ -154,7 +158,13 @@ def _read_defaults(folder: Path, config: TransformerConfig, max_length: int) -> 
         raise UserError(f"{path} has unknown fields {unknown}; known are {sorted(defaults)}")
     for name, value in fields.items():
         check_value(value, _GENERATION.get(name, int), name, str(path))
-    return defaults | fields
+    defaults |= fields
+    if defaults["unguided_steps"] > defaults["steps"]:
+        raise UserError(
+            f"unguided_steps is {defaults['unguided_steps']} in {path}, expected at most the "
+            f"{defaults['steps']} steps of a video; correct the file"
+        )
+    return defaults
 
 
 def read_default_steps(folder: Path, config: TransformerConfig) -> int:

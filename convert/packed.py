@@ -150,9 +150,8 @@ def from_packed(
         )
     params = from_torch(rest, {n: tensors[n] for n in tensors if n not in packed_names})
     for entry in rest:
-        if entry.path[-1] in ("table", "timestep_table"):
-            path = ".".join(entry.path)
-            _check_shape(path, _at(params, path), _at(shapes, path))
+        path = ".".join(entry.path)
+        _check_shape(path, _at(params, path), _at(shapes, path))
     for name, entry in kernels.items():
         expected = _at(shapes, name)
         layers = []

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,9 +81,7 @@ def import_released(
     for origin in (base, folder):
         check_target(origin, target, f"{source} {target} --base {base}")
     check_companions(base)
-    fields = read_json(base / "transformer" / "config.json")
-    config = config_from_json(fields)
-    check_same_model(folder, config)
+    fields, config = read_base(folder, base)
     tensors = Tensors(folder)
     plan = plan_released(config, tensors.infos)
     options = ReleasedOptions(clip_index, bits, released_step, phase_steps, lora_alpha)
@@ -152,14 +151,22 @@ def checkpoint_folder(source: str | Path) -> Path:
     return inner if inner.is_dir() and pipeline else folder
 
 
-def check_same_model(folder: Path, config: TransformerConfig) -> None:
-    """See that a config.json beside the checkpoint, if there is one, is of the base model."""
-    path = folder / "config.json"
+def read_base(folder: Path, base: Path) -> tuple[dict[str, Any], TransformerConfig]:
+    """The base transformer's config.json, and what it describes.
+
+    Raises:
+        UserError: it is packed, or a config.json beside the checkpoint is of another model.
+    """
+    fields = read_json(base / "transformer" / "config.json")
+    if fields.get("quantization_config"):
+        raise UserError(f"{base} is packed; give the full-precision pipeline as base")
+    config, path = config_from_json(fields), folder / "config.json"
     if path.is_file() and config_from_json(read_json(path)) != config:
         raise UserError(
             f"{path} and base's transformer/config.json describe different models; give the base "
             "that the checkpoint was trained from"
         )
+    return fields, config
 
 
 @dataclass(frozen=True)

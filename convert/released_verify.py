@@ -7,14 +7,13 @@ from typing import Any
 
 from convert.certificate import certify, compare_files
 from convert.load import find_folder
-from convert.released import cards, check_same_model, checkpoint_folder
+from convert.released import cards, checkpoint_folder, read_base
 from convert.released_check import ReleasedCheck
 from convert.released_names import is_released, plan_released, recipe_of
 from convert.released_options import RECORD, ReleasedOptions, recorded
 from convert.tensors import Tensors, read_json
 from convert.travel import Report, companions, silent
 from qvgen_jax.errors import UserError
-from qvgen_jax.models import config_from_json
 from qvgen_jax.quant.packed import read_quantization_config
 
 _CONFIG = Path("transformer", "config.json")
@@ -63,11 +62,7 @@ def verify_released(
         )
     if not theirs.get("quantization_config"):
         raise UserError(f"{packed} is not packed; give the pipeline that the import made")
-    fields = read_json(base / _CONFIG)
-    if fields.get("quantization_config"):
-        raise UserError(f"{base} is packed; give the full-precision pipeline as base")
-    config = config_from_json(fields)
-    check_same_model(folder, config)
+    fields, config = read_base(folder, base)
     plan, recipe = plan_released(config, ours.infos), recipe_of(config)
     given = (clip_index, bits, released_step, phase_steps, lora_alpha)
     options = _options(packed, theirs["quantization_config"], ReleasedOptions(*given))

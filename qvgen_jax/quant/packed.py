@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qvgen_jax.config_fields import Positive, check_value
 from qvgen_jax.errors import UserError
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import code_container
@@ -49,6 +50,9 @@ from qvgen_jax.quant.weights import quantize_weight
 PLAIN_VERSION, BRANCH_VERSION, FEATURES_VERSION = 1, 2, 3
 LEAVES = ("codes", "scale", "zero_point", "clips", "bias")
 BRANCH_LEAVES = ("L", "R", "gate")
+
+# Fields that are plain values; the others say themselves when they are damaged.
+_FIELDS = {"clip_ratio": Positive, "clip_buckets": int, "include_zero": bool}
 
 # Codes are cut into planes whose widths divide a byte; the first plane holds the lowest bits.
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
@@ -210,6 +214,11 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
     Raises:
         UserError: another method, another version, or a field that is missing or out of range.
     """
+    if not isinstance(fields, Mapping):
+        raise UserError(
+            f"quantization_config is {fields!r}, expected an object; only exports of this project "
+            "can be read: give a full-precision folder or one written by --job export"
+        )
     method, version = fields.get("quant_method"), fields.get("format_version")
     if method != "qvgen":
         raise UserError(
@@ -222,7 +231,10 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
             f"{PLAIN_VERSION} to {FEATURES_VERSION}; export again, or install the version that "
             "wrote the folder"
         )
+    where = "quantization_config"
     try:
+        for name, kind in _FIELDS.items():
+            check_value(fields[name], kind, name, where)
         ratio = float(fields["clip_ratio"])
         return QuantConfig(
             weight_bits=fields["bits"]["weights"],
@@ -243,7 +255,7 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
             clip_index=fields["clip_index"],
             single_clip=tuple(fields["single_clip"]),
             full_precision=tuple(fields["full_precision"]),
-            include_zero=bool(fields["include_zero"]),
+            include_zero=fields["include_zero"],
             range_dtype=fields["range_dtype"],
             **_time_table(fields.get("time_table")),
             **({"initial_clip": ratio, "clip_twice": True} if ratio != 1.0 else {}),

@@ -197,6 +197,16 @@ def load_model(config: Mapping, shardings: Shardings = None) -> Pipeline:
     )
 
 
+def check_guidance(config: Mapping, pipe: Pipeline) -> None:
+    """Refuse more steps without guidance than a video has: told before training, not after."""
+    unguided, steps = config["sample"]["unguided_steps"], pipe.defaults["steps"]
+    if unguided > steps:
+        raise UserError(
+            f"--config.sample.unguided_steps={unguided}; expected at most {steps}, the steps of "
+            "this pipeline's videos"
+        )
+
+
 def train(config: Mapping, workdir: Path, shardings: Shardings = None) -> tuple[Pipeline, dict]:
     """Train the student of `config` in `workdir`, or continue, or find it done.
 
@@ -217,6 +227,7 @@ def train(config: Mapping, workdir: Path, shardings: Shardings = None) -> tuple[
     pipe = load_model(config, shardings)
     model, teacher = pipe.transformer.config, pipe.transformer.states[0]
     training_noise(pipe.scheduler, config["train"])  # A model of the other family: told now.
+    check_guidance(config, pipe)
     print(describe_layers(model, quant_config(config["quant"], model)), flush=True)
     encoded = ensure_encoded(config, workdir, pipe)
     # Only now: a typo in the model's or the data's path must not mark the workdir as another run's.

@@ -101,6 +101,22 @@ def test_the_way_of_sampling_ships_with_the_export(tmp_path, params):
         generation = {"unguided_steps": unguided}
         export_pipeline(source, tmp_path / "export", SMALL, params, QuantConfig(rank=0), generation)
         assert read_json(tmp_path / "export" / "generation_config.json") == expected
+    write_json(source / "generation_config.json", {"steps": 20, "unguided_steps": 4})
+    none = {"unguided_steps": 0}
+    export_pipeline(source, tmp_path / "export", SMALL, params, QuantConfig(rank=0), none)
+    assert read_json(tmp_path / "export" / "generation_config.json")["unguided_steps"] == 0
+
+
+def test_a_norm_of_another_size_is_refused(tmp_path, params):
+    source = pipeline_folder(tmp_path / "source", SMALL)
+    export_pipeline(source, tmp_path / "export", SMALL, params, QuantConfig(rank=0))
+    folder = tmp_path / "export" / "transformer"
+    tensors = dict(Tensors(folder).items())
+    for i in range(SMALL.num_layers):
+        tensors[f"blocks.{i}.attn1.norm_q.weight"] = np.ones(23, np.float32)
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors)
+    with pytest.raises(UserError, match=r"attn1.norm_q.scale is \[2, 23\], expected \[2, 24\]"):
+        read_transformer(folder, jnp.float32)
 
 
 def test_a_rotated_model_is_exported_as_it_was_trained(tmp_path):

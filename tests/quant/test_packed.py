@@ -113,10 +113,19 @@ def test_older_readers_are_refused_only_what_they_do_not_know(config, version):
         ({"quant_method": "bitsandbytes"}, "'bitsandbytes'; only exports of this project"),
         ({"bits": {"weights": 9, "activations": 4}}, "expected .weight bits, activation bits"),
         ({"bits": None}, "damaged"),
+        ({"clip_ratio": "abc"}, "clip_ratio is 'abc'"),
+        ({"clip_buckets": 2.5}, "clip_buckets is 2.5"),
+        ({"include_zero": "false"}, "include_zero is 'false'"),
         ({"clip_index": "nearest"}, "clip_index='nearest'; expected one of"),
     ],
 )
 def test_unknown_formats_are_refused(changes, message):
     fields = quantization_config(QuantConfig(rank=0)) | changes
     with pytest.raises(UserError, match=message):
+        read_quantization_config(fields)
+
+
+@pytest.mark.parametrize("fields", [[1], "int4", 4])
+def test_what_is_no_object_is_refused(fields):
+    with pytest.raises(UserError, match="expected an object"):
         read_quantization_config(fields)
