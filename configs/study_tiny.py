@@ -4,13 +4,14 @@
     python main.py --job study --config configs/study_tiny.py:finals --workdir studies/recipe
 
 Screening: every variant once at W4A4 and W3A3, measured on held-out distillation loss and drift.
-Finals: the 8 best, the release and plain training, three seeds each, judged on 512 pairs of videos.
+Finals: the 8 best, and those that the screening cannot rank, three seeds each, judged on 512 pairs
+of videos.
 Records of finished cells are in the workdir and tracked; the same command runs the missing ones.
 Clips are drawn and encoded at the first start.
 
-Two CPU cores, computed from the parts below, not from a whole run: screening (64 cells) a little
-over two hours, finals (66 cells) about six. A step at batch 16 takes 0.36 s with the branch and
-0.27 without on both cores, 0.65 and 0.55 in each of two processes with a core of its own; at batch
+Two CPU cores, computed from the parts below, not from a whole run: screening (62 cells) a little
+over two hours, finals (84 cells) seven to eight. A step at batch 16 takes 0.36 s with the branch,
+0.27 without, on both cores; 0.65 and 0.55 in each of two processes with a core of its own; at batch
 32 it is 0.66 and 0.67, against 1.15 and 0.98. Side by side is up to a quarter more work. A
 variant's first cell compiles for a minute of one core, its next bit-width reads that from the
 cache in 10 s; held-out loss and drift take 13 s. The judge's 512 videos were taken as 180 s, an
@@ -54,7 +55,9 @@ _SCREENING = {
     "decay_end_70": {"quant.decay_fraction": 0.7},
     "decay_end_85": {"quant.decay_fraction": 0.85},
     "decay_end_100": {"quant.decay_fraction": 1.0},
-    # No new SVD at a boundary: columns leave in the order of step 0 (ours).
+    # No new SVD at a boundary: columns leave in the order of step 0 (ours). Those that live keep
+    # their moments, as nothing turns: its counterpart is moments_rotate, since the default also
+    # resets them.
     "no_refactor": {"quant.refactor": False},
     # Adam's moments of L and R over a refactoring: as they are (the release), or rotated with it.
     "moments_keep": {"quant.branch_moments": "keep"},
@@ -63,8 +66,6 @@ _SCREENING = {
     "constant_tail": {"train.schedule": "constant_tail"},
     # The true velocity blended into the target, by timestep (the blend l(t) with a = 5).
     "truth_blend_5": {"train.truth_blend": 5.0},
-    # The last 4 of 25 steps without guidance, which amplifies errors (arXiv 2404.07724).
-    "unguided_last": {"sample.unguided_steps": 4},
     # The timestep's own linears in full precision, exported as a table (DSAQuant, 2609.04031).
     "time_table": {"quant.time_table": True},
     # No zero points of weights (QuaRot, arXiv 2404.00456; DSAQuant).
@@ -81,6 +82,11 @@ _SCREENING = {
     "ema_099": {"train.ema_decay": 0.99},
     # The whole branch at once, late (QVGen, the ablation without decay).
     "abrupt_end": {"quant.decay_shape": "abrupt", "quant.decay_fraction": 0.9},
+}
+_FINALS_ONLY = {
+    # The last 4 of 25 steps without guidance, which amplifies errors (arXiv 2404.07724). It trains
+    # as the default does: only videos can tell.
+    "unguided_last": {"sample.unguided_steps": 4},
 }
 
 
@@ -100,17 +106,28 @@ def get_config(arg: str = "screening") -> ConfigDict:
     config.more_seeds = {"default": (1, 2)} if stage == "screening" else {}
     config.parallel = 2  # Cells at once, each on its share of the CPUs.
 
-    config.variants = dict(_SCREENING)
+    config.variants = _SCREENING | (_FINALS_ONLY if finals else {})
     if smoke:
         config.variants = {name: _SCREENING[name] for name in ("default", "plain_qat")}
-    # Of the earlier `stage` ("" runs all variants) the `best` by held-out loss, beside `always`;
-    # or `names`, where they are chosen by hand. `without`: variants the choice need not wait for.
-    config.finalists = ConfigDict()
-    config.finalists.stage = "screening" if finals else ""
+    # Of the earlier `grid` (an empty one runs all variants) the `best` by held-out loss, beside
+    # `always`; or `names`, where they are chosen by hand. `without`: variants that the choice need
+    # not wait for.
+    config.finalists = ConfigDict(convert_dict=False)
+    config.finalists.grid = get_config("screening").to_dict() if finals else {}
     config.finalists.best = 8
-    config.finalists.always = ("default", "released", "plain_qat")
+    # References, and what the held-out distillation loss cannot rank: truth_blend_5 gives up part
+    # of that very loss for the truth, unguided_last trains as the default, and plain training at
+    # equal cost is the control that a claim for the branch needs, wherever it stands.
+    config.finalists.always = (
+        "default",
+        "released",
+        "plain_qat",
+        "plain_qat_equal_ops",
+        "truth_blend_5",
+        "unguided_last",
+    )
     config.finalists.names = ()
-    config.finalists.without = ()
+    config.finalists.without = tuple(_FINALS_ONLY)
 
     steps = {"screening": 300, "finals": 600, "smoke": 6}[stage]
     config.common = {

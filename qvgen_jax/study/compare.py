@@ -111,13 +111,16 @@ def _mean(values) -> float:
     return float(np.mean(values)) if values else math.nan
 
 
-def standing(records: Sequence[Mapping]) -> dict[str, float]:
+def standing(records: Sequence[Mapping], widths: Sequence[Sequence[int]]) -> dict[str, float]:
     """Variant -> its held-out loss by the default's, geometric mean over bit-widths; low is good.
 
-    Training seeds that the default lacks are left out, and so are variants that lack a bit-width.
-    One whose loss is not finite stands last.
+    The loss is pure distillation's, so it favours what trains on nothing else.
+
+    Args:
+        records: of one stage.
+        widths: the bit-widths that count; variants that lack one are left out, and so are training
+            seeds that the default lacks. One whose loss is not finite stands last.
     """
-    widths = bits_of(records)
     ratios: dict[str, list[float]] = {}
     for bits in widths:
         variants = at_bits(records, bits)

@@ -46,20 +46,26 @@ def chosen_variants(grid: Mapping, study: Path) -> list[str]:
     """The grid's variants; of finals, an earlier stage's best and those that always take part.
 
     Raises:
-        UserError: the earlier stage has no result yet for some variant.
+        UserError: a cell of the earlier stage has no result yet, or one of another config.
     """
     variants, rule = list(grid["variants"]), grid["finalists"]
-    if not rule["stage"]:
+    earlier = rule["grid"]
+    if not earlier:
         return variants
     if rule["names"]:
         return list(rule["names"])
-    places = standing(record.read_stage(study, rule["stage"]))
-    missing = [name for name in variants if name not in places and name not in rule["without"]]
+    folder = study / earlier["stage"]
+    waited_for = read_cells(earlier, [name for name in variants if name not in rule["without"]])
+    reasons = {cell.name: record.outdated(study, cell) for cell in waited_for}
+    missing = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
     if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise UserError(
-            f"finalists are chosen by {study / rule['stage']}, which lacks {', '.join(missing)}: "
-            f"finish that stage first, or name them in the grid's finalists.names"
+            f"finalists are chosen by {folder}, which lacks {', '.join(missing[:5])}{more}: finish "
+            "that stage first, leave variants out of the choice by finalists.without, or choose "
+            "by hand in finalists.names"
         )
+    places = standing(record.read_stage(study, earlier["stage"]), earlier["bits"])
     best = [name for name in sorted(places, key=places.get) if name in variants]
     best = [name for name in best if name not in rule["always"]][: rule["best"]]
     return [name for name in variants if name in (*best, *rule["always"])]

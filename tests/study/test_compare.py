@@ -71,26 +71,54 @@ def test_finals_pool_seeds_and_compare_video_by_video(study):
 
 
 def test_standing_is_the_mean_ratio_to_the_default_and_needs_both_widths(study):
-    places = compare.standing(record.read_stage(study, "screening"))
+    widths = ((4, 4), (3, 3))
+    places = compare.standing(record.read_stage(study, "screening"), widths)
     assert places["default"] == 1
     assert places["rank_8"] == pytest.approx(0.8, abs=0.02)
     assert places["full_rank_kept"] == math.inf
     only = [r for r in record.read_stage(study, "screening") if r["variant"] != "rank_8"]
     some = [r for r in record.read_stage(study, "screening") if tuple(r["bits"]) == (4, 4)]
     one_width = [r for r in some if r["variant"] == "rank_8"]
-    assert "rank_8" not in compare.standing([*only, *one_width])
+    assert "rank_8" not in compare.standing([*only, *one_width], widths)
+    assert compare.standing(some, widths) == {}  # Half a screening ranks nobody.
 
 
 def test_finalists_are_the_best_and_those_that_always_take_part(study):
-    asked = grid("finals")
-    asked["variants"] = {name: {} for name in (*VARIANTS, "released")}
-    asked["finalists"] = {**asked["finalists"], "best": 1, "without": ("released",)}
+    asked = finals_of((*VARIANTS, "released"), without=("released",))
     assert chosen_variants(asked, study) == ["default", "plain_qat", "rank_8", "released"]
     asked["finalists"]["names"] = ("decay_end_100",)
     assert chosen_variants(asked, study) == ["decay_end_100"]
-    asked["finalists"] |= {"names": (), "without": ()}
-    with pytest.raises(UserError, match="which lacks released: finish that stage first"):
-        chosen_variants(asked, study)
+
+
+def finals_of(names: tuple[str, ...], /, **rule) -> dict:
+    asked = grid("finals")
+    asked["variants"] = {name: asked["variants"][name] for name in names}
+    asked["finalists"] = {**asked["finalists"], "best": 1, **rule}
+    return asked
+
+
+def test_finalists_are_not_chosen_from_a_part_of_the_screening(study, tmp_path):
+    with pytest.raises(UserError, match=r"lacks released-w4a4-0 \(no result\), released-w3a3-0"):
+        chosen_variants(finals_of((*VARIANTS, "released")), study)
+    for cell in cells("screening", VARIANTS):
+        if cell.bits == (4, 4):
+            record.write(record.path_of(tmp_path, cell), synthetic(cell, 0.1))
+    with pytest.raises(UserError, match=r"default-w3a3-0 \(no result\).* and 2 more: finish"):
+        chosen_variants(finals_of(VARIANTS), tmp_path)
+    changed = finals_of(VARIANTS)
+    changed["finalists"]["grid"]["variants"]["rank_8"] = {"quant.rank": 4}
+    with pytest.raises(UserError, match=r"rank_8-w4a4-0 \(its config changed \(quant.rank: 8 the"):
+        chosen_variants(changed, study)
+
+
+def test_what_the_screening_cannot_rank_is_in_the_finals_and_not_always_in_the_screening():
+    asked = grid("finals")
+    assert (
+        {"unguided_last", "truth_blend_5", "plain_qat_equal_ops"}
+        <= set(asked["finalists"]["always"])
+        <= set(asked["variants"])
+    )
+    assert "unguided_last" not in grid("screening")["variants"]
 
 
 def test_the_tables_say_what_was_found_and_what_failed(study, tmp_path):

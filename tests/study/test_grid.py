@@ -36,7 +36,7 @@ def test_one_bit_width_comes_after_the_other_and_more_seeds_last():
 def test_a_cell_is_a_command_line_that_gives_its_config(tmp_path):
     """Values of every kind of variant, read back by the flags of main.py."""
     names = ("default", "no_refactor", "truth_blend_5", "hadamard", "unguided_last")
-    for cell in cells("smoke", names, variants=grid("screening")["variants"]):
+    for cell in cells("smoke", names, variants=grid("finals")["variants"]):
         arguments = cell.command(tmp_path)[1:]
         source = "import main, sys; print(main.parse(['main.py', *sys.argv[1:]]).to_json())"
         shown = subprocess.run(
