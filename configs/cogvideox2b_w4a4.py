@@ -69,7 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
         {"weights": 3e-5, "branch": 3e-5, "scales": 3e-5, "clips": 1e-2}
     )
     config.train.schedule = "cosine"
-    config.train.tail_rate = 0.1
+    config.train.tail_rate = 0.0
     config.train.beta1 = 0.9
     config.train.beta2 = 0.95
     config.train.epsilon = 1e-8

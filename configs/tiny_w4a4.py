@@ -71,7 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
         {"weights": 1e-3, "branch": 1e-3, "scales": 2e-4, "clips": 1e-2}
     )
     config.train.schedule = "cosine"  # To 0; or "constant_tail", level once the branch is gone.
-    config.train.tail_rate = 0.1  # Of the peak, in that tail.
+    config.train.tail_rate = 0.0  # Of the peak, in that tail; 0: what the cosine has there.
     config.train.beta1 = 0.9
     config.train.beta2 = 0.95
     config.train.epsilon = 1e-8

@@ -165,7 +165,10 @@ def refactor_tree(params: dict, rank: jax.Array | int, order: str = "smallest") 
 
 
 def cut_tree(params: dict, rank: jax.Array | int) -> dict:
-    """`params` with the components of every branch beyond `rank` zero, the others as they are."""
+    """`params` with the components of every branch beyond `rank` zero, the others as they are.
+
+    Or an optax state with their moments zero.
+    """
 
     def change(left: jax.Array, right: jax.Array) -> tuple:
         alive = jnp.arange(left.shape[1]) < rank

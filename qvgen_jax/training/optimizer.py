@@ -7,6 +7,7 @@ decay on everything, one global norm clip, linear warm-up then cosine to zero, a
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import optax
 
 GROUP_OF_LEAF = {"L": "branch", "R": "branch", "scale": "scales", "zero_point": "scales"}
@@ -49,21 +50,25 @@ def learning_rates(train: Mapping, tail: int = 0) -> dict[str, Callable[[jax.Arr
 
     Args:
         train: the `train` section of the config. Its `schedule` is a linear warm-up and then
-            `cosine`: to zero at `train.steps`, or `constant_tail`: to `tail_rate` of the peak at
-            step `tail`, and level from there on, so that the pure low-bit model still trains.
-        tail: the step where the tail begins.
+            `cosine`: to zero at `train.steps`, or `constant_tail`: level from step `tail` on, so
+            that the pure low-bit model still trains. `tail_rate` 0 keeps that cosine's own value
+            at `tail`; a positive one is the share of the peak that a cosine reaches there.
+        tail: the step where the tail begins; never within the warm-up.
     """
-    level = train["schedule"] == "constant_tail"
-    return {
-        group: optax.warmup_cosine_decay_schedule(
+    level, ending = train["schedule"] == "constant_tail", train["tail_rate"]
+    tail = max(tail, train["warmup_steps"] + 1)
+
+    def rate(peak: float) -> Callable[[jax.Array], jax.Array]:
+        cosine = optax.warmup_cosine_decay_schedule(
             init_value=0.0,
-            peak_value=train["learning_rate"][group],
+            peak_value=peak,
             warmup_steps=train["warmup_steps"],
-            decay_steps=max(tail, train["warmup_steps"] + 1) if level else train["steps"],
-            end_value=train["learning_rate"][group] * train["tail_rate"] if level else 0.0,
+            decay_steps=tail if level and ending else train["steps"],
+            end_value=peak * ending if level else 0.0,
         )
-        for group in GROUPS
-    }
+        return (lambda step: cosine(jnp.minimum(step, tail))) if level else cosine
+
+    return {group: rate(train["learning_rate"][group]) for group in GROUPS}
 
 
 def make_optimizer(train: Mapping, tail: int = 0) -> optax.GradientTransformation:

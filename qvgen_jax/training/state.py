@@ -46,7 +46,9 @@ def exported_params(state: dict) -> dict:
 @partial(jax.jit, donate_argnums=0, static_argnames=("decay", "moments"))
 def _shrink(state: dict, rank: jax.Array, decay: RankDecay, moments: str) -> dict:
     if not decay.refactor:
-        return {**state, "params": cut_tree(state["params"], rank)}
+        # Columns that live keep their basis, and so their moments, whatever `moments` asks.
+        opt = state["opt"] if moments == "keep" else cut_tree(state["opt"], rank)
+        return {**state, "params": cut_tree(state["params"], rank), "opt": opt}
     params, opt = refactor_tree(state["params"], rank, decay.order), state["opt"]
     if moments == "reset":
         opt = zero_branch(opt)
@@ -99,7 +101,8 @@ def enter_step(state: dict, step: int, decay: RankDecay, moments: str = "reset")
         step: a Python int.
         decay: when each phase begins.
         moments: "reset" zeroes Adam's moments of L and R when they are refactored, "rotate" turns
-            them into the new basis, "keep" leaves them as the release does.
+            them into the new basis, "keep" leaves them as the release does. Without refactoring
+            the first two zero those of the columns that die.
     """
     if not is_boundary(step, decay):
         return state

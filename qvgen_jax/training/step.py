@@ -140,9 +140,15 @@ def distillation_loss(
 
 
 def averaged(ema: dict, params: dict, step: jax.Array, recipe: Recipe) -> dict:
-    """The average after the update of `step`: while the branch lives, the parameters themselves."""
+    """The average after the update of `step`: while the branch lives, the parameters themselves.
+
+    From there on `keep = min(ema_decay, (1 + n) / (10 + n))` after n updates, as TensorFlow's
+    ExponentialMovingAverage ramps it: a run that starts at rank 0 soon forgets its first weights.
+    """
     # An average across the branch's shrinking would mix networks that differ in what it carries.
-    keep = jnp.where(step < recipe.decay.end, 0.0, recipe.train["ema_decay"]).astype(jnp.float32)
+    made = (step - recipe.decay.end).astype(jnp.float32)
+    ramp = jnp.minimum(recipe.train["ema_decay"], (1 + made) / (10 + made))
+    keep = jnp.where(made < 0, 0.0, ramp).astype(jnp.float32)
     return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, ema, drop_branch(params))
 
 

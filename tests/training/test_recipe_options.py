@@ -17,7 +17,7 @@ RATES = {"weights": 1e-3, "branch": 1e-3, "scales": 2e-4, "clips": 1e-2}
 
 def train(**changes) -> dict:
     section = {"steps": 100, "warmup_steps": 10, "learning_rate": RATES}
-    return {**section, "schedule": "cosine", "tail_rate": 0.1, **changes}
+    return {**section, "schedule": "cosine", "tail_rate": 0.0, **changes}
 
 
 def test_the_teacher_has_the_noise_and_the_ground_truth_the_clean_end():
@@ -30,7 +30,16 @@ def test_the_teacher_has_the_noise_and_the_ground_truth_the_clean_end():
 def test_cosine_rates_end_at_zero_and_a_constant_tail_stays_level():
     cosine = learning_rates(train(), 60)["weights"]
     np.testing.assert_allclose([cosine(10), cosine(100)], [1e-3, 0], atol=1e-9)
-    tail = learning_rates(train(schedule="constant_tail"), 60)
+    tail = learning_rates(train(schedule="constant_tail"), 60)["weights"]
+    np.testing.assert_array_equal([tail(s) for s in (5, 35, 60)], [cosine(s) for s in (5, 35, 60)])
+    np.testing.assert_array_equal([tail(s) for s in (61, 80, 99)], cosine(60))
+    assert cosine(60) > 4e-4
+    early = learning_rates(train(schedule="constant_tail"), 3)["weights"]
+    assert early(99) > 0.99e-3  # A tail cannot begin within the warm-up.
+
+
+def test_a_tail_with_a_rate_of_its_own_is_reached_by_a_cosine_that_ends_there():
+    tail = learning_rates(train(schedule="constant_tail", tail_rate=0.1), 60)
     np.testing.assert_allclose([tail["weights"](s) for s in (60, 80, 99)], 1e-4, rtol=1e-5)
     np.testing.assert_allclose([tail["clips"](s) for s in (10, 70)], [1e-2, 1e-3], rtol=1e-5)
     assert tail["weights"](35) > 3e-4
@@ -46,9 +55,19 @@ def test_the_average_starts_where_the_branch_has_gone():
         {"kernel": jnp.zeros(3)},
         {"kernel": jnp.ones(3), "L": jnp.ones(1), "R": jnp.ones(1)},
     )
-    found = [averaged(ema, params, jnp.int32(s), recipe(decay, 0.9)) for s in (9, 10)]
-    np.testing.assert_allclose(found[0]["kernel"], 1)
-    np.testing.assert_allclose(found[1]["kernel"], 0.1, rtol=1e-6)
+    steps = (0, 9, 10, 13, 1000)
+    found = [averaged(ema, params, jnp.int32(s), recipe(decay, 0.9))["kernel"][0] for s in steps]
+    np.testing.assert_allclose(found, [1, 1, 0.9, 9 / 13, 0.1], rtol=1e-6)
+
+
+def test_at_rank_0_the_average_does_not_export_the_start():
+    """100 updates at 0.99 alone would leave 37 % of the first weights in it."""
+    options = recipe(RankDecay(phase_steps=1, rank=0), 0.99)
+    update = jax.jit(lambda ema, step: averaged(ema, {"kernel": jnp.ones(1)}, step, options))
+    ema = {"kernel": jnp.zeros(1)}
+    for step in range(100):
+        ema = update(ema, jnp.int32(step))
+    assert 0 < 1 - ema["kernel"][0] < 1e-6
 
 
 def test_what_ships_is_the_average_where_there_is_one():
@@ -94,15 +113,19 @@ def test_rotated_moments_are_those_of_the_turned_gradients(stack):
     assert not reset["opt"][0].mu["a"]["L"].any()
 
 
-def test_without_refactoring_columns_and_moments_stay():
+def test_without_refactoring_columns_that_live_keep_their_moments():
     params = {"a": branch()}
     adam = optax.scale_by_adam()
-    opt = adam.init(params)._replace(mu=params)
+    opt = adam.init(params)._replace(mu=params, nu=params)
     state = {"params": params, "levels": {}, "opt": (opt,), "step": jnp.int32(1)}
     decay = RankDecay(phase_steps=1, rank=4, refactor=False)
+    kept = enter_step(jax.tree.map(jnp.copy, state), 1, decay, "keep")
+    np.testing.assert_array_equal(kept["opt"][0].mu["a"]["L"], params["a"]["L"])
     after = enter_step(jax.tree.map(jnp.copy, state), 1, decay, "reset")
     np.testing.assert_array_equal(after["params"]["a"]["L"][:, :2], params["a"]["L"][:, :2])
     np.testing.assert_array_equal(after["params"]["a"]["L"][:, 2:], 0)
-    np.testing.assert_array_equal(after["opt"][0].mu["a"]["L"], params["a"]["L"])
+    for moments in (after["opt"][0].mu["a"], after["opt"][0].nu["a"]):
+        np.testing.assert_array_equal(moments["L"], after["params"]["a"]["L"])
+        np.testing.assert_array_equal(moments["R"], after["params"]["a"]["R"])
     refactored = refactor(params["a"]["L"], params["a"]["R"], 2)[0]
     assert np.abs(refactored - after["params"]["a"]["L"]).max() > 0.1

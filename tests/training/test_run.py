@@ -69,7 +69,7 @@ CONFIG = {
         "weight_decay": 1e-4,
         "clip_norm": 1.0,
         "schedule": "constant_tail",
-        "tail_rate": 0.1,
+        "tail_rate": 0.0,
         "truth_blend": 5.0,
         "ema_decay": 0.9,
         "shift": 1.0,
