@@ -23,6 +23,7 @@ import numpy as np
 from qvgen_jax.components import Transformer
 from qvgen_jax.data.dataset import EncodedDataset
 from qvgen_jax.data.prepare import ensure_held_out
+from qvgen_jax.diffusion.guidance import Guidance
 from qvgen_jax.diffusion.noising import noise_at
 from qvgen_jax.diffusion.schedulers import Scheduler, make_schedule
 from qvgen_jax.evaluation.evaluate import made_by
@@ -36,12 +37,14 @@ _CENTRES = np.arange(50, 1000, 100)
 
 RESULT = "held_out.json"
 _NOISE_SEED = 0
+_NOISE_VERSION = 1  # Another one, once `noisy_latents` or the pipeline draws noise differently.
 
 
 def bucket_timesteps(pipe: Pipeline) -> tuple[int, ...]:
     """Of the timesteps that the pipeline samples at, those nearest the centres of ten buckets.
 
-    The ones it is used at, and the only ones that an export with a time table knows.
+    The ones it is used at, and the only ones that an export with a time table knows. Distinct, so
+    that there may be fewer than ten: few steps with a shift leave gaps near the clean end.
     """
     visited = make_schedule(pipe.scheduler, pipe.defaults["steps"]).timesteps
     nearest = np.abs(np.asarray(visited)[:, None] - _CENTRES).argmin(0)
@@ -187,7 +190,7 @@ def measure(config: Mapping, workdir: Path, teacher: Pipeline, student: Pipeline
         found = compare(answer(student, asked), theirs)
         result[name] = {**found, "seconds": round(time.perf_counter() - start, 2)}
     if result:
-        result["timesteps"] = bucket_timesteps(teacher)
+        result["timesteps"] = list(bucket_timesteps(teacher))
         (workdir / RESULT).write_text(json.dumps(result, indent=1))
     return result
 
@@ -197,6 +200,10 @@ def _measurements(config: Mapping, workdir: Path, teacher: Pipeline) -> list[tup
     evaluate, batch_size = config["evaluate"], config["sample"]["batch_size"]
 
     timesteps = bucket_timesteps(teacher)
+    # The teacher's for both: an export that ships with less guidance would be compared in that.
+    guidance = Guidance(
+        teacher.defaults["guidance_scale"], unguided_steps=teacher.defaults["unguided_steps"]
+    )
 
     def predict(pipe: Pipeline, clips: Mapping) -> np.ndarray:
         return predictions(pipe.transformer, clips, teacher.scheduler, batch_size, timesteps)
@@ -204,13 +211,14 @@ def _measurements(config: Mapping, workdir: Path, teacher: Pipeline) -> list[tup
     def sample(pipe: Pipeline, asked: Mapping) -> np.ndarray:
         prompts, seeds = asked["prompts"].tolist(), asked["seeds"].tolist()
         size = min(batch_size, len(prompts))
-        return pipe.sample_latents(prompts, seeds=seeds, batch_size=size)
+        return pipe.sample_latents(prompts, seeds=seeds, batch_size=size, guidance=guidance)
 
     wanted = []
     if evaluate["held_out"]:
         folder = ensure_held_out(config, workdir, teacher)
         clips = read_clips(EncodedDataset(folder, config["data"]["max_length"]))
-        wanted.append(("held_out", clips, predict, compare_predictions))
+        asked = {**clips, "timesteps": np.array(timesteps)}
+        wanted.append(("held_out", asked, predict, compare_predictions))
     if count := evaluate["drift_videos"]:
         prompts = read_prompts(config["sample"]["prompts"], count)
         seeds = evaluate["seed"] + np.arange(len(prompts))
@@ -223,7 +231,7 @@ def _reference(
     config: Mapping, workdir: Path, teacher: Pipeline, name: str, asked: Mapping, answer
 ) -> np.ndarray:
     """The teacher's answer, from its folder if it was asked the same before."""
-    digest = hashlib.sha256(f"{made_by(teacher)} {_NOISE_SEED}".encode())
+    digest = hashlib.sha256(f"{made_by(teacher)} {_NOISE_SEED} {_NOISE_VERSION}".encode())
     for array in asked.values():
         digest.update(np.ascontiguousarray(array).tobytes())
     folder = reference_folder(config, workdir)

@@ -63,6 +63,37 @@ def paired_difference(
     return Interval(float(difference.mean()), float(low), float(high))
 
 
+def paired_ratio(
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    *,
+    seed: int = 0,
+    resamples: int = 10_000,
+    level: float = 0.95,
+) -> Interval:
+    """Mean of `ours` by mean of `theirs`, over pairs, with its percentile bootstrap interval.
+
+    Both means are of the same drawn pairs: what is everywhere worse by the same share has an
+    interval of that one point.
+
+    Args:
+        ours, theirs: `[pairs]` positive scores of the same clips with the same noise.
+        seed, resamples, level: as in `paired_difference`.
+
+    Raises:
+        ValueError: the two differ in shape, are not one-dimensional, or are empty.
+    """
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape or ours.ndim != 1 or not len(ours):
+        raise ValueError(
+            f"paired_ratio needs two equal [pairs] arrays, got {ours.shape}, {theirs.shape}"
+        )
+    count, rng = len(ours), np.random.default_rng(seed)
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    low, high = np.quantile(drawn @ ours / (drawn @ theirs), [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(float(ours.mean() / theirs.mean()), float(low), float(high))
+
+
 def crossed_difference(
     ours: np.ndarray,
     theirs: np.ndarray,

@@ -8,7 +8,7 @@ import numpy as np
 from qvgen_jax.evaluation.intervals import (
     Interval,
     crossed_difference,
-    paired_difference,
+    paired_ratio,
     wilson,
 )
 
@@ -36,8 +36,11 @@ def held_out_loss(record: Mapping) -> float:
 
 
 def drift(record: Mapping) -> float:
-    """How far final latents are from full precision's, relative; NaN if not measured."""
-    return math.nan if record["drift"] is None else _number(record["drift"]["relative"])
+    """How far final latents are from full precision's by its norm, mean over videos; NaN if not
+    measured."""
+    if record["drift"] is None or None in record["drift"]["per_video"]:
+        return math.nan
+    return float(np.mean(record["drift"]["per_video"]))
 
 
 def _number(value: float | None) -> float:
@@ -54,8 +57,8 @@ def change(
         what: "held_out", clip by clip, or "drift", video by video.
 
     Returns:
-        With the bootstrap interval over clips or videos; training luck is not in it. None where
-        nothing can be compared.
+        Of the means of both over seeds, clips or videos, with the bootstrap interval over clips or
+        videos; training luck is not in it. None where nothing can be compared.
     """
     key = {"held_out": "per_clip", "drift": "per_video"}[what]
     pairs = [
@@ -67,25 +70,48 @@ def change(
         return None
     mine = np.mean([pair[0] for pair in pairs], axis=0)
     others = np.mean([pair[1] for pair in pairs], axis=0)
-    found, base = paired_difference(mine, others), float(others.mean())
-    return Interval(found.value / base, found.low / base, found.high / base)
+    return Interval(*(part - 1 for part in paired_ratio(mine, others)))
 
 
-def luck(runs: Mapping[int, Mapping]) -> float | None:
-    """How far the held-out losses of one recipe's seeds are apart: greatest minus least by their
-    mean; None for one seed."""
-    values = [held_out_loss(record) for record in runs.values()]
-    if len(values) < 2:
-        return None
-    return (max(values) - min(values)) / float(np.mean(values))
+# Two runs of one recipe differ by less than this many of its standard deviations 19 times in 20:
+# 1.96 sqrt(2).
+_DEVIATIONS = 2.8
+
+
+def luck(records: Sequence[Mapping]) -> tuple[float, int] | None:
+    """How far two runs that differ in nothing but their seed may be apart in held-out loss.
+
+    Returns:
+        2.8 standard deviations of the default's seeds by their mean, pooled over bit-widths, and
+        the degrees of freedom behind that; None where no bit-width has two seeds.
+    """
+    squares, freedom = 0.0, 0
+    for bits in bits_of(records):
+        runs = at_bits(records, bits).get(DEFAULT, {}).values()
+        losses = np.array([loss for loss in map(held_out_loss, runs) if math.isfinite(loss)])
+        if len(losses) > 1:
+            squares += float(np.square(losses / losses.mean() - 1).sum())
+            freedom += len(losses) - 1
+    return (_DEVIATIONS * math.sqrt(squares / freedom), freedom) if freedom else None
+
+
+def common_seeds(variants: Mapping[str, Mapping]) -> set[int]:
+    """The training seeds that every variant has."""
+    return set.intersection(*map(set, variants.values()))
 
 
 def screening_rows(records: Sequence[Mapping], bits: Sequence[int]) -> list[dict]:
-    """One row per variant of a bit-width, best held-out loss first; diverged ones last."""
+    """One row per variant of a bit-width, by its held-out loss to the default's, best first.
+
+    Columns are of the seeds that all variants have, so that a row's loss and its change agree.
+    Variants that cannot be compared come next, diverged ones last.
+    """
     variants = at_bits(records, bits)
     default = variants.get(DEFAULT, {})
+    common = common_seeds(variants)
     rows = []
-    for name, runs in variants.items():
+    for name, every in variants.items():
+        runs = {seed: every[seed] for seed in sorted(common or every)}
         measured = list(runs.values())
         motions = [record["drift"]["motion"] for record in measured if record["drift"]]
         rows.append(
@@ -103,7 +129,13 @@ def screening_rows(records: Sequence[Mapping], bits: Sequence[int]) -> list[dict
                 ),
             }
         )
-    return sorted(rows, key=lambda row: (math.isnan(row["loss"]), row["loss"]))
+    return sorted(rows, key=_place)
+
+
+def _place(row: Mapping) -> tuple:
+    found = row["loss_change"]
+    change_of_row = 0.0 if row["variant"] == DEFAULT else math.inf if found is None else found.value
+    return math.isnan(row["loss"]), change_of_row, row["loss"]
 
 
 def _mean(values) -> float:
@@ -175,8 +207,6 @@ def final_rows(records: Sequence[Mapping], bits: Sequence[int]) -> list[dict]:
                 "to_full_precision": crossed_difference(hits, teacher),
                 "to_default": against,
                 "latents": (float(np.mean(gaps)), min(gaps), max(gaps)),
-                "loss": _mean(map(held_out_loss, measured)),
-                "drift": _mean(map(drift, measured)),
                 "export_bytes": measured[0]["sizes"]["transformer_export_bytes"],
             }
         )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,13 +31,26 @@ def stage_section(stage: str, records: Sequence[Mapping]) -> list[str]:
     """Headings, tables and what they mean, of one stage."""
     parts = [f"## {stage.capitalize()}"]
     judged = any(record["judge"] for record in records)
+    parts += _code_notes(records)
     for bits in compare.bits_of(records):
         some = [record for record in records if tuple(record["bits"]) == bits]
         parts.append(f"### {stage.capitalize()}, W{bits[0]}A{bits[1]}")
         if judged:
             parts += [_final_table(some, bits), _final_notes(some)]
-        parts += [_screening_table(some, bits), _screening_notes(some, bits)]
+        parts += [_screening_table(some, bits), _screening_notes(some, bits, records)]
     return parts
+
+
+def _code_notes(records: Sequence[Mapping]) -> list[str]:
+    """A warning where the cells of a stage were not all computed by the same, committed code."""
+    counts = Counter((record["code"]["commit"], record["code"]["dirty"]) for record in records)
+    if len(counts) < 2 and not any(dirty for _, dirty in counts):
+        return []
+    several = [
+        f"{(commit or 'unknown')[:8]}{' with uncommitted changes' if dirty else ''} ({count})"
+        for (commit, dirty), count in counts.most_common()
+    ]
+    return [f"Code of these {len(records)} cells, by commit: {', '.join(several)}."]
 
 
 def _screening_table(records: Sequence[Mapping], bits: Sequence[int]) -> str:
@@ -45,9 +59,8 @@ def _screening_table(records: Sequence[Mapping], bits: Sequence[int]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in compare.screening_rows(records, bits):
-        seeds = f" ({row['seeds']} seeds)" if row["seeds"] > 1 else ""
         cells = [
-            f"{row['variant']}{seeds}",
+            row["variant"],
             _number(row["loss"], 4) if math.isfinite(row["loss"]) else "not finite",
             _change(row, "loss_change"),
             _number(row["drift"], 3),
@@ -60,24 +73,38 @@ def _screening_table(records: Sequence[Mapping], bits: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def _screening_notes(records: Sequence[Mapping], bits: Sequence[int]) -> str:
+def _screening_notes(
+    records: Sequence[Mapping], bits: Sequence[int], stage: Sequence[Mapping]
+) -> str:
+    """Of one bit-width's table; the luck of a seed is that of the whole stage."""
     first = records[0]
     clips = first["held_out"]["clips"] if first["held_out"] else 0
+    seeds = len(compare.common_seeds(compare.at_bits(records, bits)))
+    timesteps = len(first["timesteps"] or ())
     videos = first["drift"]["videos"] if first["drift"] else 0
     text = (
         "Held-out loss: mean squared error of the exported student's prediction against full "
-        f"precision's by the variance of the latter, mean over 10 timesteps, {clips} clips. "
-        f"Drift: relative difference of the final latents, {videos} videos. Motion: change between "
-        "latent frames, by full precision's. Intervals (95 %) are paired over clips and videos: "
-        "the luck of a training seed is not in them."
+        f"precision's by the variance of the latter, mean over {timesteps} timesteps and {clips} "
+        f"clips. Drift: relative difference of the final latents, mean over {videos} videos. "
+        f"Motion: change between latent frames, by full precision's. {_count(seeds, 'seed')} per "
+        "variant. Intervals (95 %) are paired over clips and videos: the luck of a training seed "
+        "is not in them."
     )
-    spread = compare.luck(compare.at_bits(records, bits).get(compare.DEFAULT, {}))
-    if spread is not None:
+    found = compare.luck(stage)
+    if found is not None:
+        others = len({record["variant"] for record in records}) - 1
         text += (
-            f" Runs of the default that differ in their seed alone are {100 * spread:.1f} % apart "
-            "in held-out loss (greatest minus least): smaller changes may be luck."
+            " Two single runs that differ in their seed alone may be "
+            f"{100 * found[0]:.1f} % apart in held-out loss (2.8 standard deviations of the "
+            f"default's seeds, pooled over bit-widths, {_count(found[1], 'degree')} of freedom): "
+            f"smaller changes may be luck, and of {_count(others, 'comparison')} one in 20 is "
+            "expected beyond it by chance."
         )
     return text
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _final_table(records: Sequence[Mapping], bits: Sequence[int]) -> str:

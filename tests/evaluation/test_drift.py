@@ -1,12 +1,14 @@
 """Held-out loss and drift on arrays whose distances are known, and what a pipeline is asked."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from qvgen_jax.diffusion.schedulers import make_schedule
+from qvgen_jax.diffusion.guidance import Guidance
+from qvgen_jax.diffusion.schedulers import make_schedule, scheduler_from_json
 from qvgen_jax.diffusion.unipc import UniPCConfig
 from qvgen_jax.evaluation import drift
 
@@ -83,8 +85,9 @@ def test_drift_is_relative_and_a_still_video_is_found():
 def pipeline(factor: float) -> SimpleNamespace:
     network = Network(factor)
 
-    def sample_latents(prompts, seeds, batch_size):
+    def sample_latents(prompts, seeds, batch_size, guidance):
         network.asked.append(list(zip(prompts, seeds, strict=True)))
+        network.guidance = guidance
         ramp = np.arange(8.0).reshape(2, 2, 2, 1)
         return factor * np.stack([ramp + seed for seed in seeds])
 
@@ -93,7 +96,7 @@ def pipeline(factor: float) -> SimpleNamespace:
         vae=network,
         text_encoder=network,
         scheduler=UniPCConfig(),
-        defaults={"steps": 25},
+        defaults={"steps": 25, "guidance_scale": 3.0, "unguided_steps": 0},
         sample_latents=sample_latents,
     )
 
@@ -106,6 +109,14 @@ def test_the_measured_timesteps_are_the_samplers_own_and_spread_over_all_noise()
     assert np.diff(found).max() <= 150
     pipe.defaults["steps"] = 2  # Fewer timesteps than buckets: each once.
     assert len(drift.bucket_timesteps(pipe)) == 2
+
+
+def test_the_tiny_pipeline_is_measured_at_nine_timesteps():
+    """Its 25 steps have one, 113, for the two buckets nearest the clean end; docs/study.md."""
+    path = "assets/tiny_wan/scheduler/scheduler_config.json"
+    scheduler = scheduler_from_json(json.loads(Path(path).read_text()))
+    pipe = SimpleNamespace(scheduler=scheduler, defaults={"steps": 25})
+    assert drift.bucket_timesteps(pipe) == (113, 292, 365, 429, 539, 667, 765, 842, 956)
 
 
 def test_the_teacher_is_asked_once_for_all_runs_of_a_folder(tmp_path, monkeypatch):
@@ -123,16 +134,21 @@ def test_the_teacher_is_asked_once_for_all_runs_of_a_folder(tmp_path, monkeypatc
         "sample": {"prompts": "held_out", "batch_size": 2},
     }
     teacher, student = pipeline(1.0), pipeline(0.5)
+    student.defaults["unguided_steps"] = 4  # The networks are compared, not their settings.
     found = drift.measure(config, tmp_path, teacher, student)
     assert found["held_out"]["mean"]["relative"] == pytest.approx(0.5)
     assert found["drift"]["relative"] == pytest.approx(0.5)
     assert [seed for _, seed in student.transformer.asked[-1]] == [7, 8, 9, 10]
     written = json.loads((tmp_path / "held_out.json").read_text())
     assert written["drift"] == found["drift"]
+    assert student.transformer.guidance == teacher.transformer.guidance == Guidance(3.0)
 
     calls = len(teacher.transformer.asked)
     drift.measure(config, tmp_path, teacher, student)
     assert len(teacher.transformer.asked) == calls
+    teacher.defaults["steps"] = 20  # Other timesteps: asked again, for both.
+    drift.measure(config, tmp_path, teacher, student)
+    assert len(teacher.transformer.asked) > calls
     drift.measure(config, tmp_path, pipeline(2.0), student)  # Another teacher: its own answers.
     assert json.loads((tmp_path / "held_out.json").read_text())["drift"]["relative"] == 0.75
 

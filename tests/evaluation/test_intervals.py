@@ -1,7 +1,12 @@
 import numpy as np
 import pytest
 
-from qvgen_jax.evaluation.intervals import crossed_difference, paired_difference, wilson
+from qvgen_jax.evaluation.intervals import (
+    crossed_difference,
+    paired_difference,
+    paired_ratio,
+    wilson,
+)
 
 
 def test_wilson_agrees_with_the_textbook():
@@ -43,6 +48,21 @@ def test_the_paired_interval_is_seeded_and_empty_of_luck_when_all_pairs_agree():
 def test_unpaired_scores_are_refused():
     with pytest.raises(ValueError, match=r"\(3,\), \(2,\)"):
         paired_difference(np.ones(3), np.ones(2))
+    with pytest.raises(ValueError, match=r"\(3,\), \(2,\)"):
+        paired_ratio(np.ones(3), np.ones(2))
+
+
+def test_a_ratio_is_of_the_same_draws_and_covers_the_true_one():
+    rng = np.random.default_rng(1)
+    theirs = rng.lognormal(size=60)
+    assert paired_ratio(1.2 * theirs, theirs) == pytest.approx((1.2, 1.2, 1.2))
+    covered = 0
+    for trial in range(200):
+        theirs = rng.lognormal(size=60)
+        ours = 1.2 * theirs * rng.uniform(0.8, 1.2, 60)
+        interval = paired_ratio(ours, theirs, seed=trial, resamples=1000)
+        covered += interval.low <= 1.2 <= interval.high
+    assert covered / 200 > 0.87  # As above.
 
 
 def test_crossed_difference_of_one_seed_is_the_paired_one():

@@ -53,6 +53,8 @@ def synthetic(cell: Cell, loss: float, strict: float = 0.9, videos: int = 60) ->
         "seed": cell.seed,
         "digest": digest(cell.config),
         "config": relevant(cell.config),
+        "code": {"commit": "0123456789abcdef", "dirty": False},
+        "timesteps": list(range(50, 950, 100)),
         "seconds_per_step": record.seconds_per_step(lines),
         "curves": record.curves(lines),
         "held_out": {
