@@ -83,12 +83,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def collect(cell: Cell, run: Path, command: str, seconds: float, cpus: int | None) -> dict:
+def collect(
+    cell: Cell, run: Path, command: str, code: Mapping, seconds: float, cpus: int | None
+) -> dict:
     """The record of a finished run.
 
     Args:
         run: its folder.
         command: as one would type it.
+        code: `code_state()` when its process began.
         seconds: of the whole process that finished it.
         cpus: how many it was pinned to; None for not pinned.
 
@@ -106,11 +109,13 @@ def collect(cell: Cell, run: Path, command: str, seconds: float, cpus: int | Non
         "command": command,
         "digest": digest(cell.config),
         "config": relevant(cell.config),
+        "code": dict(code),
         "versions": _versions(),
         "cpus": cpus,
         "seconds": round(seconds, 1),
         "seconds_per_step": seconds_per_step(records),
         "curves": curves(records),
+        "timesteps": measured.get("timesteps"),
         "held_out": measured.get("held_out"),
         "drift": measured.get("drift"),
         "judge": (evaluation or {}).get("variants"),
@@ -122,14 +127,27 @@ def _json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def code_state() -> dict:
+    """The `commit` that is checked out and whether Python files differ from it (`dirty`).
+
+    None outside git. Another commit does not outdate a record: most do not touch the numbers. What
+    was interrupted and resumed has the code of its last start.
+    """
+
+    def git(*words: str) -> str | None:
+        found = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+        return None if found.returncode else found.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ":/*.py")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+
+
 def _versions() -> dict:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     names = ("jax", "jaxlib", "flax", "optax")
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in names},
         "machine": f"{platform.machine()}, {os.cpu_count()} cpus",
-        "commit": git.stdout.strip() or None,
     }
 
 

@@ -4,6 +4,7 @@ Every cell is a process of its own with a command that anyone can repeat. What c
 share: the encoded clips, full precision's answers, and XLA's compiled programs.
 """
 
+import fcntl
 import os
 import shutil
 import signal
@@ -11,7 +12,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -20,7 +22,7 @@ from qvgen_jax.data.encode import MANIFEST
 from qvgen_jax.data.moving_shapes import write_folder
 from qvgen_jax.errors import UserError
 from qvgen_jax.study import record
-from qvgen_jax.study.grid import Cell, differences, relevant, shown_command
+from qvgen_jax.study.grid import Cell, bits_name, differences, relevant, shown_command
 
 _ERROR_LINES = 12
 _PATIENCE = 60.0  # Seconds for an interrupted cell to finish its last checkpoint.
@@ -52,6 +54,7 @@ class _Running(NamedTuple):
     log: Path
     cpus: tuple[int, ...] | None
     command: str
+    code: dict
 
 
 def prepare(grid: Mapping, cells: Sequence[Cell], environment: Mapping[str, str]) -> None:
@@ -118,8 +121,35 @@ def run_cells(
         What was done; a cell that failed is tried again by the next start.
 
     Raises:
+        UserError: another start of a study is at work in the same scratch folder.
         KeyboardInterrupt: after the cells that ran have stopped; they continue at the next start.
     """
+    with _alone(Path(grid["scratch"])):
+        return _run_cells(grid, study, cells, on_end, make_ready)
+
+
+@contextmanager
+def _alone(scratch: Path) -> Iterator[None]:
+    """Keeps a second start out of the cells' folders; the kernel frees the lock with its holder."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    with (scratch / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another start of a study is at work in {scratch}; wait until it ends, or give "
+                "this one its own --config.scratch"
+            ) from error
+        yield
+
+
+def _run_cells(
+    grid: Mapping,
+    study: Path,
+    cells: Sequence[Cell],
+    on_end: Callable[[], None],
+    make_ready: Callable[..., None],
+) -> Outcome:
     reasons = {cell.name: record.outdated(study, cell) for cell in cells}
     kept = [cell for cell in cells if reasons[cell.name] is None]
     missing = [cell for cell in cells if reasons[cell.name] is not None]
@@ -158,7 +188,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _folder(grid: Mapping, cell: Cell) -> Path:
     """Of the run: its checkpoints, export and videos."""
-    bits = f"w{cell.bits[0]}a{cell.bits[1]}"
+    bits = bits_name(cell.bits)
     return Path(grid["scratch"]) / cell.stage / cell.variant / bits / str(cell.seed)
 
 
@@ -170,6 +200,7 @@ def _start(
     log = Path(grid["scratch"]) / cell.stage / "logs" / f"{cell.name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = cell.command(folder)
+    code = record.code_state()  # Now: while the cell runs, somebody may commit.
     print(f"{cell.name}: started", flush=True)
     with log.open("w") as file:
         # A session of its own: Ctrl-C is for the runner, which then stops its cells one by one.
@@ -182,7 +213,7 @@ def _start(
             start_new_session=True,
         )
     shown = shown_command(command, environment)
-    return _Running(cell, process, time.monotonic(), log, cpus, shown)
+    return _Running(cell, process, time.monotonic(), log, cpus, shown, code)
 
 
 def _drop_other(folder: Path, cell: Cell) -> None:
@@ -202,7 +233,7 @@ def _finish(grid: Mapping, study: Path, run: _Running, outcome: Outcome) -> None
     found = None
     if code == 0:
         try:
-            found = record.collect(cell, folder, run.command, seconds, cpus)
+            found = record.collect(cell, folder, run.command, run.code, seconds, cpus)
         except UserError as error:
             lines.append(str(error))
     if found is None:

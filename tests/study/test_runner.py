@@ -2,12 +2,14 @@
 
 import json
 import signal
+import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from qvgen_jax.errors import UserError
 from qvgen_jax.study import record, runner
 from qvgen_jax.study.grid import read_cells
 from tests.study.records import cells, grid, run_lines
@@ -115,6 +117,7 @@ def test_a_record_holds_command_curves_and_numbers_and_the_folder_is_gone(make):
     assert found["held_out"]["mean"]["normalised"] is None  # NaN is no JSON.
     assert found["seconds_per_step"]["with_branch"] == 0.5  # Without the line that compiled.
     assert found["seconds_per_step"]["without_branch"] == 0.25
+    assert found["code"] == {"commit": None, "dirty": None}  # Its folder is in no repository.
     assert found["cpus"] in (None, *range(1, 65))
     assert not (study.folder / "scratch/smoke/default/w4a4/0").exists()
 
@@ -188,6 +191,30 @@ def test_what_another_config_left_in_a_cells_folder_is_deleted(make):
     (folder / "config.json").write_text(json.dumps({**same.config, "seed": 9}))
     study.run()
     assert not (folder / "checkpoint").exists()
+
+
+def test_two_starts_do_not_share_a_scratch_folder(make):
+    study = make(default={})
+    with (
+        runner._alone(study.folder / "scratch"),
+        pytest.raises(UserError, match="another start of a study is at work in"),
+    ):
+        study.run()
+    assert len(study.run().done) == 1  # The lock went with its holder.
+
+
+def test_a_record_says_whether_code_was_committed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "code.py").touch()
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "tables.md").touch()  # What the study itself writes.
+    found = record.code_state()
+    assert (len(found["commit"]), found["dirty"]) == (40, False)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "new.py").touch()
+    assert record.code_state()["dirty"] is True
 
 
 def test_cpus_are_divided_where_there_are_enough(monkeypatch):
