@@ -5,14 +5,15 @@ fit. Norms, softmax and the quantizers' element-wise work are left out.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from qvgen_jax.autoencoders.wan import WanVAEConfig
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import abstract_params, config_from_json, quantizable
 from qvgen_jax.models.wan import TEXT_ONLY, TIME_ONLY, WanConfig
-from qvgen_jax.quant.schedule import RankDecay, phase_steps_for
+from qvgen_jax.training.loop import rank_decay
+from qvgen_jax.training.student import quant_config
 
 EQUAL_OPERATIONS = "equal_operations"
 """What a grid writes for `train.steps`: as many as cost what the default costs."""
@@ -26,7 +27,7 @@ def rows_of(name: str, tokens: int, text_tokens: int) -> int:
 
 
 def _products(
-    model: WanConfig, tokens: int, text_tokens: int, rank: int
+    model: WanConfig, tokens: int, text_tokens: int, rank: int, quantized: Collection[str] = ()
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Multiply-adds of one sample's forward, without and in the low-rank branches, by name."""
     params, dense, branch = abstract_params(model), {}, {}
@@ -37,7 +38,7 @@ def _products(
         *layers, fan_in, fan_out = node["kernel"].shape
         rows = rows_of(name, tokens, text_tokens) * (layers[0] if layers else 1)
         dense[name] = rows * fan_in * fan_out
-        if name != "patch_embedding":
+        if name in quantized:
             branch[name] = rows * rank * (fan_in + fan_out)
     # Logits and weighted sum, over the tokens themselves and over the text.
     attended = 2 * tokens * (tokens + text_tokens)
@@ -51,7 +52,13 @@ def forward_operations(model: WanConfig, tokens: int, text_tokens: int) -> int:
 
 
 def step_operations(
-    model: WanConfig, tokens: int, text_tokens: int, rank: int, batch_size: int, remat: bool
+    model: WanConfig,
+    tokens: int,
+    text_tokens: int,
+    rank: int,
+    batch_size: int,
+    remat: bool,
+    quantized: Collection[str],
 ) -> int:
     """Multiply-adds of a training step.
 
@@ -63,8 +70,9 @@ def step_operations(
         text_tokens: of the prompt.
         rank: columns of the branch in memory, 0 without one: a closed gate still costs its product.
             Applied to the tokens.
+        quantized: names of the linears that have a branch.
     """
-    dense, branch = _products(model, tokens, text_tokens, rank)
+    dense, branch = _products(model, tokens, text_tokens, rank, quantized)
     total = sum(dense.values())
     for name, count in [*dense.items(), *branch.items()]:
         total += count * (4 if remat and name.startswith("blocks.") else 3)
@@ -83,11 +91,12 @@ def run_operations(config: Mapping) -> tuple[int, int]:
     model, (tokens, text_tokens) = _model(config), _tokens(config)
     train, quant = config["train"], config["quant"]
     shape = (model, tokens, text_tokens)
-    rest = (train["batch_size"], train["remat"])
+    # Layers in full precision, such as those of a time table, have no branch.
+    names = quant_config(quant, model).quantized(quantizable(model))
+    rest = (train["batch_size"], train["remat"], names)
     with_branch = step_operations(*shape, quant["rank"], *rest)
     without = step_operations(*shape, 0, *rest)
-    phase = phase_steps_for(train["steps"], quant["decay_fraction"], quant["rank"], quant["shrink"])
-    end = RankDecay(phase, quant["rank"], quant["shrink"]).end if quant["rank"] else 0
+    end = rank_decay(config).end
     return end * with_branch + (train["steps"] - end) * without, without
 
 
