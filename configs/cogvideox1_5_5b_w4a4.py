@@ -82,6 +82,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.ema_decay = 0.0
     config.train.remat = True
     config.train.log_every = 10
+    config.train.log_spectrum = True
     config.train.checkpoint_every = 100
     config.train.keep_checkpoints = 2
     config.train.wandb_project = ""

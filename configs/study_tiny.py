@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 _SCREENING = {
     # As it is in configs/tiny_w4a4.py.
-    "default": {},
+    "default": {"train.log_spectrum": True},
     # The released code's quantizers, branch, moments and schedule (ModelTC/QVGen, training/quant).
     "released": {
         "quant.behaviour": "released",
@@ -43,6 +43,7 @@ _SCREENING = {
         "quant.rank": 128,
         "quant.decay_shape": "abrupt",
         "quant.decay_fraction": 1.0,
+        "train.log_spectrum": True,
     },
     # Three quarters leave per phase instead of half (QVGen, lambda = 1/4).
     "shrink_4": {"quant.shrink": 4},
@@ -135,6 +136,7 @@ def get_config(arg: str = "screening") -> ConfigDict:
         "train.warmup_steps": steps // 20,
         "train.batch_size": 2 if smoke else 16,
         "train.log_every": 1 if smoke else 4,
+        "train.log_spectrum": False,  # Only where a figure needs it.
         "train.checkpoint_every": max(steps // 3, 1),
         "train.keep_checkpoints": 1,
         "sample.count": 0,  # No videos to look at.

@@ -83,6 +83,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.ema_decay = 0.0  # Of the exported weights, once the branch is gone; 0 is off.
     config.train.remat = True
     config.train.log_every = 20 if full else 5
+    config.train.log_spectrum = True  # An SVD of every branch for each logged step.
     config.train.checkpoint_every = 100 if full else 50
     config.train.keep_checkpoints = 2
     config.train.wandb_project = ""

@@ -24,6 +24,7 @@ _FREE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.log_every",
+    "train.log_spectrum",
     "train.wandb_project",
 )
 

@@ -17,6 +17,7 @@ from qvgen_jax.errors import UserError
 _FIXED = ("model", "compute_dtype", "data", "quant", "train", "seed", "vae_train", "flow")
 _FREE_KEYS = (
     "log_every",
+    "log_spectrum",
     "checkpoint_every",
     "checkpoint_seconds",
     "keep_checkpoints",

@@ -102,10 +102,10 @@ def compile_step(recipe: Recipe) -> Callable:
     return jax.jit(partial(train_step, recipe=recipe), donate_argnums=0)
 
 
-def log_line(metrics: Mapping, params: Mapping, branch: bool, steps_per_second: float) -> dict:
-    """What is written about a step: plain floats, and the branch's spectrum while it lives."""
+def log_line(metrics: Mapping, params: Mapping, spectrum: bool, steps_per_second: float) -> dict:
+    """What is written about a step: plain floats, and what the branch's spectrum is if asked."""
     line = {name: float(value) for name, value in metrics.items()}
-    if branch:
+    if spectrum:
         line["small_singular_share"] = float(_small_share(params))
     return {**line, "steps_per_second": round(steps_per_second, 3)}
 
@@ -114,16 +114,16 @@ _small_share = jax.jit(small_singular_share)
 
 
 class _Pace:
-    """Steps per second since the last time somebody asked; the first answer includes compiling."""
+    """Steps per second since the last `restart`; the first answer includes compiling."""
 
     def __init__(self, step: int):
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
         self._step, self._time = step, time.perf_counter()
 
     def __call__(self, step: int) -> float:
-        now = time.perf_counter()
-        rate = (step - self._step) / (now - self._time)
-        self._step, self._time = step, now
-        return rate
+        return (step - self._step) / (time.perf_counter() - self._time)
 
 
 def run_steps(
@@ -176,7 +176,10 @@ def _steps(
         done = step + 1
         writer.advance(done)
         if done % train["log_every"] == 0 or done == train["steps"]:
-            writer.write(step, log_line(metrics, state["params"], branch, pace(done)))
+            jax.block_until_ready(metrics)
+            rate, spectrum = pace(done), branch and train["log_spectrum"]
+            writer.write(step, log_line(metrics, state["params"], spectrum, rate))
+            pace.restart(done)  # What logging takes, its SVDs above all, is no step's.
         if done % train["checkpoint_every"] == 0 or done == train["steps"]:
             checkpoint.save(manager, state)
     return state

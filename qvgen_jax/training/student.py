@@ -27,7 +27,8 @@ def quant_config(quant: Mapping, model: TransformerConfig) -> QuantConfig:
     """The `quant` section of a config as the quantizers read it.
 
     Raises:
-        UserError: an unknown behaviour, or a layer name that the model does not have.
+        UserError: an unknown behaviour, a layer name that the model does not have, or bits for a
+            layer that stays in full precision.
     """
     if quant["behaviour"] not in _BEHAVIOURS:
         raise UserError(
@@ -61,7 +62,14 @@ def quant_config(quant: Mapping, model: TransformerConfig) -> QuantConfig:
     else:
         single = tuple(name for name in text_only(model) if name not in chosen["full_precision"])
         config = QuantConfig(single_clip=single, **chosen)
-    config.quantized(quantizable(model))
+    names = config.quantized(quantizable(model))
+    for name in config.bits:
+        if name not in names:
+            raise UserError(
+                f"quant.bits asks {config.bits[name]} bits of {name!r}, which stays in full "
+                "precision (quant.full_precision, or quant.time_table for the timestep's own); "
+                "take it out of one of them"
+            )
     return config
 
 

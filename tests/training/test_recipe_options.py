@@ -1,16 +1,23 @@
 """What defines each option of the recipe that lives in the training step."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from configs.tiny_w4a4 import get_config as tiny_w4a4
+from qvgen_jax.errors import UserError
+from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.quant.low_rank import refactor
 from qvgen_jax.quant.schedule import RankDecay
+from qvgen_jax.training import loop
 from qvgen_jax.training.optimizer import learning_rates
 from qvgen_jax.training.state import create_state, enter_step, exported_params
 from qvgen_jax.training.step import Recipe, averaged, teacher_share
+from qvgen_jax.training.student import quant_config
 
 RATES = {"weights": 1e-3, "branch": 1e-3, "scales": 2e-4, "clips": 1e-2}
 
@@ -129,3 +136,26 @@ def test_without_refactoring_columns_that_live_keep_their_moments():
         np.testing.assert_array_equal(moments["R"], after["params"]["a"]["R"])
     refactored = refactor(params["a"]["L"], params["a"]["R"], 2)[0]
     assert np.abs(refactored - after["params"]["a"]["L"]).max() > 0.1
+
+
+def test_pace_is_of_the_steps_and_not_of_what_is_logged_between_them(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    pace = loop._Pace(10)
+    clock.now = 2.0
+    assert pace(14) == 2
+    clock.now = 5.0  # Three seconds of logging.
+    pace.restart(14)
+    clock.now = 6.0
+    assert pace(18) == 4
+
+
+def test_bits_for_a_layer_in_full_precision_are_refused():
+    quant = {**tiny_w4a4().quant.to_dict(), "bits": (("proj_out", 8, 8),)}
+    model = WanConfig(num_layers=2, num_attention_heads=2, attention_head_dim=4)
+    assert quant_config(quant, model).bits_of("proj_out") == (8, 8)
+    with pytest.raises(UserError, match=r"asks \(8, 8\) bits of 'proj_out', which stays in full"):
+        quant_config({**quant, "full_precision": ("proj_out",)}, model)
+    quant |= {"bits": (("condition_embedder.time_proj", 8, 8),), "time_table": True}
+    with pytest.raises(UserError, match="time_proj', which stays in full precision"):
+        quant_config(quant, model)

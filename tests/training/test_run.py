@@ -76,6 +76,7 @@ CONFIG = {
         "caption_dropout": 0.5,
         "remat": True,
         "log_every": 1,
+        "log_spectrum": True,
         "checkpoint_every": 1,
         "keep_checkpoints": 2,
         "wandb_project": "",
