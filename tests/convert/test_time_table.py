@@ -39,18 +39,10 @@ from qvgen_jax.quant.dense import Dense, Levels, QuantContext, dense_factory
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.packed import packed_bytes
 from qvgen_jax.quant.time_table import nearest_entry, stored_table
+from tests.golden.tiny_models import WAN_ODD
 
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
-WAN = WanConfig(
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=3,
-    out_channels=3,
-    text_dim=10,
-    freq_dim=16,
-    ffn_dim=35,
-    num_layers=2,
-)
+WAN = WanConfig(**WAN_ODD)
 COGVIDEOX = CogVideoXConfig(
     num_attention_heads=2,
     attention_head_dim=16,

@@ -129,7 +129,7 @@ def test_verify_and_export_say_what_they_take(tmp_path, source, capsys):
     assert "add --released" in refusal(["export", str(packed), str(tmp_path / "x")], capsys)
 
 
-def test_what_is_not_a_number_has_nolargest_error():
+def test_what_is_not_a_number_has_no_largest_error():
     one, other = np.ones(3, np.float32), np.array([1, np.nan, 1], ml_dtypes.bfloat16)
     assert largest_error(one, other) == (None, None)
     assert largest_error(np.full(1, np.inf), np.full(1, np.inf)) == (None, None)
