@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from qvgen_jax.errors import UserError
 
@@ -33,8 +33,7 @@ def for_models(shardings: Shardings, mesh: Mesh | None) -> Shardings:
     devices = set() if mesh is None else {tuple(mesh.devices.flat)}
 
     def chosen(like: dict) -> Any:
-        tree = shardings(like) if callable(shardings) else shardings
-        tree = jax.tree.map(_automatic, tree)
+        tree = jax.tree.map(_automatic, _asked(shardings, like))
         leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, Sharding)]
         lists = devices | {_devices(leaf) for leaf in leaves}
         if len(lists) > 1:
@@ -48,9 +47,24 @@ def for_models(shardings: Shardings, mesh: Mesh | None) -> Shardings:
     return chosen
 
 
+def _asked(shardings: Shardings, like: dict) -> Any:
+    # A mesh can be called too: JAX makes a decorator of it.
+    if isinstance(shardings, Mesh | AbstractMesh):
+        raise UserError(
+            f"shardings is the mesh {dict(shardings.shape)}, expected jax.sharding.Sharding; give "
+            "NamedSharding(mesh, PartitionSpec(...)), or a tree of them"
+        )
+    return shardings(like) if callable(shardings) else shardings
+
+
 def _automatic(sharding: Any) -> Any:
     if not isinstance(sharding, NamedSharding):
         return sharding
+    if isinstance(sharding.mesh, AbstractMesh):
+        raise UserError(
+            f"a sharding is over {sharding.mesh}, which has no devices; make it from a "
+            "jax.sharding.Mesh, such as jax.make_mesh((2, 4), ('data', 'model')) gives"
+        )
     kind = sharding.memory_kind
     return NamedSharding(automatic(sharding.mesh), sharding.spec, memory_kind=kind)
 
@@ -68,7 +82,7 @@ def with_shardings(like: dict, shardings: Shardings) -> dict:
     Raises:
         UserError: the shardings are of other parameters, or cut a size that they do not divide.
     """
-    chosen = shardings(like) if callable(shardings) else shardings
+    chosen = _asked(shardings, like)
     if chosen is None:
         return like
     faults: list[str] = []

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qvgen_jax.errors import UserError
-from qvgen_jax.placement import with_shardings
+from qvgen_jax.placement import for_models, with_shardings
 
 ROOT = Path(__file__).parents[1]
 MESH = AbstractMesh((2, 3), ("rows", "columns"))
@@ -87,6 +88,18 @@ def test_a_size_that_does_not_divide_is_named_with_its_sharding(shardings, messa
     end = r".* of the mesh \{'rows': 2, 'columns': 3\}; leave such an axis whole"
     with pytest.raises(UserError, match=re.escape(message) + end):
         with_shardings(LIKE, shardings)
+
+
+@pytest.mark.parametrize("mesh", [MESH, Mesh(np.asarray(jax.devices()[:1]), ("rows",))])
+def test_a_mesh_in_the_place_of_shardings_is_refused(mesh):
+    for shardings in (mesh, for_models(mesh, None)):
+        with pytest.raises(UserError, match=r"is the mesh .* give NamedSharding\(mesh, Part"):
+            with_shardings(LIKE, shardings)
+
+
+def test_shardings_without_devices_have_no_place_to_load_to():
+    with pytest.raises(UserError, match=r"over AbstractMesh.* which has no devices"):
+        with_shardings(LIKE, for_models({"embed": over(), "blocks": over()}, None))
 
 
 def test_a_long_list_of_faults_is_cut():
