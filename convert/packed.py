@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from convert.names import Entry, from_torch, to_torch, torch_names
+from convert.names import Entry, check_names, from_torch, to_torch, torch_names, torch_shape
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import (
     TransformerConfig,
@@ -148,29 +148,37 @@ def from_packed(
             f"{len(missing)} tensors of packed linears are missing {missing[:4]}; the export is "
             "incomplete or of another model, export again"
         )
-    params = from_torch(rest, {n: tensors[n] for n in tensors if n not in packed_names})
+    others = {n: tensors[n] for n in tensors if n not in packed_names}
+    check_names(torch_names(rest), others)
     for entry in rest:
-        path = ".".join(entry.path)
-        _check_shape(path, _at(params, path), _at(shapes, path))
+        expected = torch_shape(_layer_shape(_at(shapes, ".".join(entry.path)), entry), entry)
+        for name in torch_names([entry]):
+            _check_shape(name, others[name], expected)
+    params = from_torch(rest, others)
     for name, entry in kernels.items():
         expected = _at(shapes, name)
         layers = []
         for stem in linear_stems(entry):
             layer = {leaf: tensors[f"{stem}.{leaf}"] for leaf in leaves_of(quant, name)}
-            layers.append(unpack_layer(layer, quant.bits_of(name)[0], expected["codes"].shape[-2]))
+            layer = unpack_layer(layer, quant.bits_of(name)[0], expected["codes"].shape[-2])
+            for key, leaf in layer.items():
+                _check_shape(f"{stem}.{key}", leaf, _layer_shape(expected[key], entry))
+            layers.append(layer)
         node = {k: np.stack([layer[k] for layer in layers]) for k in layers[0]}
         if entry.layers is None:
             node = {k: leaf[0] for k, leaf in node.items()}
-        for key, leaf in node.items():
-            _check_shape(f"{name}.{key}", leaf, expected[key])
         _put(params, name, node)
     return params
 
 
-def _check_shape(path: str, leaf: np.ndarray, expected: jax.ShapeDtypeStruct) -> None:
-    if leaf.shape != expected.shape:
+def _layer_shape(leaf: jax.ShapeDtypeStruct, entry: Entry) -> tuple[int, ...]:
+    return leaf.shape if entry.layers is None else leaf.shape[1:]
+
+
+def _check_shape(name: str, array: np.ndarray, expected: tuple[int, ...]) -> None:
+    if array.shape != expected:
         raise UserError(
-            f"{path} is {list(leaf.shape)}, expected {list(expected.shape)} by config.json; the "
+            f"{name} is {list(array.shape)}, expected {list(expected)} by config.json; the "
             "export is of another model, export again"
         )
 
