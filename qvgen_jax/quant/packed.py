@@ -51,8 +51,8 @@ PLAIN_VERSION, BRANCH_VERSION, FEATURES_VERSION = 1, 2, 3
 LEAVES = ("codes", "scale", "zero_point", "clips", "bias")
 BRANCH_LEAVES = ("L", "R", "gate")
 
-# Fields that are plain values; the others say themselves when they are damaged.
-_FIELDS = {"clip_ratio": Positive, "clip_buckets": int, "include_zero": bool}
+# What QuantConfig does not check itself.
+_KINDS = {"clip_ratio": Positive, "clip_buckets": int, "include_zero": bool}
 
 # Codes are cut into planes whose widths divide a byte; the first plane holds the lowest bits.
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
@@ -216,8 +216,8 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
     """
     if not isinstance(fields, Mapping):
         raise UserError(
-            f"quantization_config is {fields!r}, expected an object; only exports of this project "
-            "can be read: give a full-precision folder or one written by --job export"
+            f"quantization_config is {fields!r}, expected an object with the fields of "
+            "docs/format.md; export again"
         )
     method, version = fields.get("quant_method"), fields.get("format_version")
     if method != "qvgen":
@@ -231,10 +231,9 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
             f"{PLAIN_VERSION} to {FEATURES_VERSION}; export again, or install the version that "
             "wrote the folder"
         )
-    where = "quantization_config"
     try:
-        for name, kind in _FIELDS.items():
-            check_value(fields[name], kind, name, where)
+        for name, kind in _KINDS.items():
+            check_value(fields[name], kind, name, "quantization_config")
         ratio = float(fields["clip_ratio"])
         return QuantConfig(
             weight_bits=fields["bits"]["weights"],
@@ -260,7 +259,9 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
             **_time_table(fields.get("time_table")),
             **({"initial_clip": ratio, "clip_twice": True} if ratio != 1.0 else {}),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"quantization_config is damaged ({type(error).__name__}: {error}); export again"
         ) from error
