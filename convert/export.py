@@ -49,7 +49,7 @@ def export_pipeline(
         quant: how it was quantized. With `time_table`, the linears that see only the timestep are
             stored as what they say in `source`'s default number of steps and in `table_steps`.
         generation: defaults of `generate` that it was made for, see `_read_defaults` in
-            `convert.load`.
+            `convert.load`, in place of `source`'s; 0 is a field left out.
         levels: of the student's state; needed where tokens are smoothed.
 
     Raises:
@@ -83,16 +83,18 @@ def export_pipeline(
     fields = {**fields, "quantization_config": quantization_config(quant)}
     write_json(partial / "transformer" / "config.json", fields)
     write_tensors(partial / "transformer" / "diffusion_pytorch_model.safetensors", tensors)
-    path = partial / "generation_config.json"
-    before = read_json(path) if path.is_file() else {}
-    # What is 0 is the default, and left out; unless the source says something else.
-    after = {**before, **(generation or {})}
-    after = {name: value for name, value in after.items() if value or name in before}
-    if after != before:
-        write_json(path, after)
+    _write_generation(partial / "generation_config.json", generation or {})
     (partial / _MARKER).touch()
     shutil.rmtree(folder, ignore_errors=True)
     progress.finish(partial, folder)
+
+
+def _write_generation(path: Path, changes: Mapping[str, Any]) -> None:
+    there = read_json(path) if path.is_file() else {}
+    fields = {name: value for name, value in there.items() if name not in changes}
+    fields |= {name: value for name, value in changes.items() if value}
+    if fields != there:
+        write_json(path, fields)
 
 
 def _refuse_branch(params: Mapping) -> None:

@@ -18,7 +18,7 @@ from convert.time_table import fold_names
 from qvgen_jax.autoencoders.cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from qvgen_jax.autoencoders.wan import WanVAE, WanVAEConfig
 from qvgen_jax.components import VAE, TextEncoder, Transformer
-from qvgen_jax.config_fields import Positive, Range, check_value
+from qvgen_jax.config_fields import Positive, Range, check_value, refusal
 from qvgen_jax.diffusion.schedulers import scheduler_from_json
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, build_transformer, config_from_json, quantizable
@@ -43,8 +43,8 @@ _FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table")
 # What a generation_config.json holds where it is not a whole number from 1.
 _GENERATION = {
     "guidance_scale": Annotated[float, Range(least=0)],
-    "fps": Positive,
     "unguided_steps": Annotated[int, Range(least=0)],
+    "fps": Positive,
 }
 
 _AUTOENCODERS = {
@@ -159,11 +159,9 @@ def _read_defaults(folder: Path, config: TransformerConfig, max_length: int) -> 
     for name, value in fields.items():
         check_value(value, _GENERATION.get(name, int), name, str(path))
     defaults |= fields
-    if defaults["unguided_steps"] > defaults["steps"]:
-        raise UserError(
-            f"unguided_steps is {defaults['unguided_steps']} in {path}, expected at most the "
-            f"{defaults['steps']} steps of a video; correct the file"
-        )
+    steps, unguided = defaults["steps"], defaults["unguided_steps"]
+    if unguided > steps:
+        raise refusal("unguided_steps", unguided, str(path), f"at most {steps}, the steps there")
     return defaults
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from qvgen_jax.errors import UserError
 from qvgen_jax.training.check import check_config
-from qvgen_jax.training.loop import rank_decay
+from qvgen_jax.training.loop import rank_decay, train
 
 NAMES = sorted(
     path.stem for path in Path(__file__).parents[1].joinpath("configs").glob("*_w?a?.py")
@@ -34,3 +35,11 @@ def test_the_released_recipe_has_the_published_phase_length(name, steps, phase):
     assert values["train"]["steps"] == steps
     assert rank_decay(values).phase_steps == phase
     assert values["quant"]["behaviour"] == "released"
+
+
+def test_more_steps_without_guidance_than_the_pipeline_takes_are_refused_before_training(tmp_path):
+    values = config("tiny_w4a4")
+    values["sample"]["unguided_steps"] = 26
+    with pytest.raises(UserError, match=r"sample.unguided_steps=26; expected .* from 0 to 25"):
+        train(values, tmp_path)
+    assert not list(tmp_path.iterdir())

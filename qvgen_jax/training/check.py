@@ -101,6 +101,24 @@ def check_config(config: Mapping) -> None:
     )
 
 
+def check_unguided(config: Mapping, steps: int) -> None:
+    """Refuse an export that would leave guidance off in more steps than it takes.
+
+    Args:
+        config: the run's.
+        steps: the pipeline's own number of steps.
+
+    Raises:
+        UserError: it names the key, its value and what it may be.
+    """
+    unguided = config["sample"]["unguided_steps"]
+    if unguided > steps:
+        raise UserError(
+            f"--config.sample.unguided_steps={unguided}; expected a whole number from 0 to {steps},"
+            " the steps that this pipeline takes by default"
+        )
+
+
 def _check_table(time_table: bool, steps: tuple[int, ...]) -> None:
     if not all(isinstance(count, int) and 1 <= count <= 1000 for count in steps):
         raise UserError(

@@ -22,7 +22,7 @@ from qvgen_jax.quant.low_rank import drop_branch, on_every_branch, reverse, smal
 from qvgen_jax.quant.schedule import RankDecay, phase_steps_for
 from qvgen_jax.training import checkpoint
 from qvgen_jax.training.calibrate import activation_maxima, unmeasured
-from qvgen_jax.training.check import check_config
+from qvgen_jax.training.check import check_config, check_unguided
 from qvgen_jax.training.metrics import MetricWriter
 from qvgen_jax.training.optimizer import make_optimizer
 from qvgen_jax.training.state import create_state, enter_step, has_branch
@@ -200,16 +200,6 @@ def load_model(config: Mapping, shardings: Shardings = None) -> Pipeline:
     )
 
 
-def check_guidance(config: Mapping, pipe: Pipeline) -> None:
-    """Refuse more steps without guidance than a video has: told before training, not after."""
-    unguided, steps = config["sample"]["unguided_steps"], pipe.defaults["steps"]
-    if unguided > steps:
-        raise UserError(
-            f"--config.sample.unguided_steps={unguided}; expected at most {steps}, the steps of "
-            "this pipeline's videos"
-        )
-
-
 def train(config: Mapping, workdir: Path, shardings: Shardings = None) -> tuple[Pipeline, dict]:
     """Train the student of `config` in `workdir`, or continue, or find it done.
 
@@ -229,8 +219,8 @@ def train(config: Mapping, workdir: Path, shardings: Shardings = None) -> tuple[
     check_source(config, workdir)
     pipe = load_model(config, shardings)
     model, teacher = pipe.transformer.config, pipe.transformer.states[0]
+    check_unguided(config, pipe.defaults["steps"])
     training_noise(pipe.scheduler, config["train"])  # A model of the other family: told now.
-    check_guidance(config, pipe)
     print(describe_layers(model, quant_config(config["quant"], model)), flush=True)
     encoded = ensure_encoded(config, workdir, pipe)
     # Only now: a typo in the model's or the data's path must not mark the workdir as another run's.
@@ -259,6 +249,7 @@ def finished_state(
                 "same command with --job train first"
             )
         pipe = load_model(config, shardings)
+        check_unguided(config, pipe.defaults["steps"])
         model, teacher = pipe.transformer.config, pipe.transformer.states[0]
         state = newest_state(config, model, teacher, manager)
     return pipe, enter_step(state, steps, rank_decay(config), config["quant"]["branch_moments"])

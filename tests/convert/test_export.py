@@ -14,7 +14,7 @@ from flax import nnx
 
 from convert import wan_transformer
 from convert.export import export_pipeline
-from convert.load import read_transformer
+from convert.load import read_default_steps, read_transformer
 from convert.names import to_torch
 from convert.save import write_json
 from convert.tensors import Tensors, read_json, write_tensors
@@ -119,15 +119,28 @@ def test_a_tensor_of_another_size_is_refused(tmp_path, name, kept):
 
 def test_the_way_of_sampling_ships_with_the_export(tmp_path, params):
     source = pipeline_folder(tmp_path / "source", SMALL)
-    write_json(source / "generation_config.json", {"steps": 20})
-    for unguided, expected in ((4, {"steps": 20, "unguided_steps": 4}), (0, {"steps": 20})):
+    for there, unguided, expected in (
+        ({}, 4, {"unguided_steps": 4}),
+        ({}, 0, {}),
+        ({"unguided_steps": 4}, 6, {"unguided_steps": 6}),
+        ({"unguided_steps": 4}, 0, {}),
+    ):
+        write_json(source / "generation_config.json", {"steps": 20, **there})
         generation = {"unguided_steps": unguided}
         export_pipeline(source, tmp_path / "export", SMALL, params, QuantConfig(rank=0), generation)
-        assert read_json(tmp_path / "export" / "generation_config.json") == expected
-    write_json(source / "generation_config.json", {"steps": 20, "unguided_steps": 4})
-    none = {"unguided_steps": 0}
-    export_pipeline(source, tmp_path / "export", SMALL, params, QuantConfig(rank=0), none)
-    assert read_json(tmp_path / "export" / "generation_config.json")["unguided_steps"] == 0
+        written = read_json(tmp_path / "export" / "generation_config.json")
+        assert written == {"steps": 20, **expected}
+
+
+def test_steps_without_guidance_are_some_of_the_steps(tmp_path):
+    path = tmp_path / "generation_config.json"
+    for unguided in (0, 20):
+        write_json(path, {"steps": 20, "unguided_steps": unguided})
+        assert read_default_steps(tmp_path, SMALL) == 20
+    write_json(path, {"steps": 20, "unguided_steps": 21})
+    message = rf"unguided_steps is 21 in {re.escape(str(path))}, expected at most 20"
+    with pytest.raises(UserError, match=message):
+        read_default_steps(tmp_path, SMALL)
 
 
 def test_a_rotated_model_is_exported_as_it_was_trained(tmp_path):
