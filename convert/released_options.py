@@ -1,6 +1,7 @@
 """What an import of QVGen's release was asked for: checked, put on record, and read again."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,13 +16,44 @@ _OF_RECORD = {"released_step": int, "phase_steps": int, "lora_alpha": float}
 
 @dataclasses.dataclass(frozen=True)
 class ReleasedOptions:
-    """What neither the checkpoint nor its base says; the fields are `import_released`'s."""
+    """What neither the checkpoint nor its base says; the fields are `import_released`'s.
+
+    Raises:
+        UserError: a number is out of its range.
+    """
 
     clip_index: str = "countdown"
     bits: tuple[int, int] = (4, 4)
     released_step: int | None = None
     phase_steps: int | None = None
     lora_alpha: float | None = None
+
+    def __post_init__(self):
+        # None, where verify was not given it, is what the import recorded.
+        if self.bits is not None and not all(2 <= bits <= 8 for bits in self.bits):
+            raise _refusal(
+                "bits",
+                ",".join(map(str, self.bits)),
+                "weights,activations of 2 to 8 each; give those it was trained with, such as 4,4",
+            )
+        if self.released_step is not None and self.released_step < 0:
+            raise _refusal(
+                "released_step",
+                self.released_step,
+                "the number of steps trained, from 0; leave it out to go without the branch",
+            )
+        if self.phase_steps is not None and self.phase_steps < 1:
+            raise _refusal(
+                "phase_steps",
+                self.phase_steps,
+                "the steps of a phase, from 1; leave it out for the published recipe's",
+            )
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise _refusal(
+                "lora_alpha",
+                self.lora_alpha,
+                "a finite number above 0; leave it out to merge with 1, as their inference",
+            )
 
     def decay(self, plan: ReleasedPlan, published: int) -> RankDecay | None:
         """The schedule that rebuilds the branch; None where it is left away.
@@ -31,22 +63,20 @@ class ReleasedOptions:
             published: T of this family's published recipe.
 
         Raises:
-            UserError: the step or the phase does not fit the checkpoint.
+            UserError: the step does not fit the checkpoint, or is not given but a phase is.
         """
         step = self.released_step
         if step is None and self.phase_steps is not None:
             raise UserError(
-                f"phase_steps is {self.phase_steps}, but only released_step rebuilds the branch: "
-                "give that too, or leave both out"
+                f"--phase-steps is {self.phase_steps}, but only --released-step rebuilds the "
+                "branch: give that too, or leave both out"
             )
         if step is None:
             return None
-        if step < 0:
-            raise UserError(f"released_step is {step}, expected the number of steps trained")
         if not plan.rank:
             raise UserError(
-                f"released_step is {step}, but the checkpoint has no L and R: it was saved after "
-                "the last phase; leave released_step out"
+                f"--released-step is {step}, but the checkpoint has no L and R: it was saved after "
+                "the last phase; leave it out"
             )
         return RankDecay(published if self.phase_steps is None else self.phase_steps, plan.rank)
 
@@ -60,7 +90,7 @@ class ReleasedOptions:
             return 1.0
         if not plan.adapter_rank:
             raise UserError(
-                f"lora_alpha is {self.lora_alpha}, but the checkpoint holds no adapters "
+                f"--lora-alpha is {self.lora_alpha}, but the checkpoint holds no adapters "
                 "(X.loraA.weight); leave it out"
             )
         return self.lora_alpha / plan.adapter_rank
@@ -81,6 +111,10 @@ class ReleasedOptions:
         phase_steps = None if decay is None else decay.phase_steps
         values = dataclasses.asdict(self) | {"phase_steps": phase_steps}
         return {RECORD: {name: values[name] for name in _OF_RECORD}}
+
+
+def _refusal(field: str, value: object, expected: str) -> UserError:
+    return UserError(f"--{field.replace('_', '-')} is {value}, expected {expected}")
 
 
 def recorded(fields: Mapping[str, Any], quant: QuantConfig) -> ReleasedOptions:

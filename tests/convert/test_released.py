@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from convert.__main__ import main
 from convert.load import read_transformer
 from convert.released import holds_released, import_released
 from convert.released_export import export_released
@@ -208,6 +209,31 @@ def test_arguments_that_the_checkpoint_has_no_use_for_are_refused(release, impor
     export_released(imported, tmp_path / "theirs")
     with pytest.raises(UserError, match="has no L and R"):
         import_released(tmp_path / "theirs", release.base, tmp_path / "ours", released_step=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lora-alpha", "nan"], "--lora-alpha is nan, expected a finite number above 0"),
+        (["--lora-alpha", "inf"], "--lora-alpha is inf, expected a finite number above 0"),
+        (["--lora-alpha", "-1"], "--lora-alpha is -1.0, expected a finite number above 0"),
+        (["--released-step", "-3"], "--released-step is -3, expected the number of steps trained"),
+        (["--released-step", "3", "--phase-steps", "0"], "--phase-steps is 0, expected the steps"),
+        (["--bits", "4,9"], "--bits is 4,9, expected weights,activations of 2 to 8 each"),
+    ],
+)
+def test_a_number_out_of_its_range_is_told_by_its_option(release, tmp_path, capsys, words, message):
+    target = tmp_path / "ours"
+    words = ["import", str(release.source), str(target), "--base", str(release.base), *words]
+    assert main(words) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+    assert not target.exists()
+
+
+def test_a_packed_base_is_refused(release, imported, tmp_path):
+    with pytest.raises(UserError, match="is packed; give the full-precision pipeline as base"):
+        import_released(release.source, imported, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 def test_another_base_is_refused(release, tmp_path):
