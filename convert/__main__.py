@@ -3,9 +3,9 @@
     python -m convert import SRC DST    # safetensors -> sharded arrays, for the trainer and `load`
     python -m convert export SRC DST    # an import -> the same safetensors, for PyTorch
     python -m convert verify SRC DST    # compare the two; writes DST/certificate.json
-    python -m convert import CHECKPOINT DST --base SRC   # QVGen's release -> a packed pipeline
+    python -m convert import CHECKPOINT DST --base BASE  # QVGen's release -> a packed pipeline
     python -m convert export PACKED DST --released       # a packed pipeline -> QVGen's release
-    python -m convert verify CHECKPOINT DST --base SRC   # DST, imported so, against the checkpoint
+    python -m convert verify CHECKPOINT DST --base BASE  # DST, imported so, against the checkpoint
 
 The same import or export again continues an interrupted one; from and to QVGen's release, and
 verify, start again. Exit code 0: done, or equal; 1: verify found a difference; 2: something given
@@ -24,6 +24,15 @@ from qvgen_jax.errors import UserError
 _EVERY_SECONDS = 5.0
 _OF_IMPORT = ("base", "clip_index", "bits", "released_step", "phase_steps", "lora_alpha")
 _OF_EXPORT = ("dtype", "approximate")
+
+_DOES = {
+    "import": "Make sharded arrays of a pipeline, or a packed pipeline of QVGen's release. "
+    "Exit code 0: done; 2: something given is wrong.",
+    "export": "Make safetensors for PyTorch of an import, or a folder for the release's scripts of "
+    "a packed pipeline. Exit code 0: done; 2: something given is wrong.",
+    "verify": "Compare a conversion with what it was made from and write DST/certificate.json. "
+    "Exit code 0: equal; 1: a difference was found; 2: something given is wrong.",
+}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -85,7 +94,9 @@ def _add_released(group: Any) -> None:
 
 
 def _command(commands: Any, name: str, source: str, target: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name)
+    command = commands.add_parser(
+        name, help=_DOES[name].partition(". ")[0], description=_DOES[name]
+    )
     command.add_argument("source", metavar="SRC", help=source)
     command.add_argument("target", metavar="DST", help=target)
     return command
@@ -170,8 +181,10 @@ def _verify(arguments: argparse.Namespace) -> dict[str, Any]:
     if not is_packed(target) or not holds_released(source):
         if given:
             raise UserError(
-                f"{_options(given)} only for a checkpoint of QVGen's release and the packed "
-                f"pipeline imported from it, not for {source} and {target}"
+                f"{_options(given)} {'is' if len(given) == 1 else 'are'} only for a checkpoint of "
+                f"QVGen's release and the packed pipeline imported from it, not for {source} and "
+                f"{target}; leave {'it' if len(given) == 1 else 'them'} away, or give `verify "
+                "CHECKPOINT PACKED --base BASE`"
             )
         return verify(source, target, _meter("tensors", 1))
     _check_base(arguments)

@@ -418,13 +418,13 @@ def test_what_cannot_be_compared_is_told_in_one_line(release, imported, tmp_path
         ([source, packed], "--base FOLDER"),
         ([source, packed, "--base", packed], "give the full-precision pipeline as base"),
         ([base, packed], f"{packed} is packed; verify takes"),
-        ([base, packed, "--base", base], "--base only for a checkpoint of QVGen's release"),
-        ([source, base, "--base", base], "--base only for a checkpoint of QVGen's release"),
+        ([base, packed, "--base", base], "--base is only for a checkpoint of QVGen's release"),
+        ([source, base, "--base", base, "--bits", "4,4"], "leave them away, or give `verify"),
         ([packed, str(tmp_path / "theirs")], "`verify CHECKPOINT PACKED --base BASE`"),
         ([source, packed, "--base", base, "--lora-alpha", "2"], "holds no adapters"),
-        ([source, packed, "--base", base, "--bits", "4,9"], "2 to 8 each"),
+        ([source, packed, "--base", base, "--bits", "4,9"], "--bits is 4,9, expected weights,"),
         ([adapters, packed, "--base", base, "--released-step", "3"], "has no L and R"),
-        ([source, packed, "--base", base, "--phase-steps", "3"], "only released_step rebuilds"),
+        ([source, packed, "--base", base, "--phase-steps", "3"], "only --released-step rebuilds"),
     ):
         capsys.readouterr()
         assert main(["verify", *words]) == 2, words

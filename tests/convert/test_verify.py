@@ -153,3 +153,11 @@ def test_an_interrupted_command_says_whether_it_goes_on(words, what, monkeypatch
     monkeypatch.setattr("convert.__main__.run", interrupted)
     assert main(words) == 130
     assert capsys.readouterr().err == f"interrupted; the same command {what}\n"
+
+
+def test_the_help_of_verify_tells_its_file_and_its_exit_codes(capsys):
+    with pytest.raises(SystemExit):
+        main(["verify", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "DST/certificate.json" in text
+    assert "1: a difference was found" in text
