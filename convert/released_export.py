@@ -122,23 +122,38 @@ def export_released(
 def _refuse(quant: QuantConfig, differences: list[str], approximate: bool) -> None:
     impossible = []
     if quant.rank:
-        impossible.append("it has a low-rank branch: import it without released_step")
+        impossible.append("it has a low-rank branch (import it without --released-step)")
     if quant.bits:
-        impossible.append(f"layers have bits of their own: {', '.join(sorted(quant.bits))}")
+        impossible.append(
+            f"layers have bits of their own: {', '.join(sorted(quant.bits))} (train with "
+            "--config.quant.bits=())"
+        )
     if quant.symmetric_weights:
-        impossible.append("its weights are symmetric and hold no zero points")
+        impossible.append(
+            "its weights are symmetric and hold no zero points (train with "
+            "--config.quant.symmetric_weights=False)"
+        )
     if quant.rotation != "none":
-        impossible.append("its tokens are rotated before they are quantized")
+        impossible.append(
+            "its tokens are rotated before they are quantized (train with "
+            "--config.quant.rotation=none)"
+        )
     if quant.smoothing:
-        impossible.append("its tokens are smoothed before they are quantized")
+        impossible.append(
+            "its tokens are smoothed before they are quantized (train with "
+            "--config.quant.smoothing=0)"
+        )
     if quant.buckets not in (1, _BUCKETS):
-        impossible.append(f"it has {quant.buckets} clip pairs per layer, theirs has {_BUCKETS}")
+        impossible.append(
+            f"it has {quant.buckets} clip pairs per layer, theirs has {_BUCKETS} (train with "
+            f"buckets=1 or {_BUCKETS})"
+        )
     if impossible:
         raise UserError(f"the release's code cannot run this model: {'; '.join(impossible)}")
     if differences and not approximate:
         raise UserError(
             "the release's code would compute this model differently: "
-            f"{'; '.join(differences)}; to write it all the same, ask for approximate"
+            f"{'; '.join(differences)}; to write it all the same, add --approximate"
         )
 
 

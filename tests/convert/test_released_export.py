@@ -103,7 +103,10 @@ def test_what_the_released_code_would_compute_differently_is_refused_unless_aske
     tensors = dict(Tensors(ours / "transformer"))
     tensors["proj_out.clips"] = np.full_like(tensors["proj_out.clips"], 9.0)
     write_tensors(ours / "transformer" / WEIGHTS, tensors)
-    reasons = "one side of 0 .*; the timestep chooses .*; clips keep more than 0.95.*: proj_out"
+    reasons = (
+        "one side of 0 .*; the timestep chooses .*; clips keep more than 0.95.*: proj_out.clips; "
+        "to write it all the same, add --approximate"
+    )
     with pytest.raises(UserError, match=reasons):
         export_released(ours, tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
@@ -114,20 +117,22 @@ def test_what_the_released_code_would_compute_differently_is_refused_unless_aske
 def test_what_the_released_code_cannot_run_is_refused(release, imported, tmp_path):
     bits = {"proj_out": {"weights": 4, "activations": 8}}
     ours = as_trained_by_us(imported, tmp_path / "ours", bits_by_layer=bits)
-    with pytest.raises(UserError, match="layers have bits of their own: proj_out"):
+    with pytest.raises(
+        UserError, match=r"bits of their own: proj_out \(train with --config.quant.bits=\(\)\)"
+    ):
         export_released(ours, tmp_path / "theirs", approximate=True)
     rotation = {"kind": "hadamard", "largest_block": 256}
     rotated = as_trained_by_us(imported, tmp_path / "rotated", format_version=3, rotation=rotation)
-    with pytest.raises(UserError, match="tokens are rotated"):
+    with pytest.raises(UserError, match=r"tokens are rotated .*--config.quant.rotation=none"):
         export_released(rotated, tmp_path / "theirs", approximate=True)
     folded = {name: {"into": "proj_out", "head_width": 8} for name in NAMES}
     smoothing = {"format_version": 3, "smoothing": 0.5, "folded": folded}
     smoothed = as_trained_by_us(imported, tmp_path / "smoothed", **smoothing)
-    with pytest.raises(UserError, match="tokens are smoothed"):
+    with pytest.raises(UserError, match=r"tokens are smoothed .*--config.quant.smoothing=0"):
         export_released(smoothed, tmp_path / "theirs", approximate=True)
     moment = {"released_step": 2, "phase_steps": PHASE}
     import_released(release.source, release.base, tmp_path / "branch", **moment)
-    with pytest.raises(UserError, match="low-rank branch"):
+    with pytest.raises(UserError, match=r"low-rank branch .*without --released-step"):
         export_released(tmp_path / "branch", tmp_path / "theirs", approximate=True)
     with pytest.raises(UserError, match="is in full precision"):
         export_released(release.base, tmp_path / "theirs")
