@@ -1,7 +1,6 @@
 """A packed transformer between our params and diffusers' tensor names."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from qvgen_jax.models import (
 )
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, dense_factory
+from qvgen_jax.quant.named import layer_at, with_layer
 from qvgen_jax.quant.packed import leaves_of, pack_layer, unpack_layer
 from qvgen_jax.quant.time_table import stored_table, table_factory
 
@@ -41,12 +41,6 @@ def split_table(
 def linear_stems(entry: Entry) -> list[str]:
     stem = entry.name.removesuffix(".weight")
     return [stem] if entry.layers is None else [stem.format(i=i) for i in range(entry.layers)]
-
-
-def _at(tree: Mapping, name: str) -> Any:
-    for part in name.split("."):
-        tree = tree[part]
-    return tree
 
 
 def _layers(node: Mapping, stacked: bool) -> list[dict]:
@@ -79,9 +73,9 @@ def to_packed(
             matrix = entry.name in kept and entry.path[-1] == "kernel"
             tensors[name] = tensors[name].astype(ml_dtypes.bfloat16 if matrix else np.float32)
     for name, entry in kernels.items():
-        node = dict(_at(params, name))
+        node = dict(layer_at(params, name))
         if quant.smooths(name):
-            node["smooth"] = _at(levels, name)["smooth"]
+            node["smooth"] = layer_at(levels, name)["smooth"]
         layers = _layers(node, entry.layers is not None)
         for stem, layer in zip(linear_stems(entry), layers, strict=True):
             packed = pack_layer(layer, quant.bits_of(name)[0])
@@ -110,7 +104,7 @@ def packed_definition(
     graphdef, shapes, levels = nnx.split(model, nnx.Param, Levels)
     shapes, levels = nnx.to_pure_dict(shapes), nnx.to_pure_dict(levels)
     for name in quant.quantized(quantizable(config)):
-        node = _at(levels, name)
+        node = layer_at(levels, name)
         for key, bits in zip(("weight_levels", "act_levels"), quant.bits_of(name), strict=True):
             node[key] = np.full(node[key].shape, 2**bits - 1, np.float32)
     return graphdef, shapes, levels
@@ -151,12 +145,12 @@ def from_packed(
     others = {n: tensors[n] for n in tensors if n not in packed_names}
     check_names(torch_names(rest), others)
     for entry in rest:
-        expected = torch_shape(_layer_shape(_at(shapes, ".".join(entry.path)), entry), entry)
+        expected = torch_shape(_layer_shape(layer_at(shapes, ".".join(entry.path)), entry), entry)
         for name in torch_names([entry]):
             _check_shape(name, others[name], expected)
     params = from_torch(rest, others)
     for name, entry in kernels.items():
-        expected = _at(shapes, name)
+        expected = layer_at(shapes, name)
         layers = []
         for stem in linear_stems(entry):
             layer = {leaf: tensors[f"{stem}.{leaf}"] for leaf in leaves_of(quant, name)}
@@ -167,7 +161,7 @@ def from_packed(
         node = {k: np.stack([layer[k] for layer in layers]) for k in layers[0]}
         if entry.layers is None:
             node = {k: leaf[0] for k, leaf in node.items()}
-        _put(params, name, node)
+        params = with_layer(params, name, node)
     return params
 
 
@@ -181,10 +175,3 @@ def _check_shape(name: str, array: np.ndarray, expected: tuple[int, ...]) -> Non
             f"{name} is {list(array.shape)}, expected {list(expected)} by config.json; the "
             "export is of another model, export again"
         )
-
-
-def _put(params: dict, name: str, node: dict) -> None:
-    *parents, last = name.split(".")
-    for part in parents:
-        params = params.setdefault(part, {})
-    params[last] = node

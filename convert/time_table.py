@@ -1,7 +1,6 @@
 """The linears that see only the timestep, folded into a table of what they say (docs/format.md)."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -9,6 +8,7 @@ import numpy as np
 from convert.names import Entry
 from qvgen_jax.diffusion.schedulers import Scheduler, make_schedule
 from qvgen_jax.models import TransformerConfig, time_only, time_outputs, time_values
+from qvgen_jax.quant.named import with_layer, without_layer
 
 TIMESTEPS = Entry(("timestep_table",), "timesteps")
 """The timesteps of the entries, float32 `[entries]`, sorted."""
@@ -42,17 +42,12 @@ def fold_time(model: TransformerConfig, params: Mapping, timesteps: np.ndarray) 
     # Otherwise an accelerator would multiply in fewer bits than the table holds.
     with jax.default_matmul_precision("highest"):
         values = time_values(model, params, timesteps)
-    folded: dict[str, Any] = jax.tree.map(lambda leaf: leaf, params)  # New dicts, the same arrays.
+    folded = {**params, "timestep_table": timesteps}
     for name in time_only(model):
-        *parents, last = name.split(".")
-        node = folded
-        for part in parents:
-            node = node[part]
+        folded = without_layer(folded, name)
         if name in values:
-            node[last] = {"table": np.asarray(values[name], np.float32)}
-        else:
-            del node[last]
-    return folded | {"timestep_table": timesteps}
+            folded = with_layer(folded, name, {"table": np.asarray(values[name], np.float32)})
+    return folded
 
 
 def fold_names(table: list[Entry], model: TransformerConfig) -> list[Entry]:

@@ -18,6 +18,7 @@ from qvgen_jax.evaluation.samples import write_pairs
 from qvgen_jax.models import TransformerConfig, quantizable, time_only
 from qvgen_jax.pipeline import Pipeline, load
 from qvgen_jax.quant.initialize import round_to_nearest
+from qvgen_jax.quant.named import layer_at
 from qvgen_jax.quant.packed import read_quantization_config
 from qvgen_jax.training.calibrate import activation_maxima
 from qvgen_jax.training.student import quant_config, student_definition
@@ -62,7 +63,7 @@ def measure_sizes(teacher: Pipeline, export: Path) -> dict[str, Any]:
     fields = json.loads((export / "transformer" / "config.json").read_text())
     quant = read_quantization_config(fields["quantization_config"])
     for name in quant.quantized(quantizable(model)):
-        full += _layer(params, name)["kernel"].size
+        full += layer_at(params, name)["kernel"].size
     sizes = {
         "transformer_bf16_bytes": 2 * total,
         "transformer_export_bytes": path.stat().st_size,
@@ -72,18 +73,14 @@ def measure_sizes(teacher: Pipeline, export: Path) -> dict[str, Any]:
     }
     if not quant.time_table:
         return sizes
-    replaced = sum(leaf.size for name in time_only(model) for leaf in _layer(params, name).values())
+    replaced = sum(
+        leaf.size for name in time_only(model) for leaf in layer_at(params, name).values()
+    )
     with safe_open(path, framework="numpy") as file:
         tables = [name for name in file.keys() if name.endswith(".table")]  # noqa: SIM118
         stored = sum(file.get_tensor(name).nbytes for name in (*tables, "timesteps"))
     row = {"name": "Its timestep linears, as a table"}
     return sizes | {"rows": [row | {"bf16_bytes": 2 * replaced, "export_bytes": stored}]}
-
-
-def _layer(params: Mapping, name: str) -> Mapping:
-    for part in name.split("."):
-        params = params[part]
-    return params
 
 
 def compare_and_report(config: Mapping, workdir: Path, teacher: Pipeline) -> Path:

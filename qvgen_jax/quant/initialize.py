@@ -7,31 +7,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from qvgen_jax.errors import UserError
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.low_rank import initial_branch
+from qvgen_jax.quant.named import layer_at, with_layer
 from qvgen_jax.quant.rotation import rotate, rotate_kernel
 from qvgen_jax.quant.smoothing import smooth_factors
 from qvgen_jax.quant.tokens import initial_clips
 from qvgen_jax.quant.weights import dequantize_weight, quantize_weight, search_range
-
-
-def _node(params: dict, name: str) -> dict:
-    node = params
-    for part in name.split("."):
-        if not isinstance(node, dict) or part not in node:
-            raise UserError(
-                f"the parameters have no layer {name!r}: {part!r} is missing; quantizable layers "
-                "are named by their dotted path in the parameters"
-            )
-        node = node[part]
-    return node
-
-
-def _replace(params: dict, path: list[str], node: dict) -> dict:
-    if not path:
-        return node
-    return {**params, path[0]: _replace(params.get(path[0], {}), path[1:], node)}
 
 
 def _prepare(
@@ -46,20 +28,20 @@ def _prepare(
     """
     teacher, smooth = params, {}
     for name in config.quantized(names):
-        node = _node(params, name)
+        node = layer_at(params, name)
         width = node["kernel"].shape[-2]
         block, factors = config.block_of(name, width), None
         if config.smoothing:
-            kernel = _node(teacher, name)["kernel"]
+            kernel = layer_at(teacher, name)["kernel"]
             factors = smooth_factors(_maxima(activations, name), kernel, config.smoothing)
             node = {**node, "kernel": _wide(node["kernel"]) * factors[..., None]}
         if block > 1:
             node = {**node, "kernel": rotate_kernel(node["kernel"], block)}
-        params = _replace(params, name.split("."), node)
+        params = with_layer(params, name, node)
         if name in config.folded:
             source = config.folded[name][0]
-            node = _fold(_node(params, source), factors, block)
-            params = _replace(params, source.split("."), node)
+            node = _fold(layer_at(params, source), factors, block)
+            params = with_layer(params, source, node)
         elif factors is not None:
             smooth[name] = factors
     return params, smooth
@@ -131,7 +113,7 @@ def quantize_params(
     params, smooth = _prepare(params, names, config, activations)
     levels: dict = {}
     for name in config.quantized(names):
-        node = _node(params, name)
+        node = layer_at(params, name)
         kernel = node["kernel"]
         stack = kernel.shape[:-2]
         weight_levels, act_levels = (
@@ -146,11 +128,10 @@ def quantize_params(
         leaves = {key: leaf.reshape(*stack, *leaf.shape[1:]) for key, leaf in leaves.items()}
         clips = initial_clips(config.buckets_of(name), config.initial_clip)
         clips = jnp.broadcast_to(clips, (*stack, *clips.shape))
-        path = name.split(".")
-        params = _replace(params, path, {**node, **leaves, "lower": clips, "upper": clips})
+        params = with_layer(params, name, {**node, **leaves, "lower": clips, "upper": clips})
         fixed = {"weight_levels": weight_levels, "act_levels": act_levels}
         fixed |= {"smooth": smooth[name]} if name in smooth else {}
-        levels = _replace(levels, path, fixed)
+        levels = with_layer(levels, name, fixed)
     return params, levels
 
 
@@ -173,13 +154,13 @@ def quantization_errors(params: dict, levels: dict, names: Iterable[str]) -> dic
     """
     errors = {}
     for name in names:
-        node, kernel = _node(params, name), _node(params, name)["kernel"]
+        node, kernel = layer_at(params, name), layer_at(params, name)["kernel"]
         stacked = {
             key: node[key].reshape(-1, *node[key].shape[kernel.ndim - 2 :])
             for key in ("kernel", "scale", "zero_point")
             if key in node
         }
-        weight_levels = _node(levels, name)["weight_levels"].reshape(-1)
+        weight_levels = layer_at(levels, name)["weight_levels"].reshape(-1)
         errors[name] = _relative_errors(stacked, weight_levels)
     return errors
 
@@ -201,10 +182,10 @@ def round_to_nearest(
     config = dataclasses.replace(config, rank=0)
     params, levels = quantize_params(params, names, config, activations)
     for name in config.quantized(names):
-        node = _node(params, name)
+        node = layer_at(params, name)
         low = jnp.minimum(jnp.min(node["kernel"], axis=-2), 0.0)
         high = jnp.maximum(jnp.max(node["kernel"], axis=-2), 0.0)
-        most = _node(levels, name)["weight_levels"][..., None]
+        most = layer_at(levels, name)["weight_levels"][..., None]
         if config.symmetric_weights:
             bound = jnp.maximum(-low, high)
             leaves = {"scale": jnp.maximum(bound / ((most - 1) / 2), 1e-9)}
@@ -212,5 +193,5 @@ def round_to_nearest(
             scale = jnp.maximum((high - low) / most, 1e-9)
             leaves = {"scale": scale, "zero_point": jnp.round(-low / scale)}
         leaves |= {clip: jnp.full_like(node[clip], _UNCLIPPED) for clip in ("lower", "upper")}
-        params = _replace(params, name.split("."), {**node, **leaves})
+        params = with_layer(params, name, {**node, **leaves})
     return params, levels

@@ -67,18 +67,7 @@ def check_timesteps(timesteps: np.ndarray, table: np.ndarray, steps: Collection[
 class TableDense(nnx.Module):
     """In the place of a linear that sees only the timestep: a row of `table [entries, out]`."""
 
-    def __init__(
-        self,
-        name: str,
-        in_features: int,
-        out_features: int,
-        *,
-        entries: int,
-        key: jax.Array,
-        dtype: jnp.dtype = jnp.float32,
-        use_bias: bool = True,
-    ):
-        del name, in_features, key, use_bias  # The values are loaded, with the bias in them.
+    def __init__(self, entries: int, out_features: int, dtype: jnp.dtype = jnp.float32):
         self.table = nnx.Param(jnp.zeros((entries, out_features), jnp.float16))
         self.dtype = dtype
 
@@ -93,17 +82,7 @@ class UnreadDense(nnx.Module):
     It says NaN: should something read it after all, that is seen.
     """
 
-    def __init__(
-        self,
-        name: str,
-        in_features: int,
-        out_features: int,
-        *,
-        key: jax.Array,
-        dtype: jnp.dtype = jnp.float32,
-        use_bias: bool = True,
-    ):
-        del name, in_features, key, use_bias
+    def __init__(self, out_features: int, dtype: jnp.dtype = jnp.float32):
         self.out_features = out_features
         self.dtype = dtype
 
@@ -128,9 +107,11 @@ def table_factory(
     """
 
     def build(name: str, in_features: int, out_features: int, **arguments) -> nnx.Module:
-        if name in time_outputs:
-            return TableDense(name, in_features, out_features, entries=entries, **arguments)
-        layer = UnreadDense if name in time_only else dense
-        return layer(name, in_features, out_features, **arguments)
+        if name not in time_only:
+            return dense(name, in_features, out_features, **arguments)
+        dtype = arguments["dtype"]
+        if name in time_outputs:  # The bias is in the table.
+            return TableDense(entries, out_features, dtype)
+        return UnreadDense(out_features, dtype)
 
     return build

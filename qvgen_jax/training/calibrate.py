@@ -15,16 +15,11 @@ from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.diffusion.schedulers import Scheduler
 from qvgen_jax.models import TransformerConfig, build_transformer, quantizable
 from qvgen_jax.quant.calibration import Probe, observing
+from qvgen_jax.quant.named import layer_at
 from qvgen_jax.training.step import fill_patches, noisy_inputs, sample_keys
 from qvgen_jax.training.student import quant_config
 
 BATCHES = 4
-
-
-def _at(tree: Mapping, name: str) -> Mapping:
-    for part in name.split("."):
-        tree = tree[part]
-    return tree
 
 
 def activation_maxima(
@@ -75,10 +70,10 @@ def activation_maxima(
     data = batches(dataset, seed=config["seed"], batch_size=train["batch_size"])
     found = [measure(teacher, next(data), jnp.int32(step)) for step in range(BATCHES)]
     maxima = jax.tree.map(lambda *each: jnp.max(jnp.stack(each), axis=0), *found)
-    return {name: _at(maxima, name)["probe"] for name in names}
+    return {name: layer_at(maxima, name)["probe"] for name in names}
 
 
 def unmeasured(model: TransformerConfig, teacher: dict) -> dict[str, jax.Array]:
     """Ones in the shapes of `activation_maxima`, for states that are only described."""
-    shapes = {name: _at(teacher, name)["kernel"].shape[:-1] for name in quantizable(model)}
+    shapes = {name: layer_at(teacher, name)["kernel"].shape[:-1] for name in quantizable(model)}
     return {name: jnp.ones(shape, jnp.float32) for name, shape in shapes.items()}
