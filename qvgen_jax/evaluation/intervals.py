@@ -29,6 +29,20 @@ def wilson(successes: int, count: int, level: float = 0.95) -> Interval:
     return Interval(share, max(centre - half, 0.0), min(centre + half, 1.0))
 
 
+def _pairs(what: str, ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both in float64, seen to be equal `[pairs]`."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape or ours.ndim != 1 or not len(ours):
+        raise ValueError(f"{what} needs two equal [pairs] arrays, got {ours.shape}, {theirs.shape}")
+    return ours, theirs
+
+
+def _bootstrap(value: float, drawn: np.ndarray, level: float) -> Interval:
+    """The estimate between the percentiles of its resampled values."""
+    low, high = np.quantile(drawn, [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(float(value), float(low), float(high))
+
+
 def paired_difference(
     ours: np.ndarray,
     theirs: np.ndarray,
@@ -48,19 +62,14 @@ def paired_difference(
     Raises:
         ValueError: the two differ in shape, are not one-dimensional, or are empty.
     """
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    if ours.shape != theirs.shape or ours.ndim != 1 or not len(ours):
-        raise ValueError(
-            f"paired_difference needs two equal [pairs] arrays, got {ours.shape}, {theirs.shape}"
-        )
+    ours, theirs = _pairs("paired_difference", ours, theirs)
     difference = ours - theirs
     rng = np.random.default_rng(seed)
     # Resampling counts of the few distinct values is the same draw as resampling the pairs.
     values, counts = np.unique(difference, return_counts=True)
     drawn = rng.multinomial(len(difference), counts / len(difference), size=resamples)
     means = drawn @ values / len(difference)
-    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
-    return Interval(float(difference.mean()), float(low), float(high))
+    return _bootstrap(difference.mean(), means, level)
 
 
 def paired_ratio(
@@ -83,15 +92,10 @@ def paired_ratio(
     Raises:
         ValueError: the two differ in shape, are not one-dimensional, or are empty.
     """
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    if ours.shape != theirs.shape or ours.ndim != 1 or not len(ours):
-        raise ValueError(
-            f"paired_ratio needs two equal [pairs] arrays, got {ours.shape}, {theirs.shape}"
-        )
+    ours, theirs = _pairs("paired_ratio", ours, theirs)
     count, rng = len(ours), np.random.default_rng(seed)
     drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
-    low, high = np.quantile(drawn @ ours / (drawn @ theirs), [0.5 - level / 2, 0.5 + level / 2])
-    return Interval(float(ours.mean() / theirs.mean()), float(low), float(high))
+    return _bootstrap(ours.mean() / theirs.mean(), drawn @ ours / (drawn @ theirs), level)
 
 
 def crossed_difference(
@@ -129,5 +133,4 @@ def crossed_difference(
     drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
     drawn_videos = rng.multinomial(videos, np.full(videos, 1 / videos), size=resamples) / videos
     means = np.einsum("rs,sv,rv->r", drawn_seeds, difference, drawn_videos, optimize=True)
-    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
-    return Interval(float(difference.mean()), float(low), float(high))
+    return _bootstrap(difference.mean(), means, level)
