@@ -1,7 +1,7 @@
 """CogVideoX transformer: diffusers' tensor names beside ours."""
 
 from convert.names import Entry
-from qvgen_jax.models.cogvideox import CogVideoXConfig
+from qvgen_jax.models.cogvideox_config import CogVideoXConfig
 
 # (ours, diffusers') for the linears and the norms of one block.
 _BLOCK_LINEARS = (

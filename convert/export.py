@@ -48,8 +48,8 @@ def export_pipeline(
         params: the student's, without a low-rank branch.
         quant: how it was quantized. With `time_table`, the linears that see only the timestep are
             stored as what they say in `source`'s default number of steps and in `table_steps`.
-        generation: defaults of `generate` that it was made for, see `_read_defaults` in
-            `convert.load`, in place of `source`'s; 0 is a field left out.
+        generation: defaults of `generate` that it was made for, see
+            `qvgen_jax.generation_config`, in place of `source`'s; 0 is a field left out.
         levels: of the student's state; needed where tokens are smoothed.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,11 @@ from convert.time_table import fold_names
 from qvgen_jax.autoencoders.cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from qvgen_jax.autoencoders.wan import WanVAE, WanVAEConfig
 from qvgen_jax.components import VAE, TextEncoder, Transformer
-from qvgen_jax.config_fields import Positive, Range, check_value, refusal
 from qvgen_jax.diffusion.schedulers import scheduler_from_json
 from qvgen_jax.errors import UserError
+from qvgen_jax.generation_config import generation_defaults
 from qvgen_jax.models import TransformerConfig, build_transformer, config_from_json, quantizable
 from qvgen_jax.models.wan import WanConfig
-from qvgen_jax.pipeline import COGVIDEOX_1_5_DEFAULTS, COGVIDEOX_DEFAULTS, WAN_DEFAULTS
 from qvgen_jax.placement import Shardings, with_shardings
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.packed import read_quantization_config
@@ -39,13 +38,6 @@ _LICENCES = ("*LICENSE*", "*LICENCE*", "*NOTICE*", "*README.md")
 
 # Of the transformer, PyTorch's Wan keeps these in float32 whatever the rest is held in.
 _FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table")
-
-# What a generation_config.json holds where it is not a whole number from 1.
-_GENERATION = {
-    "guidance_scale": Annotated[float, Range(least=0)],
-    "unguided_steps": Annotated[int, Range(least=0)],
-    "fps": Positive,
-}
 
 _AUTOENCODERS = {
     "AutoencoderKLWan": (WanVAEConfig, WanVAE),
@@ -147,22 +139,9 @@ def check_index(folder: Path) -> str:
 
 
 def _read_defaults(folder: Path, config: TransformerConfig, max_length: int) -> dict[str, Any]:
-    if isinstance(config, WanConfig):
-        family = WAN_DEFAULTS
-    else:
-        family = COGVIDEOX_1_5_DEFAULTS if config.patch_size[0] > 1 else COGVIDEOX_DEFAULTS
-    path, defaults = folder / "generation_config.json", {**family, "max_length": max_length}
+    path = folder / "generation_config.json"
     fields = read_json(path) if path.exists() else {}
-    unknown = sorted(set(fields) - set(defaults))
-    if unknown:
-        raise UserError(f"{path} has unknown fields {unknown}; known are {sorted(defaults)}")
-    for name, value in fields.items():
-        check_value(value, _GENERATION.get(name, int), name, str(path))
-    defaults |= fields
-    steps, unguided = defaults["steps"], defaults["unguided_steps"]
-    if unguided > steps:
-        raise refusal("unguided_steps", unguided, str(path), f"at most {steps}, the steps there")
-    return defaults
+    return generation_defaults(fields, config, max_length, str(path))
 
 
 def read_default_steps(folder: Path, config: TransformerConfig) -> int:

@@ -26,7 +26,7 @@ from convert.safetensors_file import TensorInfo
 from convert.tables import table_for
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, quantizable
-from qvgen_jax.models.cogvideox import CogVideoXConfig
+from qvgen_jax.models.cogvideox_config import CogVideoXConfig
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.quant.config import QuantConfig
 

@@ -91,7 +91,7 @@ def save_pipeline(
         transformer: its config and parameters (our nested dict); likewise the next two.
         tokenizer_folder: copied; may be the folder's own `tokenizer/`.
         scheduler_config: changes to Wan's UniPC settings, such as `{"flow_shift": 3.0}`.
-        generation_config: defaults of `generate`, see `qvgen_jax.pipeline.WAN_DEFAULTS`.
+        generation_config: defaults of `generate`, see `qvgen_jax.generation_config`.
         dtype: of the stored weights: bfloat16, float16 or float32.
     """
     folder = Path(folder)

@@ -17,41 +17,10 @@ from qvgen_jax.components import VAE, TextEncoder, Transformer
 from qvgen_jax.diffusion.guidance import Guidance
 from qvgen_jax.diffusion.schedulers import Scheduler, make_schedule
 from qvgen_jax.errors import UserError
+from qvgen_jax.generation_config import WAN_DEFAULTS
 from qvgen_jax.placement import Shardings, automatic, for_models, placed, spread
 from qvgen_jax.request import check_request, latent_size, prompt_list, whole_number
 from qvgen_jax.text.tokenizer import WAN_PROMPTS, PromptRule, tokenize
-
-WAN_DEFAULTS = {
-    "num_frames": 81,
-    "height": 480,
-    "width": 832,
-    "steps": 50,
-    "guidance_scale": 5.0,
-    "unguided_steps": 0,
-    "fps": 16,
-    "max_length": 512,
-}
-"""What is used where neither the call nor the folder's `generation_config.json` says otherwise."""
-
-COGVIDEOX_DEFAULTS = {
-    "num_frames": 49,
-    "height": 480,
-    "width": 720,
-    "steps": 50,
-    "guidance_scale": 6.0,
-    "unguided_steps": 0,
-    "fps": 8,
-    "max_length": 226,
-}
-"""The same for CogVideoX 2B and 5B."""
-
-COGVIDEOX_1_5_DEFAULTS = COGVIDEOX_DEFAULTS | {
-    "num_frames": 81,
-    "height": 768,
-    "width": 1360,
-    "fps": 16,
-}
-"""The same for CogVideoX1.5; its config files disagree about the size, so they are not asked."""
 
 
 def load(

@@ -12,8 +12,10 @@ from qvgen_jax.components import VAE, TextEncoder, Transformer
 from qvgen_jax.diffusion.cogvideox_dpm import CogVideoXDPMConfig
 from qvgen_jax.diffusion.guidance import Guidance
 from qvgen_jax.errors import UserError
-from qvgen_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
-from qvgen_jax.pipeline import COGVIDEOX_DEFAULTS, Pipeline
+from qvgen_jax.generation_config import COGVIDEOX_DEFAULTS
+from qvgen_jax.models.cogvideox import CogVideoXTransformer
+from qvgen_jax.models.cogvideox_config import CogVideoXConfig
+from qvgen_jax.pipeline import Pipeline
 from qvgen_jax.text.t5 import T5Config, T5Encoder
 from qvgen_jax.text.tokenizer import COGVIDEOX_PROMPTS, load_tokenizer
 

@@ -10,7 +10,8 @@ from flax import nnx
 
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import cogvideox, wan
-from qvgen_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
+from qvgen_jax.models.cogvideox import CogVideoXTransformer
+from qvgen_jax.models.cogvideox_config import SUPPORTED, CogVideoXConfig
 from qvgen_jax.models.wan import WanConfig, WanTransformer
 
 TransformerConfig = WanConfig | CogVideoXConfig
@@ -32,7 +33,7 @@ def config_from_json(fields: Mapping[str, Any]) -> TransformerConfig:
     if not isinstance(name, str) or name not in _FAMILIES:
         raise UserError(
             f"the transformer's config.json is of a {name}; supported are WanTransformer3DModel of "
-            f"Wan 2.1 text-to-video and CogVideoXTransformer3DModel of {cogvideox.SUPPORTED}"
+            f"Wan 2.1 text-to-video and CogVideoXTransformer3DModel of {SUPPORTED}"
         )
     return _FAMILIES[name][0].from_json(fields)
 

@@ -20,8 +20,9 @@ from qvgen_jax.components import VAE, TextEncoder, Transformer
 from qvgen_jax.diffusion.unipc import UniPCConfig
 from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation.evaluate import held_out, score
+from qvgen_jax.generation_config import WAN_DEFAULTS
 from qvgen_jax.models.wan import WanConfig, WanTransformer
-from qvgen_jax.pipeline import WAN_DEFAULTS, Pipeline
+from qvgen_jax.pipeline import Pipeline
 from qvgen_jax.text.t5 import T5Config, T5Encoder
 from qvgen_jax.text.tokenizer import load_tokenizer, tokenize
 from qvgen_jax.training import checkpoint

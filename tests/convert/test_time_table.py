@@ -31,7 +31,7 @@ from qvgen_jax.models import (
     time_outputs,
     time_values,
 )
-from qvgen_jax.models.cogvideox import CogVideoXConfig
+from qvgen_jax.models.cogvideox_config import CogVideoXConfig
 from qvgen_jax.models.layers import timestep_embedding
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.quant.config import QuantConfig

@@ -12,7 +12,8 @@ from flax import nnx
 
 from convert.cogvideox_transformer import name_table
 from convert.names import from_torch, to_torch
-from qvgen_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
+from qvgen_jax.models.cogvideox import CogVideoXTransformer
+from qvgen_jax.models.cogvideox_config import CogVideoXConfig
 from qvgen_jax.models.cogvideox_positions import rotations, sincos_table
 from tests.golden.tiny_models import COGVIDEOX_VARIANTS
 from tests.parity.table import hold

@@ -14,7 +14,7 @@ from convert.load import read_transformer
 from qvgen_jax.components import Transformer
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import build_transformer, quantizable, values_of
-from qvgen_jax.models.cogvideox import CogVideoXConfig
+from qvgen_jax.models.cogvideox_config import CogVideoXConfig
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Dense, Levels, QuantDense

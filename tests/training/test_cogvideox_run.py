@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 
 from qvgen_jax.diffusion.cogvideox_dpm import CogVideoXDPMConfig
-from qvgen_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
+from qvgen_jax.models.cogvideox import CogVideoXTransformer
+from qvgen_jax.models.cogvideox_config import CogVideoXConfig
 from qvgen_jax.training import loop
 from qvgen_jax.training.step import fill_patches
 from tests.training.test_run import CONFIG
