@@ -34,14 +34,13 @@ _CHOICES = {
     "quant.rotation": ("none", "hadamard"),
     "train.schedule": ("cosine", "constant_tail"),
 }
-
-
+# What a number must reach, and stay below.
 _RANGES = (
     ("seed", 0, 2**31),
+    ("quant.smoothing", 0, 1),
     ("train.tail_rate", 0, 1),
     ("train.truth_blend", 0, 50),
     ("train.ema_decay", 0, 1),
-    ("sample.unguided_steps", 0, 10_000),
 )
 
 
@@ -71,11 +70,6 @@ def check_config(config: Mapping) -> None:
             raise UserError(f"--config.{name}={value}; expected a whole number, 0 for no {what}")
     train, quant = config["train"], config["quant"]
     _check_table(quant["time_table"], quant["table_steps"])
-    if not 0 <= quant["smoothing"] < 1:
-        raise UserError(
-            f"--config.quant.smoothing={quant['smoothing']}; expected 0 (off) to below 1, such as "
-            "0.5"
-        )
     if train["batch_size"] % train["accumulate"]:
         raise UserError(
             f"train.batch_size={train['batch_size']} does not divide into "
@@ -112,7 +106,7 @@ def check_unguided(config: Mapping, steps: int) -> None:
         UserError: it names the key, its value and what it may be.
     """
     unguided = config["sample"]["unguided_steps"]
-    if unguided > steps:
+    if not 0 <= unguided <= steps:
         raise UserError(
             f"--config.sample.unguided_steps={unguided}; expected a whole number from 0 to {steps},"
             " the steps that this pipeline takes by default"
