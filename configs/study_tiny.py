@@ -9,13 +9,9 @@ of videos.
 Records of finished cells are in the workdir and tracked; the same command runs the missing ones.
 Clips are drawn and encoded at the first start.
 
-Two CPU cores, computed from the parts below, not from a whole run: screening (62 cells) a little
-over two hours, finals (84 cells) seven to eight. A step at batch 16 takes 0.36 s with the branch,
-0.27 without, on both cores; 0.65 and 0.55 in each of two processes with a core of its own; at batch
-32 it is 0.66 and 0.67, against 1.15 and 0.98. Side by side is up to a quarter more work. A
-variant's first cell compiles for a minute of one core, its next bit-width reads that from the
-cache in 10 s; held-out loss and drift take 13 s. The judge's 512 videos were taken as 180 s, an
-estimate.
+Two CPU cores without AVX-512: a step at batch 8 takes 0.46 s with the branch and 0.32 without in
+each of two processes with a core of its own. A variant's first cell compiles for 80 s of one core,
+its next bit-width reads that from the cache. docs/study.md says what the whole took.
 """
 
 from ml_collections import ConfigDict
@@ -106,6 +102,10 @@ def get_config(arg: str = "screening") -> ConfigDict:
     # The spread of runs that differ in nothing but luck.
     config.more_seeds = {"default": (1, 2)} if stage == "screening" else {}
     config.parallel = 2  # Cells at once, each on its share of the CPUs.
+    # Programs compile in two thirds of the time and are no slower (XLA of jax 0.10.2, CPU).
+    config.environment = {
+        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"
+    }
 
     config.variants = _SCREENING | (_FINALS_ONLY if finals else {})
     if smoke:
@@ -134,7 +134,9 @@ def get_config(arg: str = "screening") -> ConfigDict:
     config.common = {
         "train.steps": steps,
         "train.warmup_steps": steps // 20,
-        "train.batch_size": 2 if smoke else 16,
+        "train.batch_size": 2 if smoke else 8,
+        "train.remat": False,  # Activations are small here: no need to compute them twice.
+        "quant.product_dtype": "float32",  # As exact as the others for codes, and faster here.
         "train.log_every": 1 if smoke else 4,
         "train.log_spectrum": False,  # Only where a figure needs it.
         "train.checkpoint_every": max(steps // 3, 1),

@@ -85,8 +85,10 @@ def prepare(grid: Mapping, cells: Sequence[Cell], environment: Mapping[str, str]
 
 
 def environment_of(grid: Mapping) -> dict[str, str]:
-    """What every cell gets beside the variables that are there: a shared cache of programs."""
+    """What every cell gets beside the variables that are there: a shared cache of programs, and
+    what the grid's `environment` says."""
     return {
+        **grid["environment"],
         "JAX_COMPILATION_CACHE_DIR": str(Path(grid["scratch"]).absolute() / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
@@ -111,7 +113,7 @@ def run_cells(
     """Run what is missing.
 
     Args:
-        grid: reads `parallel`, `scratch`, `keep_cells`, `clips`.
+        grid: reads `parallel`, `scratch`, `keep_cells`, `clips`, `environment`.
         study: the folder of the records.
         cells: all of them.
         on_end: called after every cell.
