@@ -2,13 +2,14 @@
 
 | layout | array | who wants it |
 |---|---|---|
-| `rows` | int4 or int8 `[in, out]` | TPUs (Pallas), where int4 takes half a byte |
-| `columns` | int4 or int8 `[out, in]` | Hopper: 8-bit wgmma wants both operands contiguous in the input axis |
-| `rows_halved` | int8 `[ceil(in / 2), out]`, up to 4 bits | CPU, where XLA gives an int4 a whole byte |
-| `columns_halved` | int8 `[out, ceil(in / 2)]`, up to 4 bits | Triton, which knows no int4 |
+| `rows` | int4 or int8 `[in, out]` | TPU, where int4 takes half a byte |
+| `columns` | int4 or int8 `[out, in]` | Hopper: 8-bit wgmma wants both operands input-contiguous |
+| `rows_halved` | int8 `[ceil(in / 2), out]` | CPU, where XLA gives an int4 a whole byte |
+| `columns_halved` | int8 `[out, ceil(in / 2)]` | Triton, which knows no int4 |
 
-Halved: byte k holds the code of input k in its low nibble and of input `k + ceil(in / 2)` in its high
-one, so that either half is one shift away and neither is shuffled. An odd end is filled with code 0.
+Halved, for up to 4 bits: byte k holds the code of input k in its low nibble and of input
+`k + ceil(in / 2)` in its high one, so that either half is one shift away and neither is shuffled.
+An odd end is filled with code 0.
 """
 
 import jax
