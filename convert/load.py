@@ -25,6 +25,7 @@ from qvgen_jax.models import TransformerConfig, build_transformer, config_from_j
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.placement import Shardings, with_shardings
 from qvgen_jax.quant.config import QuantConfig
+from qvgen_jax.quant.named import layer_at
 from qvgen_jax.quant.packed import read_quantization_config
 from qvgen_jax.text.t5 import T5Config, T5Encoder
 from qvgen_jax.text.tokenizer import (
@@ -50,6 +51,7 @@ def read_components(
     dtype: jnp.dtype,
     text_weights: str = "float",
     shardings: Shardings = None,
+    kernels: str = "auto",
 ) -> dict[str, Any]:
     """Everything in the folder, as keyword arguments of `Pipeline`.
 
@@ -58,6 +60,7 @@ def read_components(
         dtype: of the matrices of transformer and text encoder, and of what they compute.
         text_weights: "float", or "int8" for the text encoder in a byte per weight.
         shardings: of the transformer, as `read_transformer` takes them.
+        kernels: of a packed transformer, likewise.
 
     Raises:
         UserError: see `qvgen_jax.load`.
@@ -65,7 +68,7 @@ def read_components(
     folder = find_folder(path)
     pipeline = check_index(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    transformer = read_transformer(folder / "transformer", dtype, shardings)
+    transformer = read_transformer(folder / "transformer", dtype, shardings, kernels)
     wan = isinstance(transformer.config, WanConfig)
     if wan != (pipeline == "WanPipeline"):
         raise UserError(
@@ -149,7 +152,9 @@ def read_default_steps(folder: Path, config: TransformerConfig) -> int:
     return _read_defaults(folder, config, max_length=1)["steps"]
 
 
-def read_transformer(folder: Path, dtype: jnp.dtype, shardings: Shardings = None) -> Transformer:
+def read_transformer(
+    folder: Path, dtype: jnp.dtype, shardings: Shardings = None, kernels: str = "auto"
+) -> Transformer:
     """The transformer of a folder: full precision, imported, or packed by this project's export.
 
     Args:
@@ -157,7 +162,9 @@ def read_transformer(folder: Path, dtype: jnp.dtype, shardings: Shardings = None
         dtype: of its matrices.
         shardings: where the parameters shall live; see `qvgen_jax.load`. Of an imported one every
             host reads its own slices only; the other two are read whole by every host. If None, the
-            parameters arrive in host memory.
+            parameters arrive in host memory, but for a packed one's linears, which go to the
+            default device one by one.
+        kernels: the backend of a packed one's products, see `qvgen_jax.load`.
 
     Raises:
         UserError: the folder is damaged or of another model, or the shardings do not fit it.
@@ -166,7 +173,7 @@ def read_transformer(folder: Path, dtype: jnp.dtype, shardings: Shardings = None
     config = config_from_json(fields)
     if fields.get("quantization_config"):
         quant = read_quantization_config(fields["quantization_config"])
-        return _read_packed_transformer(folder, config, quant, dtype, shardings)
+        return _read_packed_transformer(folder, config, quant, dtype, shardings, kernels)
 
     def build() -> nnx.Module:
         return build_transformer(config, key=jax.random.key(0), dtype=dtype, remat=False)
@@ -189,13 +196,21 @@ def _read_packed_transformer(
     quant: QuantConfig,
     dtype: jnp.dtype,
     shardings: Shardings,
+    backend: str,
 ) -> Transformer:
-    graphdef, shapes, levels = packed_definition(config, quant, dtype)
-    like = with_shardings(shapes, shardings)
+    definition = packed_definition(config, quant, dtype, backend)
+    like = with_shardings(definition.shapes, shardings)
     table = fold_names(table_for(config), config) if quant.time_table else table_for(config)
-    params = from_packed(table, Tensors(folder), quantizable(config), quant, shapes)
+
+    def put(array: np.ndarray, name: str, leaf: str) -> jax.Array:
+        # At once, one by one: on a CPU, too, an array in a device's memory is a copy.
+        return jax.device_put(array, layer_at(like, name)[leaf].sharding)
+
+    names = quantizable(config)
+    params = from_packed(table, Tensors(folder), names, quant, definition, put)
     params = jax.tree.map(_put, params, like)
-    return Transformer(config, graphdef, (params, levels), table_steps=quant.table_steps)
+    states = (params, definition.levels)
+    return Transformer(config, definition.graphdef, states, table_steps=quant.table_steps)
 
 
 def read_vae(folder: Path) -> VAE:

@@ -1,6 +1,8 @@
 """A packed transformer between our params and diffusers' tensor names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from convert.names import Entry, check_names, from_torch, to_torch, torch_names, torch_shape
+from kernels.chips import Chip
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import (
     TransformerConfig,
@@ -83,11 +86,39 @@ def to_packed(
     return tensors
 
 
+class PackedDefinition(NamedTuple):
+    """A packed network described.
+
+    Attributes:
+        graphdef: of the transformer.
+        shapes: of its params, nested dict.
+        levels: what of it is not trained, nested dict of arrays.
+        layouts: of the codes of every quantized linear, by name (`kernels.layouts`).
+        inputs: how many channels every quantized linear reads, by name.
+    """
+
+    graphdef: nnx.GraphDef
+    shapes: dict
+    levels: dict
+    layouts: dict[str, str]
+    inputs: dict[str, int]
+
+
 def packed_definition(
-    config: TransformerConfig, quant: QuantConfig, dtype: jnp.dtype
-) -> tuple[nnx.GraphDef, dict, dict]:
-    """The network, the shapes of its params, and its levels."""
-    dense = dense_factory(quant, "packed")
+    config: TransformerConfig,
+    quant: QuantConfig,
+    dtype: jnp.dtype,
+    backend: str = "auto",
+    chip: Chip | None = None,
+) -> PackedDefinition:
+    """The network that an export loads into.
+
+    Args:
+        dtype: in which it computes.
+        backend: of its products, see `kernels.choose`.
+        chip: that it will run on; this machine's if None.
+    """
+    dense = dense_factory(quant, "packed", backend=backend, chip=chip)
     if quant.time_table:
         dense = table_factory(dense, quant.time_entries, time_only(config), time_outputs(config))
     model = nnx.eval_shape(
@@ -103,11 +134,14 @@ def packed_definition(
     )
     graphdef, shapes, levels = nnx.split(model, nnx.Param, Levels)
     shapes, levels = nnx.to_pure_dict(shapes), nnx.to_pure_dict(levels)
+    layouts, inputs = {}, {}
     for name in quant.quantized(quantizable(config)):
+        layer = reduce(getattr, name.split("."), model)
+        layouts[name], inputs[name] = layer.layout, layer.in_features
         node = layer_at(levels, name)
         for key, bits in zip(("weight_levels", "act_levels"), quant.bits_of(name), strict=True):
             node[key] = np.full(node[key].shape, 2**bits - 1, np.float32)
-    return graphdef, shapes, levels
+    return PackedDefinition(graphdef, shapes, levels, layouts, inputs)
 
 
 def from_packed(
@@ -115,16 +149,21 @@ def from_packed(
     tensors: Mapping[str, np.ndarray],
     names: tuple[str, ...],
     quant: QuantConfig,
-    shapes: Mapping,
+    definition: PackedDefinition,
+    put: Callable[[np.ndarray, str, str], Any] = lambda array, name, leaf: array,
 ) -> dict:
     """Params of the packed network; the inverse of `to_packed`.
+
+    Nothing is ever held in full precision: the codes of one layer at a time are unpacked, into the
+    layout that its backend wants.
 
     Args:
         table: of the full-precision model.
         tensors: by PyTorch name.
         names: the model's quantizable linears.
         quant: as read from the folder.
-        shapes: of the expected params, from `packed_definition`.
+        definition: of the expected network.
+        put: what becomes of each finished array of a quantized linear, of its name and leaf.
 
     Raises:
         UserError: tensors are missing, unexpected or of another shape.
@@ -145,22 +184,24 @@ def from_packed(
     others = {n: tensors[n] for n in tensors if n not in packed_names}
     check_names(torch_names(rest), others)
     for entry in rest:
-        expected = torch_shape(_layer_shape(layer_at(shapes, ".".join(entry.path)), entry), entry)
+        leaf = layer_at(definition.shapes, ".".join(entry.path))
+        expected = torch_shape(_layer_shape(leaf, entry), entry)
         for name in torch_names([entry]):
             _check_shape(name, others[name], expected)
     params = from_torch(rest, others)
     for name, entry in kernels.items():
-        expected = layer_at(shapes, name)
-        layers = []
-        for stem in linear_stems(entry):
+        expected, layout = layer_at(definition.shapes, name), definition.layouts[name]
+        bits, fan_in = quant.bits_of(name)[0], definition.inputs[name]
+        node: dict[str, np.ndarray] = {}
+        for index, stem in enumerate(linear_stems(entry)):
             layer = {leaf: tensors[f"{stem}.{leaf}"] for leaf in leaves_of(quant, name)}
-            layer = unpack_layer(layer, quant.bits_of(name)[0], expected["codes"].shape[-2])
-            for key, leaf in layer.items():
-                _check_shape(f"{stem}.{key}", leaf, _layer_shape(expected[key], entry))
-            layers.append(layer)
-        node = {k: np.stack([layer[k] for layer in layers]) for k in layers[0]}
-        if entry.layers is None:
-            node = {k: leaf[0] for k, leaf in node.items()}
+            layer = unpack_layer(layer, bits, fan_in, layout)
+            for key, array in layer.items():
+                _check_shape(f"{stem}.{key}", array, _layer_shape(expected[key], entry))
+                if key not in node:
+                    node[key] = np.empty(expected[key].shape, array.dtype)
+                node[key][index if entry.layers is not None else ...] = array
+        node = {key: put(array, name, key) for key, array in node.items()}
         params = with_layer(params, name, node)
     return params
 

@@ -1,78 +1,150 @@
-"""The product of quantized tokens and quantized weights from one product of their codes."""
+"""The product of quantized tokens and quantized weights: one call, whatever the chip."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 
-from kernels.quantize_tokens import QuantizedTokens
-from kernels.reference import signed_offset
-
-# What each product accumulates in. Codes of up to 8 bits are exact in all of them.
-_ACCUMULATE = {
-    "int8": jnp.int32,
-    "bfloat16": jnp.float32,
-    "float32": jnp.float32,
-    "float64": jnp.float64,
-}
+from kernels import xla
+from kernels.choose import module_of, say_once
+from kernels.low_rank import LowRank, low_rank_matmul
+from kernels.operands import Product, Weight
+from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens, quantize_tokens
 
 
 def quantized_matmul(
     tokens: QuantizedTokens,
-    codes: jax.Array,
-    scale: jax.Array,
-    zero_point: jax.Array | None,
-    levels: jax.Array,
-    bias: jax.Array | None = None,
+    weight: Weight,
+    low_rank: LowRank | None = None,
     *,
-    code_sum: jax.Array | None = None,
+    backend: str = "xla",
+    layout: str = "rows",
+    bits: tuple[int, int] = (8, 8),
     product_dtype: jnp.dtype = jnp.int8,
     out_dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
-    """`dequantized tokens @ dequantized weights + bias`, the scales outside the product.
+    """`dequantized tokens @ (dequantized weights + low-rank branch) + bias`.
 
-    With signed codes A, W and signed zero points a, w the sum over the input axis of
-    `(A - a) (W - w)` is `A @ W - a sum(W) - w sum(A) + in a w`; the three corrections are float32,
-    because they cancel. The product of the codes is exact in every type, so that all product types
-    give the same result as long as the accumulator is exact (float32: 4 bits up to in = 74 000).
+    Training calls it with `xla`, whose arithmetic is the definition (`kernels.xla`); inference with
+    the backend that `kernels.choose` names. Every backend has the same integers; float32
+    corrections may round differently.
 
     Args:
         tokens: codes `[..., in]` and their statistics.
-        codes: `[in, out]`, signed, int8 or int4.
-        scale: float32 `[out]`.
-        zero_point: float32 `[out]`, real, in the unsigned convention; None for symmetric weights,
-            whose signed zero point w is 0: two of the three corrections vanish.
-        levels: float32 `[]`, 2^bits - 1 of the weights.
-        bias: float32 `[out]` or None.
-        code_sum: float32 `[out]`, the sum of the codes over the input axis if known beforehand.
-        product_dtype: int8, bfloat16, float32 or float64 (which also widens the corrections).
-        out_dtype: what the result is cast to at the very end.
+        weight: its codes in `layout`.
+        low_rank: of checkpoints whose rank is not 0.
+        backend: one of `kernels.choose.BACKENDS`. Where it does not take the product, XLA does, and
+            the log says so once.
+        layout: of the weight's codes, see `kernels.layouts`.
+        bits: of weights and activations; at most 4 lie in int4.
+        product_dtype: what XLA multiplies codes in, see `kernels.xla`.
+        out_dtype: of the result.
 
     Returns:
         `[..., out]`.
 
     Raises:
-        ValueError: product_dtype is none of the four.
+        ValueError: an unknown backend, layout or product_dtype.
     """
-    product = jnp.dtype(product_dtype)
-    if product.name not in _ACCUMULATE:
-        raise ValueError(
-            f"product_dtype={product.name!r}; expected one of {', '.join(_ACCUMULATE)}"
+    inner_dtype = out_dtype if low_rank is None else jnp.promote_types(out_dtype, jnp.float32)
+    product = _product(tokens.codes.shape, weight, bits, inner_dtype)
+    if _takes(backend, layout, product):
+        flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), tokens)
+        y = module_of(backend).quantized_matmul(flat, weight, out_dtype=inner_dtype)
+        y = y.reshape(*tokens.codes.shape[:-1], product.columns)
+    else:
+        y = xla.quantized_matmul(
+            tokens, weight, layout=layout, product_dtype=product_dtype, out_dtype=inner_dtype
         )
-    wide = jnp.float64 if product == jnp.float64 else jnp.float32
-    # Through int8 always: XLA has no fast int4 product on CPU or GPU.
-    w = codes.astype(jnp.int8)
-    if code_sum is None:
-        code_sum = jnp.sum(w, axis=0, dtype=jnp.int32)
-    accumulated = jnp.matmul(
-        tokens.codes.astype(product),
-        w.astype(product),
-        preferred_element_type=_ACCUMULATE[product.name],
-    ).astype(wide)
-    a = tokens.zero_point.astype(wide)
-    centered = accumulated - a * code_sum.astype(wide)
-    if zero_point is not None:
-        w_zero = zero_point.astype(wide) - signed_offset(levels.astype(wide))
-        centered = centered - w_zero * tokens.row_sum.astype(wide) + codes.shape[0] * a * w_zero
-    y = tokens.scale.astype(wide) * scale.astype(wide) * centered
-    if bias is not None:
-        y = y + bias.astype(wide)
-    return y.astype(out_dtype)
+    if low_rank is not None:
+        values = dequantize_tokens(tokens).astype(out_dtype)
+        y = (y + low_rank_matmul(values, low_rank).astype(y.dtype)).astype(out_dtype)
+    return y
+
+
+def quantize_and_matmul(
+    x: jax.Array,
+    lower: jax.Array,
+    upper: jax.Array,
+    levels: jax.Array,
+    weight: Weight,
+    *,
+    include_zero: bool = True,
+    clip_ratio: float = 1.0,
+    range_dtype: jnp.dtype = jnp.float32,
+    backend: str = "xla",
+    layout: str = "rows",
+    bits: tuple[int, int] = (8, 8),
+    product_dtype: jnp.dtype = jnp.int8,
+    out_dtype: jnp.dtype = jnp.float32,
+) -> jax.Array:
+    """`quantized_matmul` of tokens that are still floats, quantized on the way where that is free.
+
+    On TPU the tokens become codes in the product's prologue and are never written to memory.
+
+    Args:
+        x: `[batch, ..., in]`.
+        lower, upper, levels, include_zero, clip_ratio, range_dtype: see `quantize_tokens`.
+
+    The others, and what is returned and raised, are as in `quantized_matmul`.
+    """
+    product = _product(x.shape, weight, bits, out_dtype)
+    module = module_of(backend)
+    wide = jnp.dtype(range_dtype) == jnp.float32
+    if hasattr(module, "quantize_and_matmul") and wide and _takes(backend, layout, product):
+        rows = [_per_row(clip, x) for clip in (lower, upper)]
+        y = module.quantize_and_matmul(
+            x.reshape(-1, x.shape[-1]),
+            *rows,
+            levels,
+            weight,
+            include_zero=include_zero,
+            clip_ratio=clip_ratio,
+            bits=bits,
+            out_dtype=out_dtype,
+        )
+        return y.reshape(*x.shape[:-1], product.columns)
+    tokens = quantize_tokens(
+        x,
+        lower,
+        upper,
+        levels,
+        include_zero=include_zero,
+        clip_ratio=clip_ratio,
+        range_dtype=range_dtype,
+    )
+    return quantized_matmul(
+        tokens,
+        weight,
+        backend=backend,
+        layout=layout,
+        bits=bits,
+        product_dtype=product_dtype,
+        out_dtype=out_dtype,
+    )
+
+
+def _product(shape: tuple, weight: Weight, bits: tuple, out_dtype: jnp.dtype) -> Product:
+    rows, columns = math.prod(shape[:-1]), weight.scale.shape[-1]
+    return Product(rows, shape[-1], columns, *bits, jnp.dtype(out_dtype))
+
+
+def _per_row(clip: jax.Array, x: jax.Array) -> jax.Array:
+    """A clip multiplier, broadcastable to `[batch, ..., 1]`, as `[rows, 1]`."""
+    return jnp.broadcast_to(clip, (*x.shape[:-1], 1)).reshape(-1, 1)
+
+
+def _takes(backend: str, layout: str, product: Product) -> bool:
+    module = module_of(backend)
+    if module is xla:
+        return False
+    try:
+        module.check(product)
+        if layout != module.layout(product):
+            raise NotImplementedError(
+                f"it wants codes in layout {module.layout(product)!r}, not {layout!r}"
+            )
+    except NotImplementedError as reason:
+        say_once(f"{backend} does not take {product}: {reason}; XLA does")
+        return False
+    return True

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from kernels.choose import BACKENDS
 from qvgen_jax.autoencoders.tiling import Tiling
 from qvgen_jax.components import VAE, TextEncoder, Transformer
 from qvgen_jax.diffusion.guidance import Guidance
@@ -31,6 +32,7 @@ def load(
     shardings: Shardings = None,
     text_weights: str = "float",
     free_text_encoder: bool = False,
+    kernels: str = "auto",
 ) -> "Pipeline":
     """Loads a text-to-video pipeline of Wan 2.1 or CogVideoX.
 
@@ -49,16 +51,22 @@ def load(
         text_weights: of the text encoder: "float", as `dtype` says, or "int8", a byte each.
         free_text_encoder: keep the text encoder (5.7 B parameters in a real Wan, 4.8 B in
             CogVideoX) in the host's memory, and on the devices only while prompts are encoded.
+        kernels: what multiplies the codes of an exported transformer: "auto", or a backend of
+            `kernels.choose`; where that does not take a product, XLA does.
 
     Raises:
-        UserError: the folder is incomplete, damaged, of another model, or cannot be fetched; or the
-            shardings are of other parameters, of other devices than the mesh, or do not divide.
+        UserError: the folder is incomplete, damaged, of another model, or cannot be fetched; the
+            kernels are unknown; or the shardings are of other parameters, of other devices than the
+            mesh, or do not divide.
     """
     from convert.load import read_components
 
+    if kernels not in ("auto", *BACKENDS):
+        known = ", ".join(("auto", *BACKENDS))
+        raise UserError(f"kernels is {kernels!r}, expected one of {known}")
     mesh = None if mesh is None else automatic(mesh)
     where = for_models(shardings, mesh)
-    parts = read_components(path, _compute_dtype(dtype), text_weights, where)
+    parts = read_components(path, _compute_dtype(dtype), text_weights, where, kernels)
     resident = ("transformer", "vae") + (() if free_text_encoder else ("text_encoder",))
     for name in resident:
         parts[name] = placed(parts[name], mesh)

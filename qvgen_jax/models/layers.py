@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qvgen_jax.quant.dense import QuantContext, rows_matmul
+from kernels.low_rank import rows_matmul
+from qvgen_jax.quant.dense import QuantContext
 
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:

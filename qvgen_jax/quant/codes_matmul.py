@@ -6,8 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.operands import Weight
 from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens
 from kernels.quantized_matmul import quantized_matmul
+from kernels.reference import signed_offset
 from qvgen_jax.quant.weights import dequantize_weight
 
 
@@ -53,7 +55,18 @@ def codes_matmul(
 
 def _product(tokens, weight, product_dtype):
     wide = jnp.float64 if jnp.dtype(product_dtype) == jnp.float64 else jnp.float32
-    return quantized_matmul(tokens, *weight, product_dtype=product_dtype, out_dtype=wide)
+    return quantized_matmul(
+        tokens, operand(weight, wide), product_dtype=product_dtype, out_dtype=wide
+    )
+
+
+def operand(weight: QuantizedWeight, wide: jnp.dtype = jnp.float32) -> Weight:
+    """The weight as kernels take it, its zero point signed like the codes."""
+    zero_point = weight.zero_point
+    if zero_point is not None:
+        zero_point = zero_point.astype(wide) - signed_offset(weight.levels.astype(wide))
+    code_sum = jnp.sum(weight.codes, axis=0, dtype=jnp.int32)
+    return Weight(weight.codes, weight.scale, zero_point, code_sum)
 
 
 def _forward(values, kernel, tokens, weight, product_dtype):

@@ -1,14 +1,20 @@
 """Linear layers: full precision here, quantized beside it, behind one calling convention."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels.chips import Chip
+from kernels.choose import choose
+from kernels.layouts import container, laid_out_shape
+from kernels.low_rank import LowRank, low_rank_matmul, rows_matmul
+from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens, quantize_tokens
-from kernels.quantized_matmul import quantized_matmul
+from kernels.quantized_matmul import quantize_and_matmul, quantized_matmul
+from kernels.reference import signed_offset
 from qvgen_jax.quant.codes_matmul import QuantizedWeight, codes_matmul
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.rotation import rotate
@@ -29,20 +35,6 @@ class QuantContext(NamedTuple):
     clip_index: jax.Array | None = None
     gate: jax.Array | None = None
     time_index: jax.Array | None = None
-
-
-def rows_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x [..., in] @ kernel [in, out]`, accumulated in float32 at least.
-
-    The leading axes are one axis inside: XLA's CPU backend contracts two axes at once, as the
-    gradient of the kernel would, 2.4 times slower.
-    """
-    y = jnp.matmul(
-        x.reshape(-1, x.shape[-1]),
-        kernel,
-        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-    )
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Dense(nnx.Module):
@@ -176,8 +168,9 @@ class QuantDense(_TokenQuantizer):
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         if ctx.gate is not None and hasattr(self, "L"):
-            applied = branch if self.branch_space == "tokens" else branch_in_weights
-            y = y + applied(values, self.L[...], self.R[...], ctx.gate).astype(y.dtype)
+            applied = low_rank_matmul if self.branch_space == "tokens" else branch_in_weights
+            branch = LowRank(self.L[...], self.R[...], ctx.gate)
+            y = y + applied(values, branch).astype(y.dtype)
         return y.astype(self.dtype)
 
 
@@ -187,36 +180,23 @@ def _zero_points(config: QuantConfig, out_features: int) -> nnx.Param | None:
     return nnx.Param(jnp.zeros((out_features,), jnp.float32))
 
 
-def branch(values: jax.Array, left: jax.Array, right: jax.Array, gate: jax.Array) -> jax.Array:
-    """`((values @ R^T) * gate) @ L^T`: `[..., in]` to `[..., out]`, in the values' dtype.
-
-    A closed gate costs a product but changes nothing, so that one compilation serves all phases.
-    The gate is a schedule, not a parameter: it carries no gradient.
-    """
-    dtype = values.dtype
-    hidden = rows_matmul(values, right.T.astype(dtype)) * jax.lax.stop_gradient(gate)
-    return rows_matmul(hidden.astype(dtype), left.T.astype(dtype))
-
-
-def branch_in_weights(
-    values: jax.Array, left: jax.Array, right: jax.Array, gate: jax.Array
-) -> jax.Array:
+def branch_in_weights(values: jax.Array, branch: LowRank) -> jax.Array:
     """`values @ ((L * gate) @ R)^T`, as the release computes it: a product of full size.
 
-    `branch` to rounding, in its shapes and dtypes.
+    `low_rank_matmul` to rounding, in its shapes and dtypes.
     """
-    gated = left * jax.lax.stop_gradient(gate)
-    return rows_matmul(values, jnp.matmul(gated, right).T.astype(values.dtype))
+    gated = branch.left * jax.lax.stop_gradient(branch.gate)
+    return rows_matmul(values, jnp.matmul(gated, branch.right).T.astype(values.dtype))
 
 
 class PackedDense(_TokenQuantizer):
     """A linear at inference: integers in memory, the same arithmetic as `QuantDense`.
 
-    Params: `codes` int4 (up to 4 bits) or int8 `[in, out]`, `scale`, `zero_point` (unless weights
-    are symmetric), `code_sum` (the codes summed over the input axis) and `bias` `[out]`, `lower`
-    and `upper` `[buckets]`; where the config has a rank, `L`, `R` and the `gate [rank]` they were
-    saved with; `smooth [in]` where it divides its tokens. The values come from
-    `qvgen_jax.quant.packed`.
+    Params: `codes`, in the layout of the backend that multiplies them (`kernels.layouts`), `scale`,
+    `zero_point` (unless weights are symmetric), `code_sum` (the codes summed over the input axis)
+    and `bias` `[out]`, `lower` and `upper` `[buckets]`; where the config has a rank, `L`, `R` and
+    the `gate [rank]` they were saved with; `smooth [in]` where it divides its tokens. The values
+    come from `qvgen_jax.quant.packed`.
     """
 
     def __init__(
@@ -229,11 +209,16 @@ class PackedDense(_TokenQuantizer):
         key: jax.Array,
         dtype: jnp.dtype = jnp.float32,
         use_bias: bool = True,
+        backend: str = "auto",
+        chip: Chip | None = None,
     ):
         del key  # Nothing is drawn: the values are loaded.
         super().__init__(config, name, in_features, dtype)
-        container = code_container(config.bits_of(name)[0])
-        self.codes = nnx.Param(jnp.zeros((in_features, out_features), container))
+        self.bits, self.in_features = config.bits_of(name), in_features
+        product = Product(None, in_features, out_features, *self.bits, jnp.dtype(dtype))
+        self.backend, _, self.layout = choose(product, chip, backend)
+        shape = laid_out_shape(in_features, out_features, self.layout)
+        self.codes = nnx.Param(jnp.zeros(shape, container(self.bits[0], self.layout)))
         self.scale = nnx.Param(jnp.ones((out_features,), jnp.float32))
         self.zero_point = _zero_points(config, out_features)
         self.code_sum = nnx.Param(jnp.zeros((out_features,), jnp.float32))
@@ -249,39 +234,38 @@ class PackedDense(_TokenQuantizer):
         self, x: jax.Array | QuantizedTokens, ctx: QuantContext = QuantContext()
     ) -> jax.Array:
         """`x [..., in]`, or tokens ready and quantized, to `[..., out]`."""
-        tokens = x
-        if not isinstance(x, QuantizedTokens):
-            x = self._prepare(x)
-            tokens = quantize_tokens(x, **self._clip_arguments(x, ctx))
-        low_rank = hasattr(self, "L")
-        y = quantized_matmul(
-            tokens,
-            self.codes[...],
-            self.scale[...],
-            None if self.zero_point is None else self.zero_point[...],
-            self.weight_levels[...],
-            None if self.bias is None else self.bias[...],
-            code_sum=self.code_sum[...],
-            product_dtype=self.product_dtype,
-            out_dtype=jnp.float32 if low_rank else self.dtype,
-        )
-        if low_rank:
-            values = dequantize_tokens(tokens).astype(self.dtype)
-            y = y + branch(values, self.L[...], self.R[...], self.gate[...]).astype(y.dtype)
-        return y.astype(self.dtype)
+        how = {
+            "backend": self.backend,
+            "layout": self.layout,
+            "bits": self.bits,
+            "product_dtype": self.product_dtype,
+            "out_dtype": self.dtype,
+        }
+        ready = isinstance(x, QuantizedTokens)
+        x = x if ready else self._prepare(x)
+        if hasattr(self, "L"):
+            tokens = x if ready else quantize_tokens(x, **self._clip_arguments(x, ctx))
+            branch = LowRank(self.L[...], self.R[...], self.gate[...])
+            return quantized_matmul(tokens, self._weight(), branch, **how)
+        if ready:
+            return quantized_matmul(x, self._weight(), **how)
+        return quantize_and_matmul(x, **self._clip_arguments(x, ctx), weight=self._weight(), **how)
+
+    def _weight(self) -> Weight:
+        zero_point = None
+        if self.zero_point is not None:
+            zero_point = self.zero_point[...] - signed_offset(self.weight_levels[...])
+        bias = None if self.bias is None else self.bias[...]
+        return Weight(self.codes[...], self.scale[...], zero_point, self.code_sum[...], bias)
 
 
-def code_container(bits: int) -> jnp.dtype:
-    """What codes of this many bits live in, in memory."""
-    return jnp.dtype(jnp.int4 if bits <= 4 else jnp.int8)
-
-
-def dense_factory(config: QuantConfig, form: str) -> Callable[..., nnx.Module]:
+def dense_factory(config: QuantConfig, form: str, **packed: Any) -> Callable[..., nnx.Module]:
     """A function with `Dense`'s signature that builds each layer as the config wants it.
 
     Args:
         config: names the layers that stay in full precision.
         form: `train` for `QuantDense`, `packed` for `PackedDense`, `plain` for `Dense` everywhere.
+        packed: `backend` and `chip` of packed layers.
 
     Raises:
         ValueError: an unknown form.
@@ -294,6 +278,6 @@ def dense_factory(config: QuantConfig, form: str) -> Callable[..., nnx.Module]:
     def dense(name: str, in_features: int, out_features: int, **arguments) -> nnx.Module:
         if layer is None or name in config.full_precision:
             return Dense(name, in_features, out_features, **arguments)
-        return layer(name, in_features, out_features, config=config, **arguments)
+        return layer(name, in_features, out_features, config=config, **arguments, **packed)
 
     return dense

@@ -40,10 +40,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.layouts import lay_out
 from qvgen_jax.config_fields import Positive, check_value
 from qvgen_jax.errors import UserError
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.dense import code_container
 from qvgen_jax.quant.rotation import LARGEST_BLOCK
 from qvgen_jax.quant.weights import quantize_weight
 
@@ -147,14 +147,19 @@ def pack_tensors(codes: np.ndarray, layer: Mapping[str, Any], bits: int) -> dict
 
 
 def unpack_layer(
-    tensors: Mapping[str, np.ndarray], bits: int, in_features: int
+    tensors: Mapping[str, np.ndarray], bits: int, in_features: int, layout: str = "rows"
 ) -> dict[str, np.ndarray]:
-    """Params of one `PackedDense` from the tensors of one linear; the inverse of `pack_layer`."""
-    codes = unpack_codes(tensors["codes"], bits, in_features).astype(np.int16).T - 2 ** (bits - 1)
+    """Params of one `PackedDense` from the tensors of one linear; the inverse of `pack_layer`.
+
+    Args:
+        layout: of the codes, see `kernels.layouts`; the layer's own.
+    """
+    codes = unpack_codes(tensors["codes"], bits, in_features)
+    codes = (codes - np.uint8(2 ** (bits - 1))).view(np.int8).T  # Wraps into two's complement.
     layer = {
-        "codes": codes.astype(np.int8).astype(code_container(bits)),
+        "codes": np.ascontiguousarray(lay_out(codes, bits, layout)),
         "scale": np.asarray(tensors["scale"], np.float32),
-        "code_sum": codes.sum(axis=0, dtype=np.int64).astype(np.float32),
+        "code_sum": codes.sum(axis=0, dtype=np.int32).astype(np.float32),
         "lower": np.asarray(tensors["clips"][:, 0], np.float32),
         "upper": np.asarray(tensors["clips"][:, 1], np.float32),
     }

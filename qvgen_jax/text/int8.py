@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kernels.low_rank import rows_matmul
 from qvgen_jax.errors import UserError
-from qvgen_jax.quant.dense import rows_matmul
 
 _ROWS = 4096  # quantized at a time, so that no matrix is ever in float32 as a whole
 

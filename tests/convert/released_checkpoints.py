@@ -36,9 +36,10 @@ def read_packed(folder: Path) -> Transformer:
         config_from_json(fields),
         read_quantization_config(fields["quantization_config"]),
     )
-    graphdef, shapes, levels = packed_definition(config, quant, jnp.float32)
-    params = from_packed(table_for(config), Tensors(folder), quantizable(config), quant, shapes)
-    return Transformer(config, graphdef, (params, levels))
+    definition = packed_definition(config, quant, jnp.float32)
+    names = quantizable(config)
+    params = from_packed(table_for(config), Tensors(folder), names, quant, definition)
+    return Transformer(config, definition.graphdef, (params, definition.levels))
 
 
 class Release:

@@ -322,7 +322,7 @@ def test_fifty_steps_take_less_than_four_bit_linears(name, scheduler, parameters
         parameters
     )
     quant = quant_for(model, time_entries=entries)
-    shapes = packed_definition(model, quant, jnp.bfloat16)[1]
+    shapes = packed_definition(model, quant, jnp.bfloat16).shapes
     tables = [_at(shapes, layer)["table"] for layer in time_outputs(model)]
     assert {table.dtype for table in tables} == {jnp.dtype(jnp.float16)}
     assert shapes["timestep_table"].shape == (entries,) == (50,)

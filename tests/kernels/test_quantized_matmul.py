@@ -5,9 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.layouts import LAYOUTS, lay_out
+from kernels.operands import Weight
 from kernels.quantize_tokens import quantize_tokens
 from kernels.quantized_matmul import quantized_matmul
 from kernels.reference import quantized_matmul_reference
+
+
+def product(tokens, weight, layout="rows", **how):
+    """`quantized_matmul` of codes, scale, unsigned zero point, levels and bias."""
+    codes, scale, zero_point, levels, bias = weight
+    if zero_point is not None:
+        zero_point = zero_point - (levels + 1) / 2
+    code_sum = jnp.sum(codes.astype(jnp.int32), 0)
+    if layout != "rows":
+        codes = lay_out(codes, 4, layout)
+    operand = Weight(codes, scale, zero_point, code_sum, bias)
+    return quantized_matmul(tokens, operand, layout=layout, **how)
 
 
 def operands(weight_bits, act_bits, shape=(3, 5), features=(37, 11), dtype=jnp.float32):
@@ -29,7 +43,7 @@ def operands(weight_bits, act_bits, shape=(3, 5), features=(37, 11), dtype=jnp.f
 def test_integer_product_equals_the_reference_in_float64(weight_bits, act_bits):
     with jax.enable_x64(True):
         tokens, weight = operands(weight_bits, act_bits, dtype=jnp.float64)
-        y = quantized_matmul(tokens, *weight, product_dtype="float64", out_dtype=jnp.float64)
+        y = product(tokens, weight, product_dtype="float64", out_dtype=jnp.float64)
         expected = quantized_matmul_reference(*tokens[:3], *weight)
         assert y.dtype == jnp.float64
         np.testing.assert_allclose(y, expected, rtol=0, atol=1e-9 * float(abs(expected).max()))
@@ -39,19 +53,24 @@ def test_integer_product_equals_the_reference_in_float64(weight_bits, act_bits):
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_every_product_type_gives_the_same_bits(product_dtype, bits):
     tokens, weight = operands(bits, bits)
-    y = quantized_matmul(tokens, *weight, product_dtype=product_dtype)
-    np.testing.assert_array_equal(y, quantized_matmul(tokens, *weight, product_dtype="int8"))
+    y = product(tokens, weight, product_dtype=product_dtype)
+    np.testing.assert_array_equal(y, product(tokens, weight, product_dtype="int8"))
     # Float32 corrections cancel: one part in 10^5 of the largest output.
     expected = quantized_matmul_reference(*tokens[:3], *weight)
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * float(abs(expected).max()))
 
 
-def test_int4_codes_and_a_known_code_sum_change_nothing():
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("features", [(37, 11), (64, 8)])
+def test_every_layout_gives_the_same_bits(layout, features):
+    tokens, weight = operands(4, 4, features=features)
+    np.testing.assert_array_equal(product(tokens, weight, layout), product(tokens, weight))
+
+
+def test_int4_codes_change_nothing():
     tokens, (codes, *rest) = operands(4, 4)
-    expected = quantized_matmul(tokens, codes, *rest)
-    code_sum = jnp.sum(codes, 0, dtype=jnp.int32).astype(jnp.float32)
     np.testing.assert_array_equal(
-        quantized_matmul(tokens, codes.astype(jnp.int4), *rest, code_sum=code_sum), expected
+        product(tokens, (codes.astype(jnp.int4), *rest)), product(tokens, (codes, *rest))
     )
 
 
@@ -61,23 +80,21 @@ def test_stacked_int4_codes_run_inside_a_scan():
 
     @jax.jit
     def run(stack):
-        return jax.lax.scan(lambda c, w: (c, quantized_matmul(tokens, w, *rest)), 0, stack)[1]
+        return jax.lax.scan(lambda c, w: (c, product(tokens, (w, *rest))), 0, stack)[1]
 
-    expected = quantized_matmul(tokens, -codes - 1, *rest)
+    expected = product(tokens, (-codes - 1, *rest))
     np.testing.assert_allclose(run(stack)[1], expected, rtol=1e-5, atol=1e-4)
 
 
 def test_an_unknown_product_type_is_refused():
     tokens, weight = operands(4, 4)
     with pytest.raises(ValueError, match=r"float16.*expected one of int8"):
-        quantized_matmul(tokens, *weight, product_dtype="float16")
+        product(tokens, weight, product_dtype="float16")
 
 
 def test_symmetric_weights_need_one_correction_less():
     tokens, (codes, scale, _, levels, bias) = operands(4, 4)
-    found = quantized_matmul(tokens, codes, scale, None, levels, bias)
+    found = product(tokens, (codes, scale, None, levels, bias))
     middle = jnp.full_like(scale, 8)
     # The two vanishing corrections are zeros: not even the rounding differs.
-    np.testing.assert_array_equal(
-        found, quantized_matmul(tokens, codes, scale, middle, levels, bias)
-    )
+    np.testing.assert_array_equal(found, product(tokens, (codes, scale, middle, levels, bias)))

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kernels.chips import CHIPS
+from kernels.choose import layout_of as layout_for
+from kernels.low_rank import LowRank, low_rank_matmul
+from kernels.operands import Product
 from kernels.quantize_tokens import dequantize_tokens, quantize_tokens
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import (
@@ -14,7 +18,6 @@ from qvgen_jax.quant.dense import (
     PackedDense,
     QuantContext,
     QuantDense,
-    branch,
     branch_in_weights,
     dense_factory,
 )
@@ -48,6 +51,11 @@ def quantized_layer(config, key=0):
     for name, k in (("lower", keys[2]), ("upper", keys[3])):
         layer[name] = layer[name] - 2 + jax.random.normal(k, layer[name].shape)
     return layer, levels["a"]
+
+
+def layout_of(bits):
+    """Of a packed layer on a CPU."""
+    return layout_for("xla", Product(None, IN, OUT, bits, bits), CHIPS["cpu"])
 
 
 def tokens_of(key=9, shape=(2, 7, IN), dtype=jnp.float32):
@@ -190,7 +198,7 @@ def test_the_packed_layer_computes_the_same_bits(bits, config):
     layer, levels = quantized_layer(config)
     x, ctx = tokens_of(), QuantContext(INDEX)
     y = nnx.merge(definition(config), layer, levels)(x, ctx)
-    packed = unpack_layer(pack_layer(layer, bits), bits, IN)
+    packed = unpack_layer(pack_layer(layer, bits), bits, IN, layout_of(bits))
     np.testing.assert_array_equal(
         nnx.merge(definition(config, PackedDense), packed, levels)(x, ctx), y
     )
@@ -202,7 +210,8 @@ def test_the_packed_layer_with_a_branch_computes_the_same_bits():
     x = tokens_of()
     y = nnx.merge(definition(config), layer, levels)(x, QuantContext(INDEX, gate))
     tensors = pack_layer(layer, 4) | {"L": layer["L"], "R": layer["R"], "gate": gate}
-    linear = nnx.merge(definition(config, PackedDense), unpack_layer(tensors, 4, IN), levels)
+    packed = unpack_layer(tensors, 4, IN, layout_of(4))
+    linear = nnx.merge(definition(config, PackedDense), packed, levels)
     # The gate saved with the layer counts, not the step's.
     np.testing.assert_array_equal(linear(x, QuantContext(INDEX, jnp.zeros(4))), y)
 
@@ -214,7 +223,8 @@ def test_tokens_already_quantized_are_accepted(form):
     x = tokens_of()
     lower, upper = (clip_multipliers(layer[k], INDEX, x.ndim) for k in ("lower", "upper"))
     tokens = quantize_tokens(x, lower, upper, levels["act_levels"])
-    params = layer if form is QuantDense else unpack_layer(pack_layer(layer, 4), 4, IN)
+    packed = unpack_layer(pack_layer(layer, 4), 4, IN, layout_of(4))
+    params = layer if form is QuantDense else packed
     linear = nnx.merge(definition(config, form), params, levels)
     np.testing.assert_array_equal(linear(tokens), linear(x, QuantContext(INDEX)))
 
@@ -264,8 +274,12 @@ def test_the_factory_builds_each_layer_as_the_config_wants_it():
     assert isinstance(dense_factory(config, "plain")("a", 4, 5, **arguments), Dense)
     assert train("a", 4, 5, **arguments).lower[...].shape == (1,)
     assert float(train("b", 4, 5, **arguments).act_levels[...]) == 7
-    assert packed("b", 4, 5, **arguments).codes[...].dtype == jnp.int8
-    assert packed("a", 4, 5, **arguments).codes[...].dtype == jnp.int4
+    assert (packed("b", 4, 5, **arguments).layout, packed("a", 4, 5, **arguments).layout) == (
+        "rows",
+        "rows_halved",
+    )
+    assert packed("b", 4, 5, **arguments).codes[...].shape == (4, 5)
+    assert packed("a", 4, 5, **arguments).codes[...].shape == (2, 5)
     with pytest.raises(ValueError, match="form='fast'"):
         dense_factory(config, "fast")
 
@@ -277,11 +291,11 @@ def test_the_branch_in_weight_space_is_the_branch_in_token_space():
     gate = jnp.asarray([1, 1, 0.3, 0])
 
     def loss(space, left, right):
-        return jnp.sum(jnp.sin(space(values, left, right, gate)))
+        return jnp.sum(jnp.sin(space(values, LowRank(left, right, gate))))
 
     for found, expected in zip(
         jax.value_and_grad(lambda *b: loss(branch_in_weights, *b), (0, 1))(left, right),
-        jax.value_and_grad(lambda *b: loss(branch, *b), (0, 1))(left, right),
+        jax.value_and_grad(lambda *b: loss(low_rank_matmul, *b), (0, 1))(left, right),
         strict=True,
     ):
         # float32 products in another order.
