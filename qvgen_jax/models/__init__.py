@@ -38,6 +38,22 @@ def config_from_json(fields: Mapping[str, Any]) -> TransformerConfig:
     return _FAMILIES[name][0].from_json(fields)
 
 
+def config_from_file(path: str | Path) -> TransformerConfig:
+    """The config in a `config.json`.
+
+    Raises:
+        UserError: the file cannot be read, or is of another network or another variant.
+    """
+    try:
+        fields = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a readable config.json ({error}); give the one beside the "
+            "transformer's weights"
+        ) from error
+    return config_from_json(fields)
+
+
 def _family(config: TransformerConfig) -> tuple:
     return next(family for family in _FAMILIES.values() if isinstance(config, family[0]))
 
@@ -106,13 +122,7 @@ def abstract_params(config: TransformerConfig | Mapping[str, Any] | str | Path) 
         UserError: the file cannot be read, or describes a network of another kind.
     """
     if isinstance(config, str | Path):
-        try:
-            config = json.loads(Path(config).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{config} is not a readable config.json ({error}); give the one beside the "
-                "transformer's weights"
-            ) from error
+        config = config_from_file(config)
     if isinstance(config, Mapping):
         config = config_from_json(config)
     model = nnx.eval_shape(lambda: build_transformer(config, key=jax.random.key(0)))

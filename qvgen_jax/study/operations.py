@@ -10,8 +10,9 @@ from pathlib import Path
 
 from qvgen_jax.autoencoders.wan import WanVAEConfig
 from qvgen_jax.errors import UserError
-from qvgen_jax.models import abstract_params, config_from_json, quantizable
-from qvgen_jax.models.wan import TEXT_ONLY, TIME_ONLY, WanConfig
+from qvgen_jax.models import config_from_json, quantizable
+from qvgen_jax.models.linears import linears, video_tokens
+from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.training.loop import rank_decay
 from qvgen_jax.training.student import quant_config
 
@@ -19,27 +20,19 @@ EQUAL_OPERATIONS = "equal_operations"
 """What a grid writes for `train.steps`: as many as cost what the default costs."""
 
 
-def rows_of(name: str, tokens: int, text_tokens: int) -> int:
-    """How many rows of one sample go through the linear `name`."""
-    if name in TIME_ONLY:
-        return 1
-    return text_tokens if name in TEXT_ONLY else tokens
-
-
 def _products(
     model: WanConfig, tokens: int, text_tokens: int, rank: int, quantized: Collection[str] = ()
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Multiply-adds of one sample's forward, without and in the low-rank branches, by name."""
-    params, dense, branch = abstract_params(model), {}, {}
-    for name in ("patch_embedding", *quantizable(model)):
-        node = params
-        for part in name.split("."):
-            node = node[part]
-        *layers, fan_in, fan_out = node["kernel"].shape
-        rows = rows_of(name, tokens, text_tokens) * (layers[0] if layers else 1)
-        dense[name] = rows * fan_in * fan_out
-        if name in quantized:
-            branch[name] = rows * rank * (fan_in + fan_out)
+    dense, branch = {}, {}
+    for linear in linears(model, tokens, text_tokens):
+        rows = linear.rows * linear.count
+        dense[linear.name] = rows * linear.inner * linear.columns
+        if linear.name in quantized:
+            branch[linear.name] = rows * rank * (linear.inner + linear.columns)
+    # The patch embedding, a convolution.
+    patch = model.patch_size[0] * model.patch_size[1] * model.patch_size[2]
+    dense["patch_embedding"] = tokens * patch * model.in_channels * model.dim
     # Logits and weighted sum, over the tokens themselves and over the text.
     attended = 2 * tokens * (tokens + text_tokens)
     dense["blocks.attention"] = model.num_layers * attended * model.dim
@@ -130,9 +123,8 @@ def _model(config: Mapping) -> WanConfig:
 
 def _tokens(config: Mapping) -> tuple[int, int]:
     """Of one sample's video and of its prompt."""
-    data, patch = config["data"], _model(config).patch_size
+    data = config["data"]
     vae = WanVAEConfig.from_json(_json(config, "vae"))
-    frames = 1 + (data["num_frames"] - 1) // vae.temporal_factor
-    height, width = (data[side] // vae.spatial_factor for side in ("height", "width"))
-    tokens = (frames // patch[0]) * (height // patch[1]) * (width // patch[2])
-    return tokens, data["max_length"]
+    factors = vae.temporal_factor, vae.spatial_factor
+    size = data["num_frames"], data["height"], data["width"]
+    return video_tokens(_model(config), *size, factors), data["max_length"]

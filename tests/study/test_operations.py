@@ -75,7 +75,7 @@ def test_the_branch_is_counted_for_as_long_as_it_lives_and_where_it_is():
     # The timestep's linears have one row each: a branch less, by hand.
     dim, frequencies = 128, 256
     time = (frequencies + dim) + (dim + dim) + (dim + 6 * dim)
-    assert extra["default"] - extra["time_table"] == 150 * 16 * 3 * 32 * time
+    assert extra["default"] - extra["time_table"] == 150 * 8 * 3 * 32 * time
 
 
 def test_plain_training_gets_the_steps_that_cost_what_the_default_costs():

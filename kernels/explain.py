@@ -1,0 +1,160 @@
+"""Which backend each layer of a model will use, why, and what speed to expect at best.
+
+    python -m kernels.explain configs/wan14b_w4a4.py
+    python -m kernels.explain configs/wan14b_w4a4.py --chip h200
+
+No weights are needed, and no chip: without `--chip` the answer is for this machine's first device.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from kernels.chips import CHIPS, Chip, chip_of, named
+from kernels.choose import BACKENDS, Choice, choose
+from kernels.floor import least_seconds, unit_of
+from kernels.operands import Product
+
+
+class Row(NamedTuple):
+    """One linear, in `count` layers: its product, its backend, and seconds at best.
+
+    `seconds` and `bf16` are of all its layers; None where the chip's peaks are not known.
+    """
+
+    name: str
+    count: int
+    product: Product
+    choice: Choice
+    seconds: float | None
+    bf16: float | None
+
+
+def explain(
+    layers: Sequence[tuple[str, int, Product]], chip: Chip, asked: str = "auto"
+) -> list[Row]:
+    """What `kernels.choose` answers for every layer, and the floors.
+
+    Args:
+        layers: name, number of layers, and product of each.
+        chip: that they shall run on.
+        asked: a backend, or "auto".
+    """
+    rows = []
+    for name, count, product in layers:
+        choice = choose(product, chip, asked)
+        bytes_each = 0.5 if product.weight_bits <= 4 else 1.0
+        unit = unit_of(choice.backend, product, chip)
+        low = least_seconds(product, chip, unit, bytes_each)
+        full = least_seconds(product, chip, "bf16", 2.0)
+        times = (None, None) if low is None or full is None else (count * low, count * full)
+        rows.append(Row(name, count, product, choice, *times))
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text, and under them the reasons, each once."""
+    lines = [
+        f"{'layer':44s} {'':>4s} {'rows x in x out':>24s} {'backend':8s} {'ms':>9s} {'bf16':>9s}"
+    ]
+    notes: dict[tuple[str, str], int] = {}
+    for row in rows:
+        product, choice = row.product, row.choice
+        note = notes.setdefault((choice.backend, choice.reason), len(notes) + 1)
+        size = f"{product.rows} x {product.inner} x {product.columns}"
+        times = " ".join(f"{_ms(x):>9s}" for x in (row.seconds, row.bf16))
+        lines.append(
+            f"{row.name:44s} x{row.count:3d} {size:>24s} {choice.backend:8s} {times} [{note}]"
+        )
+    lines += [f"[{number}] {backend}: {reason}" for (backend, reason), number in notes.items()]
+    return "\n".join(lines)
+
+
+def _ms(seconds: float | None) -> str:
+    return "unknown" if seconds is None else f"{1e3 * seconds:.3f}"
+
+
+def ceiling(rows: Sequence[Row], attention_seconds: float | None) -> str:
+    """What linears at their floor give the whole transformer, beside attention in bf16."""
+    if attention_seconds is None or any(row.seconds is None for row in rows):
+        return "The peaks of this chip are not known: no floor. `python -m kernels.bench` measures."
+    low, full = (sum(getattr(row, key) for row in rows) for key in ("seconds", "bf16"))
+    share = attention_seconds / (full + attention_seconds)
+    whole = (full + attention_seconds) / (low + attention_seconds)
+    return (
+        f"Linears at best {1e3 * low:.1f} ms, in bf16 {1e3 * full:.1f} ms: {full / low:.2f}x. "
+        f"Attention in bf16 {1e3 * attention_seconds:.1f} ms, {100 * share:.0f} % of the two: with "
+        f"linears alone in low bits the transformer is at best {whole:.2f}x. All of it is computed "
+        "from data-sheet peaks, nothing was timed."
+    )
+
+
+def read_config(argument: str) -> Mapping[str, Any]:
+    """The config of `file.py[:argument]`, as plain dicts.
+
+    Raises:
+        ValueError: there is no such file, or it does not know the argument.
+    """
+    path, _, argument = argument.partition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"config file {path!r} does not exist; name one of configs/*.py")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument).to_dict()
+
+
+def describe(config: Mapping[str, Any], chip: Chip, asked: str) -> str:
+    """The whole answer for a run's config."""
+    # The only place in kernels/ that knows models: this is a command, like main.py.
+    from kernels.attention import choose_attention
+    from qvgen_jax.models.linears import attended, linears, video_tokens
+    from qvgen_jax.models.published import transformer_config
+    from qvgen_jax.training.student import quant_config
+
+    model, data = transformer_config(config["model"]), config["data"]
+    quant = quant_config(config["quant"], model)
+    tokens = video_tokens(model, data["num_frames"], data["height"], data["width"])
+    layers = [
+        (x.name, x.count, Product(x.rows, x.inner, x.columns, *quant.bits_of(x.name)))
+        for x in linears(model, tokens, data["max_length"])
+        if x.name not in quant.full_precision
+    ]
+    rows = explain(layers, chip, asked)
+    pairs = attended(model, tokens, data["max_length"])
+    operations = 4 * model.dim * model.num_layers * sum(q * k for q, k in pairs)
+    seconds = operations / (chip.bf16 * 1e12) if chip.bf16 else None
+    lines = [f"{config['model']}, {tokens} tokens of video, on {chip.name}", table(rows)]
+    for queries, keys in pairs:
+        shape = (1, queries, model.num_attention_heads, model.attention_head_dim)
+        name, reason = choose_attention(chip.platform, shape, (1, keys, *shape[2:]), "bfloat16")
+        lines.append(f"attention of {queries} to {keys}: {name} ({reason})")
+    return "\n".join([*lines, ceiling(rows, seconds)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.explain",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("config", help="a file of configs/, file.py[:argument]")
+    parser.add_argument("--chip", choices=tuple(CHIPS), help="instead of this machine's device")
+    parser.add_argument("--kernels", choices=("auto", *BACKENDS), default="auto")
+    arguments = parser.parse_args(argv)
+    chip = named(arguments.chip) if arguments.chip else chip_of(jax.devices()[0])
+    try:
+        print(describe(read_config(arguments.config), chip, arguments.kernels))
+    except ValueError as error:  # A UserError is one.
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
