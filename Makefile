@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test parity parity-table lint clean
+.PHONY: demo test parity parity-table aot aot-in lint clean
 
 demo: $(VENV)/.ready-base
 	$(RUN) main.py --config configs/tiny_w4a4.py
@@ -14,7 +14,7 @@ demo: $(VENV)/.ready-base
 test: $(VENV)/.ready-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -n 2 --dist worksteal --ignore=tests/parity $(PYTEST_ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal --ignore=tests/parity --ignore=tests/aot $(PYTEST_ARGS)
 
 # Numbers against PyTorch diffusers and transformers (installs torch).
 parity: $(VENV)/.ready-parity
@@ -23,6 +23,15 @@ parity: $(VENV)/.ready-parity
 # The same, one test after the other and the slow ones too, and docs/parity_table.md from it.
 parity-table: $(VENV)/.ready-parity
 	$(RUN) -m pytest tests/parity -m "slow or not slow" --parity-table docs/parity_table.md
+
+# Kernels compiled for chips that are not here, and the interpreters that need jax 0.11: installs the
+# compilers of TPU and CUDA (gigabytes), so it has an environment of its own.
+AOT_PYTHON ?= python3.12
+aot:
+	$(MAKE) --no-print-directory aot-in PYTHON=$(AOT_PYTHON) VENV=$(VENV)312
+
+aot-in: $(VENV)/.ready-aot
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal tests/aot $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready-test
 	$(RUN) -m ruff check .
@@ -46,6 +55,10 @@ $(VENV)/.ready-test: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.ready-parity: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(install) '.[test,parity]'
+	touch $@ $(VENV)/.ready-base $(VENV)/.ready-test
+
+$(VENV)/.ready-aot: $(VENV)/bin/python pyproject.toml constraints.txt constraints-aot.txt
+	$(install) '.[test,aot]' --constraint constraints-aot.txt
 	touch $@ $(VENV)/.ready-base $(VENV)/.ready-test
 
 clean:
