@@ -30,6 +30,11 @@ def check(product: Product) -> None:
     del product
 
 
+def wide_dtype(product_dtype: jnp.dtype) -> jnp.dtype:
+    """What corrections are computed in, and a weight's signed zero point is to be given in."""
+    return jnp.float64 if jnp.dtype(product_dtype) == jnp.float64 else jnp.float32
+
+
 def quantized_matmul(
     tokens: QuantizedTokens,
     weight: Weight,
@@ -63,7 +68,7 @@ def quantized_matmul(
         raise ValueError(
             f"product_dtype={product.name!r}; expected one of {', '.join(_ACCUMULATE)}"
         )
-    wide = jnp.float64 if product == jnp.float64 else jnp.float32
+    wide = wide_dtype(product)
     accumulated = _product_of_codes(tokens.codes, weight.codes, layout, product).astype(wide)
     a = tokens.zero_point.astype(wide)
     centered = accumulated - a * weight.code_sum.astype(wide)

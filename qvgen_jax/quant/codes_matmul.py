@@ -10,6 +10,7 @@ from kernels.operands import Weight
 from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens
 from kernels.quantized_matmul import quantized_matmul
 from kernels.reference import signed_offset
+from kernels.xla import wide_dtype
 from qvgen_jax.quant.weights import dequantize_weight
 
 
@@ -54,19 +55,20 @@ def codes_matmul(
 
 
 def _product(tokens, weight, product_dtype):
-    wide = jnp.float64 if jnp.dtype(product_dtype) == jnp.float64 else jnp.float32
-    return quantized_matmul(
-        tokens, operand(weight, wide), product_dtype=product_dtype, out_dtype=wide
-    )
-
-
-def operand(weight: QuantizedWeight, wide: jnp.dtype = jnp.float32) -> Weight:
-    """The weight as kernels take it, its zero point signed like the codes."""
-    zero_point = weight.zero_point
-    if zero_point is not None:
-        zero_point = zero_point.astype(wide) - signed_offset(weight.levels.astype(wide))
+    wide = wide_dtype(product_dtype)
+    zero_point = signed_zero_point(weight.zero_point, weight.levels, wide)
     code_sum = jnp.sum(weight.codes, axis=0, dtype=jnp.int32)
-    return Weight(weight.codes, weight.scale, zero_point, code_sum)
+    operand = Weight(weight.codes, weight.scale, zero_point, code_sum)
+    return quantized_matmul(tokens, operand, product_dtype=product_dtype, out_dtype=wide)
+
+
+def signed_zero_point(
+    zero_point: jax.Array | None, levels: jax.Array, wide: jnp.dtype
+) -> jax.Array | None:
+    """A weight's zero point `[out]` in the convention of its signed codes; None stays None."""
+    if zero_point is None:
+        return None
+    return zero_point.astype(wide) - signed_offset(levels.astype(wide))
 
 
 def _forward(values, kernel, tokens, weight, product_dtype):

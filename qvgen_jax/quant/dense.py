@@ -14,8 +14,8 @@ from kernels.low_rank import LowRank, low_rank_matmul, rows_matmul
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens, quantize_tokens
 from kernels.quantized_matmul import quantize_and_matmul, quantized_matmul
-from kernels.reference import signed_offset
-from qvgen_jax.quant.codes_matmul import QuantizedWeight, codes_matmul
+from kernels.xla import wide_dtype
+from qvgen_jax.quant.codes_matmul import QuantizedWeight, codes_matmul, signed_zero_point
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.rotation import rotate
 from qvgen_jax.quant.smoothing import smooth_tokens
@@ -252,9 +252,9 @@ class PackedDense(_TokenQuantizer):
         return quantize_and_matmul(x, **self._clip_arguments(x, ctx), weight=self._weight(), **how)
 
     def _weight(self) -> Weight:
-        zero_point = None
-        if self.zero_point is not None:
-            zero_point = self.zero_point[...] - signed_offset(self.weight_levels[...])
+        given = None if self.zero_point is None else self.zero_point[...]
+        wide = wide_dtype(self.product_dtype)
+        zero_point = signed_zero_point(given, self.weight_levels[...], wide)
         bias = None if self.bias is None else self.bias[...]
         return Weight(self.codes[...], self.scale[...], zero_point, self.code_sum[...], bias)
 
