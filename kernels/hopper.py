@@ -11,11 +11,16 @@ from kernels.hopper_tiles import Tile, slab_columns, tiles
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens
 
-LAYOUT = "columns"
 # Beyond, a row of the largest 8-bit codes would overflow int32.
 _MOST_INNER = 2**31 // 2**14 - 1
 # Codes travel to shared memory as pieces of 8 rows by the 128 bytes of a swizzle.
 _PIECE_ROWS, _PIECE_BYTES = 8, 128
+
+
+def layout(product: Product) -> str:
+    """Both operands contiguous along the inputs, as 8-bit wgmma wants them."""
+    del product
+    return "columns"
 
 
 def check(product: Product) -> None:

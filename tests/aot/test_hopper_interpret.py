@@ -33,7 +33,7 @@ def weight_of(bits, inner, columns, *, symmetric=False, biased=True):
     codes = jax.random.randint(keys[0], (inner, columns), -half, half, jnp.int8)
     zero_point = jax.random.uniform(keys[1], (columns,), minval=-half, maxval=half - 1)
     return Weight(
-        lay_out(codes, bits, hopper.LAYOUT),
+        lay_out(codes, bits, "columns"),
         jax.random.uniform(keys[2], (columns,), minval=0.01, maxval=0.1),
         None if symmetric else zero_point,
         jnp.sum(codes, 0, dtype=jnp.int32).astype(jnp.float32),
@@ -99,7 +99,7 @@ def test_integers_equal_the_definition(rows, inner, columns, bits, tile):
     ones, zeros = jnp.ones, jnp.zeros
     y = simulate(
         QuantizedTokens(codes, ones((rows, 1)), zeros((rows, 1)), zeros((rows, 1))),
-        Weight(lay_out(weight, bits, hopper.LAYOUT), ones(columns), None, zeros(columns)),
+        Weight(lay_out(weight, bits, "columns"), ones(columns), None, zeros(columns)),
         tile,
     )
     expected = np.asarray(codes, np.int64) @ np.asarray(weight, np.int64)
