@@ -1,0 +1,160 @@
+"""The Triton program of `kernels.triton_matmul`. Importing it needs triton.
+
+The weights are the *first* operand of the tensor cores, `[columns, inner] @ [inner, rows]`, and the
+result is transposed on its way out. First operands come from registers on every chip, Hopper
+included, so that unpacked weights never go back to shared memory; with the operands in their usual
+order the loop has about twice the instructions on Ampere.
+
+Two codes of four bits are unpacked together, four bytes at a time: `byte << 4` and `byte & 0xF0`
+are sixteen times the code of the low and of the high nibble as an int8, and the sixteenth is taken
+from the accumulator. The trick of sixteenths is known from FasterTransformer's interleaved
+int4 kernels and from QServe; the halves in place of an interleaving spare the shuffle.
+"""
+
+import triton
+import triton.language as tl
+
+# $0, $1: sixteen times the low and the high codes of the four bytes in $2.
+UNPACK_ASSEMBLY = """{
+.reg .b32 shifted;
+shl.b32 shifted, $2, 4;
+and.b32 $0, shifted, 0xF0F0F0F0;
+and.b32 $1, $2, 0xF0F0F0F0;
+}"""
+_UNPACK = tl.constexpr(UNPACK_ASSEMBLY)
+
+
+@triton.jit
+def _sixteenfold_codes(packed, ASSEMBLY: tl.constexpr):
+    """int8 bytes to the codes in their low and high nibbles, both times 16."""
+    if ASSEMBLY:
+        # One register of four bytes at a time; from `<<` and `&` LLVM would treat every byte alone.
+        low, high = tl.inline_asm_elementwise(
+            _UNPACK, "=r,=r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    else:
+        low, high = packed << 4, packed & -16
+    return low, high
+
+
+@triton.jit
+def _opaque(codes, ASSEMBLY: tl.constexpr):
+    """The same codes; keeps Triton from carrying single bytes into the next step of the loop."""
+    if ASSEMBLY:
+        codes = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return codes
+
+
+@triton.jit
+def _tile_of(program, tiles_m, TILES_N: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column of a program's tile: GROUP rows of tiles at a time, so that L2 serves them."""
+    in_group = GROUP * TILES_N
+    first = (program // in_group) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    return first + (program % in_group) % height, (program % in_group) // height
+
+
+@triton.jit
+def quantized_matmul_program(
+    codes_ptr,
+    scale_ptr,
+    zero_ptr,
+    sum_ptr,
+    w_codes_ptr,
+    w_scale_ptr,
+    w_zero_ptr,
+    w_sum_ptr,
+    bias_ptr,
+    hidden_ptr,
+    left_ptr,
+    M,
+    y_ptr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    HALVED: tl.constexpr,
+    ASYMMETRIC: tl.constexpr,
+    BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """One tile `[BLOCK_M, BLOCK_N]` of `kernels.triton_matmul.quantized_matmul`, `y [M, N]`.
+
+    codes int8 `[M, K]`, scale, zero point and sum float32 `[M]`; w_codes int8 `[N, ceil(K / 2)]`
+    (HALVED) or `[N, K]`, w_scale, w_zero, w_sum and bias float32 `[N]`; hidden `[M, RANK]` and left
+    `[N, RANK]`. Sizes of the weights are constants: jax-triton tells Triton nothing about the
+    divisibility of a number that is passed at run time, without which no load is 16 bytes wide.
+    """
+    WIDTH: tl.constexpr = (K + 1) // 2 if HALVED else K
+    EVEN: tl.constexpr = WIDTH % BLOCK_K == 0 and (K % 2 == 0 or not HALVED)
+    tile_m, tile_n = _tile_of(
+        tl.program_id(0), tl.cdiv(M, BLOCK_M), (N + BLOCK_N - 1) // BLOCK_N, GROUP
+    )
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Beyond the end the last row is read again: cheaper than a mask in the loop.
+    row = tl.minimum(rows, M - 1).to(tl.int64)
+    column = tl.minimum(columns, N - 1)
+    inner = tl.arange(0, BLOCK_K)
+    a_ptrs = codes_ptr + row[None, :] * K + inner[:, None]
+    w_ptrs = w_codes_ptr + column[:, None] * WIDTH + inner[None, :]
+    accumulated = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for start in range(0, WIDTH, BLOCK_K):
+        if EVEN:
+            w = tl.load(w_ptrs)
+            a = tl.load(a_ptrs)
+        else:
+            left_over = WIDTH - start
+            w = tl.load(w_ptrs, mask=inner[None, :] < left_over, other=0)
+            a = tl.load(a_ptrs, mask=inner[:, None] < left_over, other=0)
+        if HALVED:
+            if EVEN:
+                a_high = tl.load(a_ptrs + WIDTH)
+            else:
+                a_high = tl.load(
+                    a_ptrs + WIDTH, mask=inner[:, None] < K - WIDTH - start, other=0
+                )
+            w_low, w_high = _sixteenfold_codes(w, ASSEMBLY)
+            accumulated = tl.dot(w_low, a, accumulated, out_dtype=tl.int32)
+            accumulated = tl.dot(w_high, a_high, accumulated, out_dtype=tl.int32)
+        else:
+            w = _opaque(w, ASSEMBLY)
+            accumulated = tl.dot(w, a, accumulated, out_dtype=tl.int32)
+        a_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+
+    product = accumulated.to(tl.float32)
+    if HALVED:
+        product = product * 0.0625
+    scale = tl.load(scale_ptr + row)[None, :]
+    zero = tl.load(zero_ptr + row)[None, :]
+    w_scale = tl.load(w_scale_ptr + column)[:, None]
+    w_sum = tl.load(w_sum_ptr + column)[:, None]
+    centered = product - zero * w_sum
+    if ASYMMETRIC:
+        code_sum = tl.load(sum_ptr + row)[None, :]
+        w_zero = tl.load(w_zero_ptr + column)[:, None]
+        centered = centered - w_zero * code_sum + K * zero * w_zero
+    y = scale * w_scale * centered
+    if BIAS:
+        y = y + tl.load(bias_ptr + column)[:, None]
+    if RANK > 0:
+        ranks = tl.arange(0, BLOCK_R)
+        hidden = tl.load(
+            hidden_ptr + row[None, :] * RANK + ranks[:, None], mask=ranks[:, None] < RANK, other=0
+        )
+        left = tl.load(
+            left_ptr + column[:, None] * RANK + ranks[None, :], mask=ranks[None, :] < RANK, other=0
+        )
+        y = tl.dot(left, hidden, y, input_precision="ieee")
+    tl.store(
+        y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :],
+        tl.trans(y).to(y_ptr.dtype.element_ty),
+        mask=(rows[:, None] < M) & (columns[None, :] < N),
+    )
