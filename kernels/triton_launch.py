@@ -141,7 +141,7 @@ class _Buffer:
 def _interpret(program, arguments, outputs, constants, grid) -> list[jax.Array]:
     if type(program).__name__ != "InterpretedFunction":
         raise NotImplementedError(
-            "Triton was imported to compile; set TRITON_INTERPRET=1 before Python starts to interpret"
+            "Triton was imported to compile; set TRITON_INTERPRET=1 before Python starts"
         )
     numbers = {i: value for i, value in enumerate(arguments) if isinstance(value, int)}
     arrays = [value for value in arguments if not isinstance(value, int)]

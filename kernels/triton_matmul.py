@@ -25,8 +25,7 @@ class Tile(NamedTuple):
 
     Attributes:
         rows, columns: of the result.
-        inner: elements of the weights' inner axis in a step of the loop: bytes, two codes each,
-            if the layout is halved.
+        inner: of each half of the inner axis in a step of the loop, which takes both halves.
         warps: of 32 threads.
         stages: of the pipeline that loads from memory.
     """
@@ -43,26 +42,34 @@ def layout(product: Product) -> str:
     return "columns_halved" if product.weight_bits <= 4 else "columns"
 
 
-def tile_for(capability: int, product: Product) -> Tile:
-    """The table of tiles; unmeasured, from counts of instructions and bytes (docs/kernels.md).
+def tile_for(capability: int, product: Product, rank: int = 0) -> Tile:
+    """The table of tiles: rows x columns x inner, warps. Nobody has timed it.
 
-    | compute capability | rows | tile, 4 bits | tile, 8 bits |
-    |---|---|---|---|
-    | 9.0 | > 512 | 128 x 256 x 128 bytes | 128 x 256 x 128 |
-    | 8.0 | > 512 | 128 x 256 x 64 bytes | 128 x 256 x 64 |
-    | 8.6, 8.9 | > 512 | 128 x 256 x 64 bytes | 128 x 256 x 64 |
-    | any | 33 to 512 | 64 x 128 x 64 bytes | 64 x 128 x 128 |
-    | any | up to 32 | 16 x 64 x 128 bytes | 16 x 64 x 128 |
+    | compute capability | tokens | columns | weights | tile | with a low rank |
+    |---|---|---|---|---|---|
+    | 8.0, 8.6, 8.9 | > 512 | > 128 | any | 256 x 128 x 64, 8 | 128 x 128 x 64, 8 |
+    | 9.0 | > 512 | > 128 | up to 4 bits | 128 x 256 x 128, 8 | 128 x 128 x 128, 8 |
+    | 9.0 | > 512 | > 128 | 5 to 8 bits | 128 x 256 x 64, 8 | 128 x 128 x 64, 8 |
+    | any | 33 to 512, or columns <= 128 | any | any | 64 x 128 x 64, 4 | the same |
+    | any | up to 32 | any | any | 16 x 64 x 128, 4 | the same |
+
+    The largest that keep everything in registers: on Ampere and Ada 256 x 128 reads a third of the
+    shared memory per product that 128 x 128 does, where reading takes as long as multiplying. An
+    inner 128 becomes 64 where it does not divide half the inputs (CogVideoX-2B's 1920).
     """
-    halved = layout(product) == "columns_halved"
-    rows = product.rows
+    rows, halved = product.rows, layout(product) == "columns_halved"
     if rows <= 32:
-        return Tile(16, 64, 128, 4, 4)
-    if rows <= 512 or product.columns <= 128:
-        return Tile(64, 128, 64 if halved else 128, 4, 3)
-    if capability >= 90:
-        return Tile(128, 256, 128, 8, 3)
-    return Tile(128, 256, 64, 8, 3)
+        tile = Tile(16, 64, 128, 4, 4)
+    elif rows <= 512 or product.columns <= 128:
+        tile = Tile(64, 128, 64, 4, 3)
+    elif rank:
+        tile = Tile(128, 128, 128 if capability >= 90 and halved else 64, 8, 3)
+    elif capability >= 90:
+        tile = Tile(128, 256, 128 if halved else 64, 8, 3)
+    else:
+        tile = Tile(256, 128, 64, 8, 3)
+    divides = -(-product.inner // 2) % tile.inner == 0
+    return tile if divides else tile._replace(inner=64)
 
 
 def check(product: Product) -> None:
@@ -139,13 +146,13 @@ def quantized_matmul(
     check(product)
     if weight.codes.dtype != jnp.int8:
         raise NotImplementedError(
-            f"codes of {weight.codes.dtype}; the Triton program reads int8, layout {layout(product)!r}"
+            f"codes of {weight.codes.dtype}; the Triton program reads int8 in {layout(product)!r}"
         )
     program = triton_module("triton_matmul_program").quantized_matmul_program
     if capability is None and not interpret:
         capability = compute_capability()
-    tile = tile or tile_for(capability or 80, product)
     rank = 0 if low_rank is None else low_rank[0].shape[1]
+    tile = tile or tile_for(capability or 80, product, rank)
     constants = program_constants(
         product,
         tile,

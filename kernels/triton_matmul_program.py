@@ -7,8 +7,8 @@ order the loop has about twice the instructions on Ampere.
 
 Two codes of four bits are unpacked together, four bytes at a time: `byte << 4` and `byte & 0xF0`
 are sixteen times the code of the low and of the high nibble as an int8, and the sixteenth is taken
-from the accumulator. The trick of sixteenths is known from FasterTransformer's interleaved
-int4 kernels and from QServe; the halves in place of an interleaving spare the shuffle.
+from the accumulator. Halves of the inner axis in
+place of neighbours in a byte spare the shuffle.
 """
 
 import triton
@@ -35,16 +35,6 @@ def _sixteenfold_codes(packed, ASSEMBLY: tl.constexpr):
     else:
         low, high = packed << 4, packed & -16
     return low, high
-
-
-@triton.jit
-def _opaque(codes, ASSEMBLY: tl.constexpr):
-    """The same codes; keeps Triton from carrying single bytes into the next step of the loop."""
-    if ASSEMBLY:
-        codes = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4
-        )
-    return codes
 
 
 @triton.jit
@@ -91,8 +81,9 @@ def quantized_matmul_program(
     `[N, RANK]`. Sizes of the weights are constants: jax-triton tells Triton nothing about the
     divisibility of a number that is passed at run time, without which no load is 16 bytes wide.
     """
-    WIDTH: tl.constexpr = (K + 1) // 2 if HALVED else K
-    EVEN: tl.constexpr = WIDTH % BLOCK_K == 0 and (K % 2 == 0 or not HALVED)
+    HALF: tl.constexpr = (K + 1) // 2
+    WIDTH: tl.constexpr = HALF if HALVED else K
+    EVEN: tl.constexpr = HALF % BLOCK_K == 0 and K % 2 == 0
     tile_m, tile_n = _tile_of(
         tl.program_id(0), tl.cdiv(M, BLOCK_M), (N + BLOCK_N - 1) // BLOCK_N, GROUP
     )
@@ -105,27 +96,25 @@ def quantized_matmul_program(
     a_ptrs = codes_ptr + row[None, :] * K + inner[:, None]
     w_ptrs = w_codes_ptr + column[:, None] * WIDTH + inner[None, :]
     accumulated = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    for start in range(0, WIDTH, BLOCK_K):
+    # Both halves of the inner axis at once, whole bytes too: with a single product in the loop
+    # Triton for Ampere would carry operands to the next step byte by byte.
+    for start in range(0, HALF, BLOCK_K):
         if EVEN:
-            w = tl.load(w_ptrs)
-            a = tl.load(a_ptrs)
+            a_low, a_high = tl.load(a_ptrs), tl.load(a_ptrs + HALF)
+            w_low = tl.load(w_ptrs)
         else:
-            left_over = WIDTH - start
-            w = tl.load(w_ptrs, mask=inner[None, :] < left_over, other=0)
-            a = tl.load(a_ptrs, mask=inner[:, None] < left_over, other=0)
+            low, high = inner < HALF - start, inner < K - HALF - start
+            a_low = tl.load(a_ptrs, mask=low[:, None], other=0)
+            a_high = tl.load(a_ptrs + HALF, mask=high[:, None], other=0)
+            w_low = tl.load(w_ptrs, mask=low[None, :], other=0)
         if HALVED:
-            if EVEN:
-                a_high = tl.load(a_ptrs + WIDTH)
-            else:
-                a_high = tl.load(
-                    a_ptrs + WIDTH, mask=inner[:, None] < K - WIDTH - start, other=0
-                )
-            w_low, w_high = _sixteenfold_codes(w, ASSEMBLY)
-            accumulated = tl.dot(w_low, a, accumulated, out_dtype=tl.int32)
-            accumulated = tl.dot(w_high, a_high, accumulated, out_dtype=tl.int32)
+            w_low, w_high = _sixteenfold_codes(w_low, ASSEMBLY)
+        elif EVEN:
+            w_high = tl.load(w_ptrs + HALF)
         else:
-            w = _opaque(w, ASSEMBLY)
-            accumulated = tl.dot(w, a, accumulated, out_dtype=tl.int32)
+            w_high = tl.load(w_ptrs + HALF, mask=high[None, :], other=0)
+        accumulated = tl.dot(w_low, a_low, accumulated, out_dtype=tl.int32)
+        accumulated = tl.dot(w_high, a_high, accumulated, out_dtype=tl.int32)
         a_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
 

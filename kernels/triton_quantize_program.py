@@ -11,7 +11,7 @@ import triton.language as tl
 _ROUND = tl.constexpr(1.5 * 2.0**23)
 _ROUND_BITS = tl.constexpr(0x4B400000)
 _SMALLEST_SCALE = tl.constexpr(1e-9)
-_GELU = tl.constexpr(2 * 0.7978845608028654)
+_GELU = tl.constexpr(-2 * 0.7978845608028654)
 
 
 @triton.jit
@@ -53,19 +53,26 @@ def _normalized(chunks, eps, BLOCK: tl.constexpr, K: tl.constexpr):
     centred = ()
     squares = tl.zeros((BLOCK,), tl.float32)
     for c in tl.static_range(len(chunks)):
-        centred = centred + (_ended(chunks[c] - mean, c, BLOCK, K, 0.0),)
+        centred += (_ended(chunks[c] - mean, c, BLOCK, K, 0.0),)
         squares += centred[c] * centred[c]
     variance = tl.div_rn(tl.sum(squares, 0), 1.0 * K)
     factor = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     y = ()
     for c in tl.static_range(len(chunks)):
-        y = y + (centred[c] * factor,)
+        y += (centred[c] * factor,)
     return y
 
 
 @triton.jit
 def _encode(
-    chunks, codes_ptr, scale, zero, levels, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr
+    chunks,
+    codes_ptr,
+    scale,
+    zero,
+    levels,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    K: tl.constexpr,
 ):
     """Stores a row's codes and returns their sum.
 
@@ -126,7 +133,7 @@ def quantize_tokens_program(
     x_row = x_ptr + row.to(tl.int64) * K
     chunks = ()
     for c in tl.static_range(CHUNKS):
-        chunks = chunks + (_load(x_row, c, BLOCK, K, 0.0),)
+        chunks += (_load(x_row, c, BLOCK, K, 0.0),)
     if FRONT == "norm":
         chunks = _normalized(chunks, EPS, BLOCK, K)
         if ROWS_PER_BATCH > 0:
@@ -140,7 +147,7 @@ def quantize_tokens_program(
         y = chunks[c]
         if FRONT == "gelu":
             # x (1 + tanh(u)) / 2 is x sigmoid(2 u), without a tanh.
-            y = y / (1 + tl.exp(-_GELU * (y + 0.044715 * y * y * y)))
+            y = y / (1 + tl.exp((y + 0.044715 * y * y * y) * _GELU))
         if FRONT == "norm":
             if AFFINE:
                 y = y * _load(weight_ptr, c, BLOCK, K, 0.0) + _load(bias_ptr, c, BLOCK, K, 0.0)
@@ -149,7 +156,7 @@ def quantize_tokens_program(
                 y += _load(shift_ptr, c, BLOCK, K, 0.0)
         if BFLOAT16:
             y = y.to(tl.bfloat16).to(tl.float32)
-        ready = ready + (y,)
+        ready += (y,)
 
     low = _ended(ready[0], 0, BLOCK, K, float("inf"))
     high = _ended(ready[0], 0, BLOCK, K, -float("inf"))
@@ -170,12 +177,14 @@ def quantize_tokens_program(
         zero = tl.minimum(tl.maximum(-tl.div_rn(lowest, scale), 0.0), levels)
         zero = (zero + _ROUND) - _ROUND
         if i == 0:
-            out_ptr = codes_ptr
+            row_ptr = codes_ptr
         elif i == 1:
-            out_ptr = second_ptr
+            row_ptr = second_ptr
         else:
-            out_ptr = third_ptr
-        total = _encode(ready, out_ptr + row.to(tl.int64) * K, scale, zero, levels, CHUNKS, BLOCK, K)
+            row_ptr = third_ptr
+        total = _encode(
+            ready, out_ptr + row.to(tl.int64) * K, scale, zero, levels, CHUNKS, BLOCK, K
+        )
         statistics = statistics_ptr + 3 * i * M + row
         tl.store(statistics, scale)
         tl.store(statistics + M, zero - (levels + 1) * 0.5)
