@@ -42,6 +42,11 @@ def layout(product: Product) -> str:
     return "columns_halved" if product.weight_bits <= 4 else "columns"
 
 
+def aligned_half(inner: int) -> int:
+    """Half the inputs, rounded up to the 16 bytes of a wide load; exact at the models' sizes."""
+    return -(-inner // 32) * 16
+
+
 def tile_for(capability: int, product: Product, rank: int = 0) -> Tile:
     """The table of tiles: rows x columns x inner, warps. Nobody has timed it.
 
@@ -68,7 +73,7 @@ def tile_for(capability: int, product: Product, rank: int = 0) -> Tile:
         tile = Tile(128, 256, 128 if halved else 64, 8, 3)
     else:
         tile = Tile(256, 128, 64, 8, 3)
-    divides = -(-product.inner // 2) % tile.inner == 0
+    divides = aligned_half(product.inner) % tile.inner == 0
     return tile if divides else tile._replace(inner=64)
 
 
@@ -95,6 +100,7 @@ def program_constants(
     return {
         "N": product.columns,
         "K": product.inner,
+        "HALF": aligned_half(product.inner),
         "HALVED": layout(product) == "columns_halved",
         "ASYMMETRIC": asymmetric,
         "BIAS": bias,
@@ -163,10 +169,11 @@ def quantized_matmul(
     # Absent operands need an address all the same.
     absent = weight.scale
     hidden, left = (absent, absent) if low_rank is None else low_rank
+    half = aligned_half(inner)
     arguments = [
-        tokens.codes,
+        _with_aligned_halves(tokens.codes, half),
         *(statistic.reshape(rows).astype(jnp.float32) for statistic in tokens[1:]),
-        weight.codes,
+        _with_aligned_halves(weight.codes, half, halved=bits <= 4),
         weight.scale,
         absent if weight.zero_point is None else weight.zero_point,
         weight.code_sum,
@@ -187,3 +194,17 @@ def quantized_matmul(
         interpret=interpret,
     )
     return y
+
+
+def _with_aligned_halves(codes: jax.Array, half: int, *, halved: bool = False) -> jax.Array:
+    """Codes `[n, inner]`, or `[n, ceil(inner / 2)]` if halved, with zeros after each half.
+
+    None of the models' sizes needs them; an odd one costs a copy.
+    """
+    width = codes.shape[1] if halved else -(-codes.shape[1] // 2)
+    parts = [codes[:, :width]] if halved else [codes[:, :width], codes[:, width:]]
+    if all(part.shape[1] == half for part in parts):
+        return codes
+    return jnp.concatenate(
+        [jnp.pad(part, ((0, 0), (0, half - part.shape[1]))) for part in parts], axis=1
+    )

@@ -63,6 +63,7 @@ def quantized_matmul_program(
     y_ptr,
     N: tl.constexpr,
     K: tl.constexpr,
+    HALF: tl.constexpr,
     HALVED: tl.constexpr,
     ASYMMETRIC: tl.constexpr,
     BIAS: tl.constexpr,
@@ -76,14 +77,14 @@ def quantized_matmul_program(
 ):
     """One tile `[BLOCK_M, BLOCK_N]` of `kernels.triton_matmul.quantized_matmul`, `y [M, N]`.
 
-    codes int8 `[M, K]`, scale, zero point and sum float32 `[M]`; w_codes int8 `[N, ceil(K / 2)]`
-    (HALVED) or `[N, K]`, w_scale, w_zero, w_sum and bias float32 `[N]`; hidden `[M, RANK]` and left
-    `[N, RANK]`. Sizes of the weights are constants: jax-triton tells Triton nothing about the
-    divisibility of a number that is passed at run time, without which no load is 16 bytes wide.
+    codes int8 `[M, 2 HALF]`, scale, zero point and sum float32 `[M]`; w_codes int8 `[N, HALF]`
+    (HALVED) or `[N, 2 HALF]`, w_scale, w_zero, w_sum and bias float32 `[N]`; hidden `[M, RANK]` and
+    left `[N, RANK]`. HALF is a multiple of 16, so that every load is 16 bytes wide, at least K / 2,
+    and filled with zeros. Sizes of the weights are constants: of a number passed at run time
+    jax-triton does not tell Triton what it is divisible by.
     """
-    HALF: tl.constexpr = (K + 1) // 2
-    WIDTH: tl.constexpr = HALF if HALVED else K
-    EVEN: tl.constexpr = HALF % BLOCK_K == 0 and K % 2 == 0
+    W_WIDTH: tl.constexpr = HALF if HALVED else 2 * HALF
+    EVEN: tl.constexpr = HALF % BLOCK_K == 0
     tile_m, tile_n = _tile_of(
         tl.program_id(0), tl.cdiv(M, BLOCK_M), (N + BLOCK_N - 1) // BLOCK_N, GROUP
     )
@@ -93,8 +94,8 @@ def quantized_matmul_program(
     row = tl.minimum(rows, M - 1).to(tl.int64)
     column = tl.minimum(columns, N - 1)
     inner = tl.arange(0, BLOCK_K)
-    a_ptrs = codes_ptr + row[None, :] * K + inner[:, None]
-    w_ptrs = w_codes_ptr + column[:, None] * WIDTH + inner[None, :]
+    a_ptrs = codes_ptr + row[None, :] * (2 * HALF) + inner[:, None]
+    w_ptrs = w_codes_ptr + column[:, None] * W_WIDTH + inner[None, :]
     accumulated = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     # Both halves of the inner axis at once, whole bytes too: with a single product in the loop
     # Triton for Ampere would carry operands to the next step byte by byte.
@@ -103,16 +104,16 @@ def quantized_matmul_program(
             a_low, a_high = tl.load(a_ptrs), tl.load(a_ptrs + HALF)
             w_low = tl.load(w_ptrs)
         else:
-            low, high = inner < HALF - start, inner < K - HALF - start
-            a_low = tl.load(a_ptrs, mask=low[:, None], other=0)
-            a_high = tl.load(a_ptrs + HALF, mask=high[:, None], other=0)
-            w_low = tl.load(w_ptrs, mask=low[None, :], other=0)
+            left_over = inner < HALF - start
+            a_low = tl.load(a_ptrs, mask=left_over[:, None], other=0)
+            a_high = tl.load(a_ptrs + HALF, mask=left_over[:, None], other=0)
+            w_low = tl.load(w_ptrs, mask=left_over[None, :], other=0)
         if HALVED:
             w_low, w_high = _sixteenfold_codes(w_low, ASSEMBLY)
         elif EVEN:
             w_high = tl.load(w_ptrs + HALF)
         else:
-            w_high = tl.load(w_ptrs + HALF, mask=high[None, :], other=0)
+            w_high = tl.load(w_ptrs + HALF, mask=left_over[None, :], other=0)
         accumulated = tl.dot(w_low, a_low, accumulated, out_dtype=tl.int32)
         accumulated = tl.dot(w_high, a_high, accumulated, out_dtype=tl.int32)
         a_ptrs += BLOCK_K

@@ -155,7 +155,7 @@ def quantize_tokens_program(
                 y = y * (1 + _load(modulation_ptr, c, BLOCK, K, 0.0))
                 y += _load(shift_ptr, c, BLOCK, K, 0.0)
         if BFLOAT16:
-            y = y.to(tl.bfloat16).to(tl.float32)
+            y = y.to(tl.bfloat16, fp_downcast_rounding="rtne").to(tl.float32)
         ready += (y,)
 
     low = _ended(ready[0], 0, BLOCK, K, float("inf"))
@@ -182,9 +182,8 @@ def quantize_tokens_program(
             row_ptr = second_ptr
         else:
             row_ptr = third_ptr
-        total = _encode(
-            ready, out_ptr + row.to(tl.int64) * K, scale, zero, levels, CHUNKS, BLOCK, K
-        )
+        row_ptr += row.to(tl.int64) * K
+        total = _encode(ready, row_ptr, scale, zero, levels, CHUNKS, BLOCK, K)
         statistics = statistics_ptr + 3 * i * M + row
         tl.store(statistics, scale)
         tl.store(statistics + M, zero - (levels + 1) * 0.5)
