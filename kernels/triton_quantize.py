@@ -1,7 +1,7 @@
 """`quantize_tokens` for NVIDIA GPUs through jax-triton, alone or fused behind a norm or a GELU.
 
 The tokens are read once, whatever stands in front of the codes and however many codes are made.
-With IEEE divisions and no contraction of a product and a sum, scales and codes are those of
+With IEEE's quotients and no contraction of a product and a sum, scales and codes are those of
 `kernels.quantize_tokens`; behind a norm or a GELU they are those of its float32 value, which
 another program may have rounded otherwise in the last bit.
 """

@@ -89,6 +89,12 @@ def main_loop(kernel, folder):
     return loops[0]
 
 
+def opcodes(kernel, folder):
+    """Counts the opcodes of a whole program."""
+    text = tool("nvdisasm", "-c", kernel, folder)
+    return Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", text))
+
+
 def product(rows, inner, columns, weight_bits=4, act_bits=4, out_dtype=jnp.bfloat16):
     return Product(rows, inner, columns, weight_bits, act_bits, out_dtype)
 
@@ -209,10 +215,16 @@ def test_the_quantizer_reads_once_divides_exactly_and_does_not_spill(name, capab
     ptx = kernel.asm["ptx"]
     used, stack = registers(kernel, tmp_path)
     assert stack == 0
-    # IEEE's quotient, and no product contracted with a sum: as the definition computes.
-    assert "div.rn.f32" in ptx
-    assert "fma" not in ptx
+    # The remainders of the quotients are the only fused operations: no other product is contracted
+    # with a sum. Division by the levels and by the scale, for its inverse, is IEEE's.
+    eights = 8 * constants["CHUNKS"] * constants["COUNT"]
+    assert len(re.findall(r"fma\.rn\.f32", ptx)) == 4 * eights
+    assert len(re.findall(r"div\.rn\.f32", ptx)) >= 3 * constants["COUNT"]
     if constants["K"] % 16 == 0 and constants["FRONT"] != "norm":
         wide = len(re.findall(r"ld\.global\.v4\.b32", ptx))
         assert wide == constants["CHUNKS"]
-    print(f"\nsm_{capability} {name}: {used} registers, {constants['CHUNKS']} chunks")
+    instructions = sum(opcodes(kernel, tmp_path).values())
+    print(
+        f"\nsm_{capability} {name}: {used} registers, {constants['CHUNKS']} chunks, "
+        f"{instructions / eights:.1f} instructions per code"
+    )

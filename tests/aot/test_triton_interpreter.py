@@ -177,6 +177,15 @@ def test_codes_and_statistics_are_ieees(interpret, inner, bits, options):
     assert abs(np.asarray(found.codes, np.int32) - expected.codes).max() <= 1
 
 
+def test_ties_go_to_the_even_step(interpret):
+    # The range is -8 to 7 and the scale 1, so that every second value is a tie.
+    x = np.arange(-8, 7.5, 0.5, dtype=np.float32)[None]
+    one = np.float32(1)
+    found = interpret(quantize_tokens, x, one, one, np.float32(15))
+    np.testing.assert_array_equal(found.codes, np.round(x))
+    np.testing.assert_array_equal(found.scale, 1)
+
+
 def test_a_nan_reaches_the_scale(interpret):
     x = np.ones((2, 300), np.float32)
     x[1, 7] = np.nan
