@@ -64,11 +64,15 @@ def call_of(
         raise ValueError(f"{shapes}; expected one type: cast them to the model's")
     logits = (batch, heads, tokens, key.shape[1])
     for name, x in (("bias", bias), ("mask", mask)):
-        if x is not None and (x.ndim != 4 or jnp.broadcast_shapes(x.shape, logits) != logits):
+        if x is not None and not _broadcasts(x.shape, logits):
             raise ValueError(f"{name} {x.shape} does not broadcast to {logits}: give it four axes")
     return AttentionCall(
         batch, tokens, key.shape[1], heads, dim, query.dtype, bias is not None, mask is not None
     )
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return len(shape) == len(to) and all(n in (1, m) for n, m in zip(shape, to, strict=True))
 
 
 def refuse_bias_and_mask(call: AttentionCall) -> None:
