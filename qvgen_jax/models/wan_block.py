@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qvgen_jax.models.attention import attention
+from kernels.attention import attention
 from qvgen_jax.models.layers import FeedForward, LayerNorm, RMSNorm, layer_norm
 from qvgen_jax.models.rope import rotate
 from qvgen_jax.quant.dense import QuantContext

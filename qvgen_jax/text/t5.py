@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kernels.attention import attention
 from qvgen_jax.config_fields import Positive, Range, check_fields, refusal
 from qvgen_jax.errors import UserError
 from qvgen_jax.layer_scan import layer_scan
-from qvgen_jax.models.attention import attention
 from qvgen_jax.models.layers import RMSNorm
 from qvgen_jax.quant.dense import Dense
 from qvgen_jax.text.int8 import Int8Dense, Int8Embedding

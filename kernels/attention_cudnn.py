@@ -1,0 +1,49 @@
+"""Attention by cuDNN's fused kernel, on NVIDIA GPUs from Ampere on."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.attention_call import AttentionCall, call_of, refuse_bias_and_mask
+
+_WIDEST = 128  # Of Ampere and Ada; Hopper's goes to 256, which no model here has.
+
+
+def check(call: AttentionCall) -> None:
+    """Odd lengths are taken.
+
+    Raises:
+        NotImplementedError: not in 16 bits, a bias or a mask (a bias with a gradient would need
+            even lengths, and text, which has one, is short), or a head_dim it has no kernel for.
+    """
+    if call.dtype not in (jnp.bfloat16, jnp.float16):
+        name = jnp.dtype(call.dtype).name
+        raise NotImplementedError(f"it has no {name}; expected bfloat16 or float16")
+    refuse_bias_and_mask(call)
+    if call.head_dim % 8 or call.head_dim > _WIDEST:
+        raise NotImplementedError(
+            f"head_dim is {call.head_dim}; expected a multiple of 8, at most {_WIDEST}"
+        )
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """`kernels.attention.attention` in one kernel forward and one backward.
+
+    It never writes the tokens x keys logits: 50 GB a layer at 480p without it. Batch and heads may
+    be sharded.
+
+    Raises:
+        NotImplementedError: see `check`; or there is no cuDNN.
+    """
+    check(call_of(query, key, value, bias, mask))
+    try:
+        return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn")
+    except RuntimeError as error:  # JAX's word for a missing library.
+        raise NotImplementedError(str(error)) from error
