@@ -100,9 +100,14 @@ def _check(name: str, product: Product, chip: Chip) -> None:
     if name not in candidates(chip):
         takes = ", ".join(candidates(chip))
         raise NotImplementedError(f"it has no kernel for {chip.name}, which has {takes}")
+    check_rows(product)
+    module_of(name).check(product)
+
+
+def check_rows(product: Product) -> None:
+    """Raises NotImplementedError for fewer rows than a kernel of tiles is for."""
     if product.rows is not None and product.rows < _FEW_ROWS:
         raise NotImplementedError(f"{product.rows} rows are fewer than {_FEW_ROWS}")
-    module_of(name).check(product)
 
 
 def _why(name: str, chip: Chip) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from kernels.chips import CHIPS, Chip, chip_of, named
 from kernels.choose import BACKENDS, Choice, choose
@@ -113,6 +114,7 @@ def describe(config: Mapping[str, Any], chip: Chip, asked: str) -> str:
     """The whole answer for a run's config."""
     # The only place in kernels/ that knows models: this is a command, like main.py.
     from kernels.attention import choose_attention
+    from kernels.attention_call import AttentionCall
     from qvgen_jax.models.linears import attended, linears, video_tokens
     from qvgen_jax.models.published import transformer_config
     from qvgen_jax.training.student import quant_config
@@ -131,9 +133,10 @@ def describe(config: Mapping[str, Any], chip: Chip, asked: str) -> str:
     seconds = operations / (chip.bf16 * 1e12) if chip.bf16 else None
     lines = [f"{config['model']}, {tokens} tokens of video, on {chip.name}", table(rows)]
     for queries, keys in pairs:
-        shape = (1, queries, model.num_attention_heads, model.attention_head_dim)
-        name, reason = choose_attention(chip.platform, shape, (1, keys, *shape[2:]), "bfloat16")
-        lines.append(f"attention of {queries} to {keys}: {name} ({reason})")
+        heads, width = model.num_attention_heads, model.attention_head_dim
+        call = AttentionCall(1, queries, keys, heads, width, jnp.dtype(jnp.bfloat16))
+        name, reason = choose_attention(chip.platform, call)
+        lines.append(f"attention of {queries} tokens to {keys}: {name} ({reason})")
     return "\n".join([*lines, ceiling(rows, seconds)])
 
 

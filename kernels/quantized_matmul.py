@@ -1,15 +1,19 @@
 """The product of quantized tokens and quantized weights: one call, whatever the chip."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from kernels import xla
-from kernels.choose import module_of, say_once
+from kernels import triton_quantize, xla
+from kernels.choose import check_rows, module_of, say_once
 from kernels.low_rank import LowRank, low_rank_matmul
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens, quantize_tokens
+
+GPU_BACKENDS = ("hopper", "triton")
+"""Backends whose tokens the Triton quantizers make."""
 
 
 def quantized_matmul(
@@ -46,16 +50,19 @@ def quantized_matmul(
     Raises:
         ValueError: an unknown backend, layout or product_dtype.
     """
-    inner_dtype = out_dtype if low_rank is None else jnp.promote_types(out_dtype, jnp.float32)
-    product = _product(tokens.codes.shape, weight, bits, inner_dtype)
-    if _takes(backend, layout, product):
+    own_dtype = out_dtype if low_rank is None else jnp.promote_types(out_dtype, jnp.float32)
+    product = _product(tokens.codes.shape, weight, bits, own_dtype)
+
+    def device() -> jax.Array:
         flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), tokens)
-        y = module_of(backend).quantized_matmul(flat, weight, out_dtype=inner_dtype)
-        y = y.reshape(*tokens.codes.shape[:-1], product.columns)
-    else:
+        return module_of(backend).quantized_matmul(flat, weight, out_dtype=own_dtype)
+
+    y = _attempt(backend, layout, product, device)
+    if y is None:
         y = xla.quantized_matmul(
-            tokens, weight, layout=layout, product_dtype=product_dtype, out_dtype=inner_dtype
+            tokens, weight, layout=layout, product_dtype=product_dtype, out_dtype=own_dtype
         )
+    y = y.reshape(*tokens.codes.shape[:-1], product.columns)
     if low_rank is not None:
         values = dequantize_tokens(tokens).astype(out_dtype)
         y = (y + low_rank_matmul(values, low_rank).astype(y.dtype)).astype(out_dtype)
@@ -90,29 +97,32 @@ def quantize_and_matmul(
     """
     product = _product(x.shape, weight, bits, out_dtype)
     module = module_of(backend)
-    wide = jnp.dtype(range_dtype) == jnp.float32
-    if hasattr(module, "quantize_and_matmul") and wide and _takes(backend, layout, product):
-        rows = [_per_row(clip, x) for clip in (lower, upper)]
-        y = module.quantize_and_matmul(
-            x.reshape(-1, x.shape[-1]),
-            *rows,
-            levels,
-            weight,
-            include_zero=include_zero,
-            clip_ratio=clip_ratio,
-            bits=bits,
-            out_dtype=out_dtype,
-        )
-        return y.reshape(*x.shape[:-1], product.columns)
-    tokens = quantize_tokens(
+    if hasattr(module, "quantize_and_matmul") and jnp.dtype(range_dtype) == jnp.float32:
+
+        def device() -> jax.Array:
+            return module.quantize_and_matmul(
+                x.reshape(-1, x.shape[-1]),
+                _per_row(lower, x),
+                _per_row(upper, x),
+                levels,
+                weight,
+                include_zero=include_zero,
+                clip_ratio=clip_ratio,
+                out_dtype=out_dtype,
+            )
+
+        y = _attempt(backend, layout, product, device)
+        if y is not None:
+            return y.reshape(*x.shape[:-1], product.columns)
+    tokens = quantize_for(
+        backend,
         x,
-        lower,
-        upper,
+        [(lower, upper)],
         levels,
         include_zero=include_zero,
         clip_ratio=clip_ratio,
         range_dtype=range_dtype,
-    )
+    )[0]
     return quantized_matmul(
         tokens,
         weight,
@@ -122,6 +132,39 @@ def quantize_and_matmul(
         product_dtype=product_dtype,
         out_dtype=out_dtype,
     )
+
+
+def quantize_for(
+    backend: str,
+    x: jax.Array,
+    clips: Sequence[tuple[jax.Array, jax.Array]],
+    levels: jax.Array,
+    *,
+    include_zero: bool = True,
+    clip_ratio: float = 1.0,
+    range_dtype: jnp.dtype = jnp.float32,
+) -> list[QuantizedTokens]:
+    """The same tokens once for each of some linears; on a GPU from one read of them.
+
+    Args:
+        backend: of the products that they are for.
+        x: `[batch, ..., in]`.
+        clips: the multipliers (lower, upper) of each linear, see `quantize_tokens`.
+
+    The others are as in `quantize_tokens`.
+    """
+    ranges = {"include_zero": include_zero, "clip_ratio": clip_ratio}
+    if backend in GPU_BACKENDS and jnp.dtype(range_dtype) == jnp.float32:
+        flat = x.reshape(-1, x.shape[-1])
+        rows = [triton_quantize.Clip(*(_per_row(clip, x) for clip in pair)) for pair in clips]
+        try:
+            found = triton_quantize.quantize_several(flat, rows, levels, **ranges)
+            return [
+                jax.tree.map(lambda y: y.reshape(*x.shape[:-1], -1), tokens) for tokens in found
+            ]
+        except NotImplementedError as reason:
+            say_once(f"XLA quantizes tokens of {x.shape[-1]}: {reason}")
+    return [quantize_tokens(x, *pair, levels, **ranges, range_dtype=range_dtype) for pair in clips]
 
 
 def _product(shape: tuple, weight: Weight, bits: tuple, out_dtype: jnp.dtype) -> Product:
@@ -134,17 +177,21 @@ def _per_row(clip: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.broadcast_to(clip, (*x.shape[:-1], 1)).reshape(-1, 1)
 
 
-def _takes(backend: str, layout: str, product: Product) -> bool:
+def _attempt(
+    backend: str, layout: str, product: Product, device: Callable[[], jax.Array]
+) -> jax.Array | None:
+    """What `device` gives; None where XLA has to, which is said once with the reason."""
     module = module_of(backend)
     if module is xla:
-        return False
+        return None
     try:
+        check_rows(product)
         module.check(product)
         if layout != module.layout(product):
             raise NotImplementedError(
                 f"it wants codes in layout {module.layout(product)!r}, not {layout!r}"
             )
+        return device()
     except NotImplementedError as reason:
         say_once(f"{backend} does not take {product}: {reason}; XLA does")
-        return False
-    return True
+        return None

@@ -102,9 +102,29 @@ def quantize_tokens(
         NotImplementedError: no triton, no jax-triton, no CUDA device from Ampere on, another dtype
             or too long a token; the message says which.
     """
-    constants = quantizer_constants(x.shape[1], include_zero=include_zero, clip_ratio=clip_ratio)
-    clips = [Clip(lower, upper)]
-    return _run(x, clips, levels, {}, constants, interpret=interpret, capability=capability)[0]
+    ranges = {"include_zero": include_zero, "clip_ratio": clip_ratio}
+    clips, how = [Clip(lower, upper)], {"interpret": interpret, "capability": capability}
+    return quantize_several(x, clips, levels, **ranges, **how)[0]
+
+
+def quantize_several(
+    x: jax.Array,
+    clips: Sequence[Clip],
+    levels: jax.Array,
+    *,
+    include_zero: bool = True,
+    clip_ratio: float = 1.0,
+    interpret: bool = False,
+    capability: int | None = None,
+) -> list[QuantizedTokens]:
+    """`quantize_tokens` once for each of up to three clips, from one read of `x`.
+
+    What q, k and v need: they see the same tokens through clips of their own.
+    """
+    constants = quantizer_constants(
+        x.shape[1], count=len(clips), include_zero=include_zero, clip_ratio=clip_ratio
+    )
+    return _run(x, clips, levels, {}, constants, interpret=interpret, capability=capability)
 
 
 def quantize_normalized(

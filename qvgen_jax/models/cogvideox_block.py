@@ -9,7 +9,7 @@ from flax import nnx
 from kernels.attention import attention
 from qvgen_jax.models.layers import FeedForward, LayerNorm
 from qvgen_jax.models.rope import rotate
-from qvgen_jax.quant.dense import QuantContext
+from qvgen_jax.quant.dense import QuantContext, apply_each
 
 
 class ModulatedNorm(nnx.Module):
@@ -68,9 +68,8 @@ class JointAttention(nnx.Module):
         self, x: jax.Array, ctx: QuantContext, rotary: tuple[jax.Array, jax.Array] | None
     ) -> jax.Array:
         """`x [batch, tokens, dim]` looks at itself; `rotary` has a row for each of its tokens."""
-        q = self.norm_q(self._split(self.to_q(x, ctx)))
-        k = self.norm_k(self._split(self.to_k(x, ctx)))
-        v = self._split(self.to_v(x, ctx))
+        q, k, v = apply_each((self.to_q, self.to_k, self.to_v), x, ctx)
+        q, k, v = self.norm_q(self._split(q)), self.norm_k(self._split(k)), self._split(v)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         y = attention(q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype))

@@ -9,7 +9,7 @@ from flax import nnx
 from kernels.attention import attention
 from qvgen_jax.models.layers import FeedForward, LayerNorm, RMSNorm, layer_norm
 from qvgen_jax.models.rope import rotate
-from qvgen_jax.quant.dense import QuantContext
+from qvgen_jax.quant.dense import QuantContext, apply_each
 
 
 class WanAttention(nnx.Module):
@@ -44,9 +44,12 @@ class WanAttention(nnx.Module):
         rotary: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         """`x [batch, tokens, dim]` looks at `context [batch, keys, dim]`."""
-        q = self._split(self.norm_q(self.to_q(x, ctx)))
-        k = self._split(self.norm_k(self.to_k(context, ctx)))
-        v = self._split(self.to_v(context, ctx))
+        if context is x:
+            q, k, v = apply_each((self.to_q, self.to_k, self.to_v), x, ctx)
+        else:
+            q = self.to_q(x, ctx)
+            k, v = apply_each((self.to_k, self.to_v), context, ctx)
+        q, k, v = self._split(self.norm_q(q)), self._split(self.norm_k(k)), self._split(v)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         y = attention(q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype))

@@ -18,6 +18,7 @@ from qvgen_jax.quant.dense import (
     PackedDense,
     QuantContext,
     QuantDense,
+    apply_each,
     branch_in_weights,
     dense_factory,
 )
@@ -300,3 +301,34 @@ def test_the_branch_in_weight_space_is_the_branch_in_token_space():
     ):
         # float32 products in another order.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
+
+
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+def test_a_gpu_s_layers_compute_the_same_bits_where_there_is_no_gpu(backend):
+    config = QuantConfig(rank=0)
+    x, ctx = jax.random.normal(jax.random.key(3), (2, 11, IN)), QuantContext(INDEX)
+    layers, expected = [], []
+    for key in range(3):
+        layer, levels = quantized_layer(config, key)
+        expected.append(nnx.merge(definition(config), layer, levels)(x, ctx))
+        graph = nnx.split(
+            nnx.eval_shape(
+                lambda: PackedDense(
+                    "a",
+                    IN,
+                    OUT,
+                    config=config,
+                    key=jax.random.key(0),
+                    backend=backend,
+                    chip=CHIPS["h100"],
+                )
+            ),
+            nnx.Param,
+            Levels,
+        )[0]
+        layout = layout_for(backend, Product(None, IN, OUT), CHIPS["h100"])
+        packed = unpack_layer(pack_layer(layer, 4), 4, IN, layout)
+        layers.append(nnx.merge(graph, packed, levels))
+    assert {layer.backend for layer in layers} == {backend}
+    for found, wanted in zip(apply_each(layers, x, ctx), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
