@@ -14,7 +14,10 @@ VMEM = {name: mib * 2**20 for name, mib in (("v5e", 128), ("v5p", 64), ("v6e", 1
 """Bytes of a core's vector memory."""
 
 # From large to small: the first that fits is taken.
-_CAPS = ((1024, 1536), (1024, 1024), (512, 1024), (512, 512), (256, 512), (128, 256), (64, 128))
+_CAPS = (
+    *((1024, 1536), (1024, 1024), (512, 1024), (512, 512), (512, 256)),
+    *((256, 512), (256, 256), (128, 256), (64, 128)),
+)
 # What a block more costs, in rows or columns: some hundred cycles of every step of the grid.
 _STEP = 32
 # Products in the unrolled body of the inner loop: more hides the end of one slice behind the start
