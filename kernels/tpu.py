@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.chips import Chip, chip_of
 from kernels.operands import Product, Weight
-from kernels.quantize_tokens import QuantizedTokens, token_range
+from kernels.quantize_tokens import QuantizedTokens
 from kernels.reference import signed_offset
 from kernels.tpu_tiles import LANES, STRIP, VMEM, Tile, round_up, tiles
 
@@ -30,6 +30,7 @@ _ACCUMULATE = {
 }
 _EXACT_IN_FLOAT32 = 2**24
 _ROUND = 1.5 * 2**23
+_SMALLEST_SCALE = 1e-9  # Of `quantize_tokens`.
 
 
 def layout(product: Product) -> str:
@@ -172,22 +173,24 @@ def quantize_and_matmul(
     padded = round_up(inner, LANES)
     # A repeated end moves neither minimum nor maximum; what it adds to the row sum is taken off.
     x = jnp.pad(x, ((0, 0), (0, padded - inner)), mode="edge")
+    clips = [jnp.broadcast_to(clip, (rows, 1)).astype(jnp.float32) for clip in (lower, upper)]
+    levels = jnp.asarray(levels, jnp.float32)
     # The shift is data: XLA would cancel a constant that is added and taken off again.
-    ranges = (lower, upper, levels, jnp.float32(_ROUND))
-    ranges = [jnp.broadcast_to(a, (rows, 1)).astype(jnp.float32) for a in ranges]
+    scalars = jnp.stack([levels, 1 / levels, jnp.float32(_ROUND)])
     quantize = partial(
         _quantize_strip, include_zero=include_zero, clip_ratio=clip_ratio, padding=padded - inner
     )
     finish = _finish(product, weight)
     return _call(
         partial(_fused_kernel, quantize=quantize, finish=finish, tile=tile, dtype=dtype),
-        [(x, padded), (jnp.concatenate(ranges, axis=1), 4)],
+        [(x, padded), (jnp.concatenate(clips, axis=1), 2)],
         [pltpu.VMEM((tile.rows, padded), dtype), pltpu.VMEM((tile.rows, 3), jnp.float32)],
         weight,
         product,
         tile,
         chip,
         interpret,
+        [scalars],
     )
 
 
@@ -205,7 +208,7 @@ def _target(
     return chip, jnp.dtype(dtype)
 
 
-def _call(kernel, by_row, scratch, weight, product, tile, chip, interpret) -> jax.Array:
+def _call(kernel, by_row, scratch, weight, product, tile, chip, interpret, scalars=()) -> jax.Array:
     """The grid: blocks of rows, and for each all blocks of columns, one after the other."""
     padded = by_row[0][1]
     codes = jnp.pad(weight.codes, ((0, padded - product.inner), (0, 0)))
@@ -220,6 +223,7 @@ def _call(kernel, by_row, scratch, weight, product, tile, chip, interpret) -> ja
             *(pl.BlockSpec((tile.rows, width), lambda i, j: (i, 0)) for _, width in by_row),
             pl.BlockSpec((padded, columns), lambda i, j: (0, j)),
             pl.BlockSpec((4, columns), lambda i, j: (0, j)),
+            *(pl.BlockSpec(memory_space=pltpu.SMEM) for _ in scalars),
         ],
         out_specs=pl.BlockSpec((tile.rows, columns), lambda i, j: (i, j)),
         out_shape=jax.ShapeDtypeStruct((product.rows, product.columns), product.out_dtype),
@@ -230,7 +234,7 @@ def _call(kernel, by_row, scratch, weight, product, tile, chip, interpret) -> ja
         ),
         interpret=interpret,
         name="quantize_and_matmul" if scratch else "quantized_matmul",
-    )(*(array for array, _ in by_row), codes, channels)
+    )(*(array for array, _ in by_row), codes, channels, *scalars)
 
 
 def _matmul_kernel(codes_ref, statistics_ref, weight_ref, channels_ref, out_ref, **how) -> None:
@@ -238,8 +242,8 @@ def _matmul_kernel(codes_ref, statistics_ref, weight_ref, channels_ref, out_ref,
 
 
 def _fused_kernel(
-    x_ref, ranges_ref, weight_ref, channels_ref, out_ref, codes_ref, statistics_ref, *, quantize,
-    **how,
+    x_ref, clips_ref, weight_ref, channels_ref, scalars_ref, out_ref, codes_ref, statistics_ref, *,
+    quantize, **how,
 ) -> None:  # fmt: skip
     @pl.when(pl.program_id(1) == 0)
     def _():
@@ -247,26 +251,36 @@ def _fused_kernel(
         @pl.loop(0, codes_ref.shape[0], step=STRIP)
         def _(start):
             rows = pl.ds(pl.multiple_of(start, STRIP), STRIP)
-            codes, statistics = quantize(x_ref[rows, :], ranges_ref[rows, :])
+            scalars = [scalars_ref[n] for n in range(3)]
+            codes, statistics = quantize(x_ref[rows, :], clips_ref[rows, :], *scalars)
             codes_ref[rows, :] = codes.astype(codes_ref.dtype)
             statistics_ref[rows, :] = statistics
 
     _multiply(codes_ref, statistics_ref[...], weight_ref, channels_ref, out_ref, **how)
 
 
-def _quantize_strip(x, ranges, *, include_zero, clip_ratio, padding):
+def _quantize_strip(
+    x, clips, levels, inverse, shift, *, include_zero, clip_ratio, padding
+) -> tuple[jax.Array, jax.Array]:
     """Codes of `x [strip, in]`, and `[strip, 3]`: scale, zero point and row sum."""
-    lower, upper, levels, shift = (ranges[:, n : n + 1] for n in range(4))
     x = x.astype(jnp.float32)
-    scale, zero_point = token_range(
-        x, lower, upper, levels, include_zero=include_zero, clip_ratio=clip_ratio
-    )
+    # As `token_range`, but for its division by the scalar `levels`, of which XLA makes a product
+    # with the inverse and Pallas does not.
+    low, high = jnp.min(x, axis=1, keepdims=True), jnp.max(x, axis=1, keepdims=True)
+    if include_zero:
+        low, high = jnp.where(low > 0, 0, low), jnp.where(high < 0, 0, high)
+    if clip_ratio != 1.0:
+        low, high = low * clip_ratio, high * clip_ratio
+    low, high = clips[:, :1] * low, clips[:, 1:] * high
+    scale = (high - low) * inverse
+    scale = jnp.where(scale < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)
+    zero_point = jnp.clip(-jnp.round(low / scale), 0, levels)
     offset = signed_offset(levels)
     zero_point = zero_point - offset
-    # Half to even, as jnp.round, in 2 instructions instead of 12. Beyond 2^22 it is not, but there
-    # both end at the same limit of the clip.
-    rounded = (x / scale + shift) - shift
-    codes = jnp.clip(rounded + zero_point, -offset, levels - offset)
+    # Half to even, as jnp.round, in 2 instructions instead of 12. The clip comes first, which
+    # changes nothing as its ends are integers, and keeps division and addition from being fused.
+    clipped = jnp.clip(x / scale, -offset - zero_point, levels - offset - zero_point)
+    codes = (clipped + shift) - (shift - zero_point)
     row_sum = jnp.sum(codes, axis=1, keepdims=True) - padding * codes[:, -1:]
     return codes, jnp.concatenate([scale, zero_point, row_sum], axis=1)
 
