@@ -29,7 +29,7 @@ SHAPES = (
     ("CogVideoX-2B ffn down", 17776, 7680, 1920),
 )
 
-_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s+(>*)\s*\{")
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s+(>*)\s*\{(\})?")
 _LIMIT = re.compile(r"scmp\.ge\.s32\.totalorder %s\w+, (\d+) /\* loop exit test")
 _PIPELINE = re.compile(r"^iteration_bounds: \(([\d, ]+)\)")
 _OPCODE = re.compile(r"\bvmatmul\.(?:mubr\.)?(\w+)")
@@ -85,7 +85,9 @@ def count(schedule: str) -> Slots:
     loops = list(stack)
     for line in schedule.splitlines():
         if bundle := _BUNDLE.match(line):
-            label, depth = bundle[1], len(bundle[2])
+            label, depth, empty = bundle[1], len(bundle[2]), bundle[3]
+            # An empty bundle is not marked with the loops that it is in.
+            depth = len(stack) - 1 if empty else depth
             del stack[depth + (label != "LB") :]
             if label == "LB":
                 stack.append(_Loop(stack[-1]))
