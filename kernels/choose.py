@@ -101,7 +101,7 @@ def _check(name: str, product: Product, chip: Chip) -> None:
         takes = ", ".join(candidates(chip))
         raise NotImplementedError(f"it has no kernel for {chip.name}, which has {takes}")
     check_rows(product)
-    module_of(name).check(product)
+    module_of(name).check(product, chip)
 
 
 def check_rows(product: Product) -> None:

@@ -6,6 +6,7 @@ Hopper has no int4 unit: fewer than 8 bits save memory here, not time.
 import jax
 import jax.numpy as jnp
 
+from kernels.chips import Chip
 from kernels.hopper_kernel import Plan, build
 from kernels.hopper_tiles import Tile, slab_columns, tiles
 from kernels.operands import Product, Weight
@@ -23,8 +24,12 @@ def layout(product: Product) -> str:
     return "columns"
 
 
-def check(product: Product) -> None:
-    """Raises NotImplementedError for a product that this backend does not take."""
+def check(product: Product, chip: Chip | None = None) -> None:
+    """Raises NotImplementedError for a product that this backend does not take.
+
+    Every Hopper takes the same: the chip makes no difference.
+    """
+    del chip
     if not (2 <= product.weight_bits <= 8 and 2 <= product.act_bits <= 8):
         raise NotImplementedError(f"{product}: s8 wgmma holds codes of 2 to 8 bits")
     if jnp.dtype(product.out_dtype) not in (jnp.bfloat16, jnp.float32):
@@ -39,6 +44,7 @@ def quantized_matmul(
     tokens: QuantizedTokens,
     weight: Weight,
     *,
+    bits: tuple[int, int] = (8, 8),
     out_dtype: jnp.dtype,
     interpret: bool = False,
     tile: Tile | None = None,
@@ -54,6 +60,7 @@ def quantized_matmul(
         tokens: codes int8 `[M, K]`, the statistics float32 `[M, 1]`.
         weight: codes int4 or int8 `[N, K]`; int4 is widened by XLA first, which costs 0.4 to
             1.7 % of the product (read once, written once).
+        bits: of weights and activations; all of them go through int8.
         out_dtype: bfloat16 or float32.
         interpret: run on the CPU in Pallas' simulator of a GPU, which needs jax >= 0.11.
         tile: of `kernels.hopper_tiles`; None takes the one from the table.
@@ -65,7 +72,7 @@ def quantized_matmul(
         NotImplementedError: what `check` refuses, or interpret on an older jax.
     """
     (rows, inner), columns = tokens.codes.shape, weight.codes.shape[0]
-    product = Product(rows, inner, columns, out_dtype=out_dtype)
+    product = Product(rows, inner, columns, *bits, out_dtype)
     check(product)
     column_step = slab_columns(out_dtype)
     codes = _pad(tokens.codes, (_PIECE_ROWS, _PIECE_BYTES))

@@ -55,7 +55,7 @@ def quantized_matmul(
 
     def device() -> jax.Array:
         flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), tokens)
-        return module_of(backend).quantized_matmul(flat, weight, out_dtype=own_dtype)
+        return module_of(backend).quantized_matmul(flat, weight, bits=bits, out_dtype=own_dtype)
 
     y = _attempt(backend, layout, product, device)
     if y is None:
@@ -108,6 +108,7 @@ def quantize_and_matmul(
                 weight,
                 include_zero=include_zero,
                 clip_ratio=clip_ratio,
+                bits=bits,
                 out_dtype=out_dtype,
             )
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.chips import Chip
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens
 from kernels.triton_launch import compute_capability, launch, triton_module
@@ -77,12 +78,13 @@ def tile_for(capability: int, product: Product, rank: int = 0) -> Tile:
     return tile if divides else tile._replace(inner=64)
 
 
-def check(product: Product) -> None:
-    """Whether the program computes this product.
+def check(product: Product, chip: Chip | None = None) -> None:
+    """Whether the program computes this product; every chip from Ampere on takes the same.
 
     Raises:
         NotImplementedError: with the reason.
     """
+    del chip
     if not 2 <= product.weight_bits <= 8 or not 2 <= product.act_bits <= 8:
         raise NotImplementedError(f"{product}: the Triton program takes 2 to 8 bits")
     if product.inner > _LARGEST_INNER:
@@ -118,6 +120,7 @@ def quantized_matmul(
     tokens: QuantizedTokens,
     weight: Weight,
     *,
+    bits: tuple[int, int] | None = None,
     out_dtype: jnp.dtype,
     interpret: bool = False,
     tile: Tile | None = None,
@@ -132,6 +135,7 @@ def quantized_matmul(
         tokens: codes int8 `[M, K]`, statistics float32 `[M, 1]`.
         weight: codes int8 `[N, ceil(K / 2)]` for up to 4 bits, `[N, K]` for more: which of them is
             seen from the shape. K = 1 has the same shape in both and is taken for halved.
+        bits: of weights and activations; the shape of the codes tells as much if None.
         out_dtype: bfloat16 or float32.
         interpret: run in Triton's interpreter, which needs TRITON_INTERPRET=1 in the environment.
         tile: in place of the table's.
@@ -147,8 +151,8 @@ def quantized_matmul(
             that `check` refuses; the message says which.
     """
     (rows, inner), columns = tokens.codes.shape, weight.codes.shape[0]
-    bits = 4 if weight.codes.shape[1] == -(-inner // 2) else 8
-    product = Product(rows, inner, columns, bits, out_dtype=out_dtype)
+    bits = bits or (4 if weight.codes.shape[1] == -(-inner // 2) else 8, 8)
+    product = Product(rows, inner, columns, *bits, out_dtype)
     check(product)
     if weight.codes.dtype != jnp.int8:
         raise NotImplementedError(
@@ -173,7 +177,7 @@ def quantized_matmul(
     arguments = [
         _with_aligned_halves(tokens.codes, half),
         *(statistic.reshape(rows).astype(jnp.float32) for statistic in tokens[1:]),
-        _with_aligned_halves(weight.codes, half, halved=bits <= 4),
+        _with_aligned_halves(weight.codes, half, halved=bits[0] <= 4),
         weight.scale,
         absent if weight.zero_point is None else weight.zero_point,
         weight.code_sum,

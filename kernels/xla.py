@@ -7,6 +7,7 @@ through int8, for which all of them have a dot.
 import jax
 import jax.numpy as jnp
 
+from kernels.chips import Chip
 from kernels.layouts import halves, unlay
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens
@@ -25,9 +26,9 @@ def layout(product: Product, platform: str) -> str:
     return "rows_halved" if platform == "cpu" and product.weight_bits <= 4 else "rows"
 
 
-def check(product: Product) -> None:
+def check(product: Product, chip: Chip | None = None) -> None:
     """Takes everything."""
-    del product
+    del product, chip
 
 
 def wide_dtype(product_dtype: jnp.dtype) -> jnp.dtype:
