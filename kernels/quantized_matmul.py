@@ -1,19 +1,17 @@
 """The product of quantized tokens and quantized weights: one call, whatever the chip."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from kernels import triton_quantize, xla
+from kernels import xla
 from kernels.choose import check_rows, module_of, say_once
+from kernels.fused_quantize import per_row, quantize_several
 from kernels.low_rank import LowRank, low_rank_matmul
 from kernels.operands import Product, Weight
-from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens, quantize_tokens
-
-GPU_BACKENDS = ("hopper", "triton")
-"""Backends whose tokens the Triton quantizers make."""
+from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens
 
 
 def quantized_matmul(
@@ -102,8 +100,8 @@ def quantize_and_matmul(
         def device() -> jax.Array:
             return module.quantize_and_matmul(
                 x.reshape(-1, x.shape[-1]),
-                _per_row(lower, x),
-                _per_row(upper, x),
+                per_row(lower, x),
+                per_row(upper, x),
                 levels,
                 weight,
                 include_zero=include_zero,
@@ -115,11 +113,11 @@ def quantize_and_matmul(
         y = _attempt(backend, layout, product, device)
         if y is not None:
             return y.reshape(*x.shape[:-1], product.columns)
-    tokens = quantize_for(
-        backend,
+    tokens = quantize_several(
         x,
         [(lower, upper)],
         levels,
+        backend=backend,
         include_zero=include_zero,
         clip_ratio=clip_ratio,
         range_dtype=range_dtype,
@@ -135,47 +133,9 @@ def quantize_and_matmul(
     )
 
 
-def quantize_for(
-    backend: str,
-    x: jax.Array,
-    clips: Sequence[tuple[jax.Array, jax.Array]],
-    levels: jax.Array,
-    *,
-    include_zero: bool = True,
-    clip_ratio: float = 1.0,
-    range_dtype: jnp.dtype = jnp.float32,
-) -> list[QuantizedTokens]:
-    """The same tokens once for each of some linears; on a GPU from one read of them.
-
-    Args:
-        backend: of the products that they are for.
-        x: `[batch, ..., in]`.
-        clips: the multipliers (lower, upper) of each linear, see `quantize_tokens`.
-
-    The others are as in `quantize_tokens`.
-    """
-    ranges = {"include_zero": include_zero, "clip_ratio": clip_ratio}
-    if backend in GPU_BACKENDS and jnp.dtype(range_dtype) == jnp.float32:
-        flat = x.reshape(-1, x.shape[-1])
-        rows = [triton_quantize.Clip(*(_per_row(clip, x) for clip in pair)) for pair in clips]
-        try:
-            found = triton_quantize.quantize_several(flat, rows, levels, **ranges)
-            return [
-                jax.tree.map(lambda y: y.reshape(*x.shape[:-1], -1), tokens) for tokens in found
-            ]
-        except NotImplementedError as reason:
-            say_once(f"XLA quantizes tokens of {x.shape[-1]}: {reason}")
-    return [quantize_tokens(x, *pair, levels, **ranges, range_dtype=range_dtype) for pair in clips]
-
-
 def _product(shape: tuple, weight: Weight, bits: tuple, out_dtype: jnp.dtype) -> Product:
     rows, columns = math.prod(shape[:-1]), weight.scale.shape[-1]
     return Product(rows, shape[-1], columns, *bits, jnp.dtype(out_dtype))
-
-
-def _per_row(clip: jax.Array, x: jax.Array) -> jax.Array:
-    """A clip multiplier, broadcastable to `[batch, ..., 1]`, as `[rows, 1]`."""
-    return jnp.broadcast_to(clip, (*x.shape[:-1], 1)).reshape(-1, 1)
 
 
 def _attempt(

@@ -9,7 +9,8 @@ from flax import nnx
 from kernels.attention import attention
 from qvgen_jax.models.layers import FeedForward, LayerNorm
 from qvgen_jax.models.rope import rotate
-from qvgen_jax.quant.dense import QuantContext, apply_each
+from qvgen_jax.quant.apply import apply_each
+from qvgen_jax.quant.dense import QuantContext
 
 
 class ModulatedNorm(nnx.Module):

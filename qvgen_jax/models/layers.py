@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from kernels.low_rank import rows_matmul
+from qvgen_jax.quant.apply import apply_to_gelu
 from qvgen_jax.quant.dense import QuantContext
 
 
@@ -93,7 +94,7 @@ class FeedForward(nnx.Module):
         self.down = dense(f"{name}.down", hidden, dim, key=keys[1], dtype=dtype)
 
     def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(x, ctx), approximate=True), ctx)
+        return apply_to_gelu(self.down, self.up(x, ctx), ctx)
 
 
 def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:

@@ -1,6 +1,6 @@
 """Linear layers: full precision here, quantized beside it, behind one calling convention."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +13,7 @@ from kernels.layouts import container, laid_out_shape
 from kernels.low_rank import LowRank, low_rank_matmul, rows_matmul
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens, quantize_tokens
-from kernels.quantized_matmul import (
-    GPU_BACKENDS,
-    quantize_and_matmul,
-    quantize_for,
-    quantized_matmul,
-)
+from kernels.quantized_matmul import quantize_and_matmul, quantized_matmul
 from kernels.xla import wide_dtype
 from qvgen_jax.quant.codes_matmul import QuantizedWeight, codes_matmul, signed_zero_point
 from qvgen_jax.quant.config import QuantConfig
@@ -256,11 +251,15 @@ class PackedDense(_TokenQuantizer):
             return quantized_matmul(x, self._weight(), **how)
         return quantize_and_matmul(x, **self._clip_arguments(x, ctx), weight=self._weight(), **how)
 
+    def clip_arguments(self, x: jax.Array, ctx: QuantContext) -> dict:
+        """The arguments of `quantize_tokens` for tokens `x` that are ready."""
+        return self._clip_arguments(x, ctx)
+
     @property
-    def shares_tokens(self) -> tuple:
-        """What layers that see the same tokens must have in common to read them together."""
+    def token_form(self) -> tuple:
+        """What its tokens go through: equal for layers that can read the same ones together."""
         ranges = (self.include_zero, self.clip_ratio, self.range_dtype)
-        return (self.backend, self.bits[1], self.block, *ranges)
+        return (self.backend, self.bits[1], self.block, hasattr(self, "smooth"), *ranges)
 
     def _weight(self) -> Weight:
         given = None if self.zero_point is None else self.zero_point[...]
@@ -268,27 +267,6 @@ class PackedDense(_TokenQuantizer):
         zero_point = signed_zero_point(given, self.weight_levels[...], wide)
         bias = None if self.bias is None else self.bias[...]
         return Weight(self.codes[...], self.scale[...], zero_point, self.code_sum[...], bias)
-
-
-def apply_each(layers: Sequence[nnx.Module], x: jax.Array, ctx: QuantContext) -> list[jax.Array]:
-    """Several linears of the same tokens `x [batch, ..., in]`: q, k and v.
-
-    Packed ones on a GPU get their codes from one read of x. Everywhere else each quantizes for
-    itself: XLA fuses that, and a TPU does it in the product's prologue.
-    """
-    first = layers[0]
-    together = all(isinstance(layer, PackedDense) for layer in layers) and (
-        len({layer.shares_tokens for layer in layers}) == 1
-        and first.backend in GPU_BACKENDS
-        and not any(hasattr(layer, "smooth") for layer in layers)
-    )
-    if not together:
-        return [layer(x, ctx) for layer in layers]
-    x = rotate(x, first.block)
-    arguments = [layer._clip_arguments(x, ctx) for layer in layers]
-    clips = [(each.pop("lower"), each.pop("upper")) for each in arguments]
-    tokens = quantize_for(first.backend, x, clips, **arguments[0])
-    return [layer(each, ctx) for layer, each in zip(layers, tokens, strict=True)]
 
 
 def dense_factory(config: QuantConfig, form: str, **packed: Any) -> Callable[..., nnx.Module]:

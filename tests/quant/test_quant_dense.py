@@ -11,6 +11,7 @@ from kernels.choose import layout_of as layout_for
 from kernels.low_rank import LowRank, low_rank_matmul
 from kernels.operands import Product
 from kernels.quantize_tokens import dequantize_tokens, quantize_tokens
+from qvgen_jax.quant.apply import apply_each, apply_to_gelu
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import (
     Dense,
@@ -18,7 +19,6 @@ from qvgen_jax.quant.dense import (
     PackedDense,
     QuantContext,
     QuantDense,
-    apply_each,
     branch_in_weights,
     dense_factory,
 )
@@ -332,3 +332,5 @@ def test_a_gpu_s_layers_compute_the_same_bits_where_there_is_no_gpu(backend):
     assert {layer.backend for layer in layers} == {backend}
     for found, wanted in zip(apply_each(layers, x, ctx), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
+    behind = layers[0](jax.nn.gelu(x, approximate=True), ctx)
+    np.testing.assert_array_equal(apply_to_gelu(layers[0], x, ctx), behind)

@@ -1,0 +1,138 @@
+"""Tokens quantized where they are made: for several linears, behind a norm, behind a GELU.
+
+On a GPU each is one kernel that reads its tokens once. Elsewhere, and where that kernel does not
+take a call, they are what stands here: XLA fuses it as far as it can.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kernels import triton_quantize
+from kernels.choose import say_once
+from kernels.quantize_tokens import QuantizedTokens, quantize_tokens
+
+GPU_BACKENDS = ("hopper", "triton")
+"""Backends of products whose tokens the Triton quantizers make."""
+
+Clips = Sequence[tuple[jax.Array, jax.Array]]
+"""Of each linear that reads the tokens: its multipliers of minimum and maximum."""
+
+
+def quantize_several(
+    x: jax.Array, clips: Clips, levels: jax.Array, *, backend: str = "xla", **ranges
+) -> list[QuantizedTokens]:
+    """The same tokens once for each of up to three linears: q, k and v have clips of their own.
+
+    Args:
+        x: `[batch, ..., in]`.
+        clips: of each linear.
+        levels: `[]`, 2^bits - 1.
+        backend: of the products that they are for.
+        ranges: `include_zero`, `clip_ratio` and `range_dtype` of `quantize_tokens`.
+    """
+    return _front(x, clips, levels, backend, ranges, triton_quantize.quantize_several, lambda: x)
+
+
+def quantize_normalized(
+    x: jax.Array,
+    clips: Clips,
+    levels: jax.Array,
+    *,
+    eps: float,
+    weight: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    scale: jax.Array | None = None,
+    shift: jax.Array | None = None,
+    dtype: jnp.dtype | None = None,
+    backend: str = "xla",
+    **ranges,
+) -> list[QuantizedTokens]:
+    """Codes of `(layer_norm(x) * weight + bias) * (1 + scale) + shift`, one set for each clip.
+
+    Args:
+        x: `[batch, tokens, in]`.
+        clips, levels, backend, ranges: see `quantize_several`.
+        eps: of the norm, inside the root.
+        weight, bias: float32 `[in]`, both or neither.
+        scale, shift: float32 `[batch, in]`, both or neither.
+        dtype: what the norm's value is rounded to before it is quantized; x's own if None.
+    """
+    dtype = x.dtype if dtype is None else dtype
+
+    def value() -> jax.Array:
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+        if weight is not None:
+            y = y * weight + bias
+        if scale is not None:
+            y = y * (1 + scale[:, None]) + shift[:, None]
+        return y.astype(dtype)
+
+    def kernel(flat: jax.Array, *arguments, **more) -> list[QuantizedTokens]:
+        affine = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
+        rows = 0 if scale is None else x.shape[1]
+        more |= {"eps": eps, "dtype": dtype, "rows_per_batch": rows}
+        return triton_quantize.quantize_normalized(flat, *arguments, **affine, **more)
+
+    return _front(x, clips, levels, backend, ranges, kernel, value)
+
+
+def quantize_gelu(
+    x: jax.Array,
+    lower: jax.Array,
+    upper: jax.Array,
+    levels: jax.Array,
+    *,
+    backend: str = "xla",
+    **ranges,
+) -> QuantizedTokens:
+    """Codes of `gelu(x)`, the tanh approximation, computed in float32 and rounded to x's dtype.
+
+    Args:
+        x: `[batch, ..., in]`.
+        lower, upper: multipliers of minimum and maximum, see `quantize_tokens`.
+        levels, backend, ranges: see `quantize_several`.
+    """
+
+    def kernel(flat: jax.Array, clips, *arguments, **more) -> list[QuantizedTokens]:
+        return [triton_quantize.quantize_gelu(flat, *clips[0], *arguments, **more)]
+
+    return _front(x, [(lower, upper)], levels, backend, ranges, kernel, lambda: gelu(x))[0]
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The tanh approximation, computed in float32 as PyTorch's kernels do, in x's dtype."""
+    return jax.nn.gelu(x.astype(jnp.promote_types(x.dtype, jnp.float32)), approximate=True).astype(
+        x.dtype
+    )
+
+
+def per_row(clip: jax.Array, x: jax.Array) -> jax.Array:
+    """A multiplier, broadcastable to `[batch, ..., 1]` of `x [batch, ..., in]`, as `[rows, 1]`."""
+    return jnp.broadcast_to(clip, (*x.shape[:-1], 1)).reshape(-1, 1)
+
+
+def _front(
+    x: jax.Array,
+    clips: Clips,
+    levels: jax.Array,
+    backend: str,
+    ranges: dict,
+    kernel: Callable[..., list[QuantizedTokens]],
+    value: Callable[[], jax.Array],
+) -> list[QuantizedTokens]:
+    """What `kernel` makes of flat rows; of `value()` where it does not take them."""
+    kept = {key: each for key, each in ranges.items() if key != "range_dtype"}
+    wide = jnp.dtype(ranges.get("range_dtype", jnp.float32)) == jnp.float32
+    if backend in GPU_BACKENDS and wide:
+        rows = [triton_quantize.Clip(*(per_row(clip, x) for clip in pair)) for pair in clips]
+        try:
+            found = kernel(x.reshape(-1, x.shape[-1]), rows, levels, **kept)
+            return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], y.shape[-1]), found)
+        except NotImplementedError as reason:
+            say_once(f"XLA quantizes tokens of {x.shape[-1]}: {reason}")
+    made = value()
+    return [quantize_tokens(made, *pair, levels, **ranges) for pair in clips]
