@@ -25,6 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model = "zai-org/CogVideoX-2b"
     config.text_weights = "float"  # Of the text encoder: "float", or "int8", a byte each.
     config.compute_dtype = "bfloat16"
+    config.kernels = "auto"  # What multiplies the codes of an export, see kernels/choose.py.
 
     config.data = ConfigDict()
     config.data.source = ""  # Required: your videos and captions.

@@ -23,6 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model = "assets/tiny_wan"
     config.text_weights = "float"  # Of the text encoder: "float", or "int8", a byte each.
     config.compute_dtype = "float32"
+    config.kernels = "auto"  # What multiplies the codes of an export, see kernels/choose.py.
 
     config.data = ConfigDict()
     config.data.source = "data/moving_shapes_1024" if full else "assets/clips"

@@ -89,7 +89,12 @@ def compare_and_report(config: Mapping, workdir: Path, teacher: Pipeline) -> Pat
     The judge knows the tiny pipeline's world only: other models say `evaluate.videos = 0`. What
     `evaluation.drift` measures is asked for by `evaluate.held_out` and `evaluate.drift_videos`.
     """
-    student = load(workdir / "export", text_weights=config["text_weights"], free_text_encoder=True)
+    student = load(
+        workdir / "export",
+        text_weights=config["text_weights"],
+        free_text_encoder=True,
+        kernels=config["kernels"],
+    )
     if config["evaluate"]["videos"]:
         print(table(_evaluate(config, workdir, teacher, student)), flush=True)
     drift.measure(config, workdir, teacher, student)

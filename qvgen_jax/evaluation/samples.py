@@ -77,7 +77,12 @@ def generate_files(config: Mapping, workdir: Path, prompts: Sequence[str], seed:
             "(--job export), or give an empty --workdir to generate with the full-precision model"
         )
     print(f"generating with {source}", flush=True)
-    pipe = load(source, text_weights=config["text_weights"], free_text_encoder=True)
+    pipe = load(
+        source,
+        text_weights=config["text_weights"],
+        free_text_encoder=True,
+        kernels=config["kernels"],
+    )
     folder = workdir / "generated"
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

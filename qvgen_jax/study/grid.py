@@ -20,6 +20,7 @@ _FREE = (
     "data.encoded",
     "evaluate.held_out_encoded",
     "evaluate.reference",
+    "kernels",
     "sample.count",
     "train.checkpoint_every",
     "train.keep_checkpoints",

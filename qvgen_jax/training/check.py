@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from kernels.choose import BACKENDS
 from qvgen_jax.errors import UserError
 from qvgen_jax.quant.schedule import phase_steps_for
 
@@ -24,6 +25,7 @@ _OPTIONAL = {
 }
 _CHOICES = {
     "compute_dtype": ("float32", "bfloat16"),
+    "kernels": ("auto", *BACKENDS),
     "text_weights": ("float", "int8"),
     "quant.behaviour": ("default", "released"),
     "quant.branch_moments": ("reset", "rotate", "keep"),
