@@ -9,11 +9,11 @@ _WIDEST = 128  # Of Ampere and Ada; Hopper's goes to 256, which no model here ha
 
 
 def check(call: AttentionCall) -> None:
-    """Odd lengths are taken.
+    """All lengths are taken.
 
     Raises:
-        NotImplementedError: not in 16 bits, a bias or a mask (a bias with a gradient would need
-            even lengths, and text, which has one, is short), or a head_dim it has no kernel for.
+        NotImplementedError: not in 16 bits, a bias or a mask (text, which has them, is short), or
+            a head_dim it has no kernel for.
     """
     if call.dtype not in (jnp.bfloat16, jnp.float16):
         name = jnp.dtype(call.dtype).name
@@ -42,8 +42,22 @@ def attention(
     Raises:
         NotImplementedError: see `check`; or there is no cuDNN.
     """
-    check(call_of(query, key, value, bias, mask))
+    call = call_of(query, key, value, bias, mask)
+    check(call)
+
+    def even(x: jax.Array) -> jax.Array:
+        # JAX refuses gradients of odd lengths, and only once it takes them: too late to fall back.
+        return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+
+    # What masks the padding of the keys; without any, cuDNN's plain kernel runs.
+    lengths = jnp.full(call.batch, call.keys, jnp.int32) if call.keys % 2 else None
     try:
-        return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn")
+        y = jax.nn.dot_product_attention(
+            *(even(x) for x in (query, key, value)),
+            scale=scale,
+            key_value_seq_lengths=lengths,
+            implementation="cudnn",
+        )
     except RuntimeError as error:  # JAX's word for a missing library.
         raise NotImplementedError(str(error)) from error
+    return y[:, : call.tokens]

@@ -60,9 +60,10 @@ def test_one_call_to_cudnn_forward_and_one_backward_hold_no_score_matrix(device,
     program = compiled(attention_cudnn.attention, device, tokens, keys, heads, dim)
     calls = re.findall(r'custom_call_target="(__cudnn[^"]*)"', program.as_text())
     assert sorted(calls) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
-    # The softmax's float32 statistic, a number a token and head, and what aligns it. 5 MB at
-    # Wan-14B; cuDNN's own work space is not in it.
-    assert program.memory_analysis().temp_size_in_bytes < 2 * 4 * tokens * heads
+    # The softmax's float32 statistic, a number a token and head (5 MB at Wan-14B), and of odd
+    # lengths the padded copies. cuDNN's own work space is not in it.
+    copies = 8 * (tokens + keys) * heads * dim * 2 if tokens % 2 or keys % 2 else 0
+    assert program.memory_analysis().temp_size_in_bytes < 2 * 4 * tokens * heads + copies
 
 
 def test_the_chunks_hold_no_score_matrix_of_a_head_either(device):

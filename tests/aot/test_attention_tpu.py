@@ -50,15 +50,10 @@ def compiled(function, sharding, tokens, keys, heads, dim, *, batch=1, dtype=jnp
     return jax.jit(both).lower(*arguments).compile()
 
 
-def score_matrices(text, tokens, keys):
-    """Arrays in a compiled program with at least so many rows and columns, or transposed."""
-    shapes = {
-        tuple(sorted(int(n) for n in shape.split(",")))[-2:]
-        for shape in re.findall(r"(?:bf16|f32|pred)\[([\d,]+,[\d,]+)\]", text)
-    }
-    small, large = sorted((tokens, keys))
-    # The channels of all heads, too, are many: 5120 beside the tokens is no score matrix.
-    return [s for s in shapes if s[0] >= small and s[1] >= large] if small > 6000 else []
+def score_matrices(text, tokens):
+    """Arrays in a compiled program with two axes of at least so many elements."""
+    shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", text)
+    return [s for s in set(shapes) if sum(int(n) >= tokens for n in s.split(",")) > 1]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -69,11 +64,10 @@ def test_one_kernel_forward_and_two_backward_hold_no_score_matrix(chip, name):
     program = compiled(attention_splash.attention, sharding, tokens, keys, heads, dim)
     text = program.as_text()
     assert text.count(KERNEL) == 3
-    assert not score_matrices(text, tokens, keys)
-    # A dozen arrays as large as the queries, whose channels lie in rows of 128: 4.0 GB at Wan-14B,
-    # where the scores of all heads would be 172 GB; to text 2.7 GB, and then their gradients.
+    assert not score_matrices(text, tokens)
+    # In arrays as large as the queries, whose channels lie in rows of 128: 6 to 10 are held, 4 GB
+    # at most. The float32 scores would be keys / 64 more: 8 to text, 512 in Wan's self-attention.
     queries = tokens * heads * 128 * 2
-    print(chip, name, program.memory_analysis().temp_size_in_bytes / queries)
     assert program.memory_analysis().temp_size_in_bytes < 12 * queries
 
 
@@ -94,7 +88,7 @@ def test_under_a_mesh_each_chip_has_its_samples_and_heads_without_a_collective()
     text = program.as_text()
     assert text.count(KERNEL) == 3
     assert not re.findall(r"all-gather|all-to-all|all-reduce|collective-permute", text)
-    assert re.search(rf"bf16\[1,20,32768,128\]\S* {KERNEL}|bf16\[1,20,32768,128\]", text)
+    assert "bf16[1,20,32768,128]" in text
 
 
 def test_one_video_is_spread_over_its_heads():
@@ -102,7 +96,7 @@ def test_one_video_is_spread_over_its_heads():
     mesh = Mesh(np.array(devices("v5e")), ("model",), (AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec(None, "model"))
     with jax.set_mesh(mesh):
-        program = compiled(attention_splash.attention, sharding, *SHAPES["Wan-14B"])
+        program = compiled(attention_splash.attention, sharding, *SHAPES["Wan-14B to text"])
     text = program.as_text()
     assert text.count(KERNEL) == 3
     assert "all-to-all" in text
@@ -117,5 +111,5 @@ def test_the_chunks_hold_no_score_matrix_of_a_head_either():
     program = compiled(
         lambda *x: attention_xla.attention(*x, by_head=False), sharding, tokens, keys, heads, dim
     )
-    assert not score_matrices(program.as_text(), tokens, keys)
+    assert not score_matrices(program.as_text(), tokens)
     assert program.memory_analysis().temp_size_in_bytes < 8e9
