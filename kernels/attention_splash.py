@@ -69,7 +69,13 @@ def attention(
     axes = _automatic_axes(interpret)
     if axes:
         spec = _spec(axes, call)
-        run = jax.shard_map(run, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
+        run = jax.shard_map(
+            run,
+            in_specs=(spec, spec, spec),
+            out_specs=spec,
+            axis_names=set(axes),
+            check_vma=False,
+        )
     return run(query, key, value)
 
 
