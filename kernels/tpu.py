@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.chips import Chip, chip_of
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens
-from kernels.reference import signed_offset
+from kernels.tpu_fused import quantize_strip, strip_scalars
 from kernels.tpu_tiles import LANES, STRIP, VMEM, Tile, round_up, tiles
 
 LAYOUT = "rows"
@@ -29,8 +29,6 @@ _ACCUMULATE = {
     "bfloat16": jnp.float32,
 }
 _EXACT_IN_FLOAT32 = 2**24
-_ROUND = 1.5 * 2**23
-_SMALLEST_SCALE = 1e-9  # Of `quantize_tokens`.
 
 
 def layout(product: Product) -> str:
@@ -174,11 +172,9 @@ def quantize_and_matmul(
     # A repeated end moves neither minimum nor maximum; what it adds to the row sum is taken off.
     x = jnp.pad(x, ((0, 0), (0, padded - inner)), mode="edge")
     clips = [jnp.broadcast_to(clip, (rows, 1)).astype(jnp.float32) for clip in (lower, upper)]
-    levels = jnp.asarray(levels, jnp.float32)
-    # The shift is data: XLA would cancel a constant that is added and taken off again.
-    scalars = jnp.stack([levels, 1 / levels, jnp.float32(_ROUND)])
+    scalars = strip_scalars(levels)
     quantize = partial(
-        _quantize_strip, include_zero=include_zero, clip_ratio=clip_ratio, padding=padded - inner
+        quantize_strip, include_zero=include_zero, clip_ratio=clip_ratio, padding=padded - inner
     )
     finish = _finish(product, weight)
     return _call(
@@ -251,38 +247,11 @@ def _fused_kernel(
         @pl.loop(0, codes_ref.shape[0], step=STRIP)
         def _(start):
             rows = pl.ds(pl.multiple_of(start, STRIP), STRIP)
-            scalars = [scalars_ref[n] for n in range(3)]
-            codes, statistics = quantize(x_ref[rows, :], clips_ref[rows, :], *scalars)
+            codes, statistics = quantize(x_ref[rows, :], clips_ref[rows, :], scalars_ref)
             codes_ref[rows, :] = codes.astype(codes_ref.dtype)
             statistics_ref[rows, :] = statistics
 
     _multiply(codes_ref, statistics_ref[...], weight_ref, channels_ref, out_ref, **how)
-
-
-def _quantize_strip(
-    x, clips, levels, inverse, shift, *, include_zero, clip_ratio, padding
-) -> tuple[jax.Array, jax.Array]:
-    """Codes of `x [strip, in]`, and `[strip, 3]`: scale, zero point and row sum."""
-    x = x.astype(jnp.float32)
-    # As `token_range`, but for its division by the scalar `levels`, of which XLA makes a product
-    # with the inverse and Pallas does not.
-    low, high = jnp.min(x, axis=1, keepdims=True), jnp.max(x, axis=1, keepdims=True)
-    if include_zero:
-        low, high = jnp.where(low > 0, 0, low), jnp.where(high < 0, 0, high)
-    if clip_ratio != 1.0:
-        low, high = low * clip_ratio, high * clip_ratio
-    low, high = clips[:, :1] * low, clips[:, 1:] * high
-    scale = (high - low) * inverse
-    scale = jnp.where(scale < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)
-    zero_point = jnp.clip(-jnp.round(low / scale), 0, levels)
-    offset = signed_offset(levels)
-    zero_point = zero_point - offset
-    # Half to even, as jnp.round, in 2 instructions instead of 12. The clip comes first, which
-    # changes nothing as its ends are integers, and keeps division and addition from being fused.
-    clipped = jnp.clip(x / scale, -offset - zero_point, levels - offset - zero_point)
-    codes = (clipped + shift) - (shift - zero_point)
-    row_sum = jnp.sum(codes, axis=1, keepdims=True) - padding * codes[:, -1:]
-    return codes, jnp.concatenate([scale, zero_point, row_sum], axis=1)
 
 
 def _multiply(codes_ref, statistics, weight_ref, channels_ref, out_ref, *, finish, tile, dtype):
