@@ -120,12 +120,13 @@ def quantized_matmul(
     chip, dtype = _target(product, chip, dtype, interpret)
     tile = tile or tiles(product, chip.name, dtype)
     padded = round_up(inner, LANES)
-    codes = jnp.pad(tokens.codes.astype(dtype), ((0, 0), (0, padded - inner)))
+    codes = jnp.pad(tokens.codes.astype(jnp.int8), ((0, 0), (0, padded - inner)))
     statistics = jnp.concatenate([tokens.scale, tokens.zero_point, tokens.row_sum], axis=1)
     return _call(
-        partial(_matmul_kernel, finish=_finish(product, weight), tile=tile, dtype=dtype),
+        "quantized_matmul",
+        partial(_codes_kernel, finish=_finish(product, weight), tile=tile, dtype=dtype),
         [(codes, padded), (statistics.astype(jnp.float32), 3)],
-        [],
+        [] if dtype == jnp.int8 else [pltpu.VMEM((tile.rows, padded), dtype)],
         weight,
         product,
         tile,
@@ -178,6 +179,7 @@ def quantize_and_matmul(
     )
     finish = _finish(product, weight)
     return _call(
+        "quantize_and_matmul",
         partial(_fused_kernel, quantize=quantize, finish=finish, tile=tile, dtype=dtype),
         [(x, padded), (jnp.concatenate(clips, axis=1), 2)],
         [pltpu.VMEM((tile.rows, padded), dtype), pltpu.VMEM((tile.rows, 3), jnp.float32)],
@@ -204,7 +206,9 @@ def _target(
     return chip, jnp.dtype(dtype)
 
 
-def _call(kernel, by_row, scratch, weight, product, tile, chip, interpret, scalars=()) -> jax.Array:
+def _call(
+    name, kernel, by_row, scratch, weight, product, tile, chip, interpret, scalars=()
+) -> jax.Array:
     """The grid: blocks of rows, and for each all blocks of columns, one after the other."""
     padded = by_row[0][1]
     codes = jnp.pad(weight.codes, ((0, padded - product.inner), (0, 0)))
@@ -229,11 +233,22 @@ def _call(kernel, by_row, scratch, weight, product, tile, chip, interpret, scala
             vmem_limit_bytes=VMEM.get(chip.name, 0) * 7 // 8 or None,
         ),
         interpret=interpret,
-        name="quantize_and_matmul" if scratch else "quantized_matmul",
+        name=name,
     )(*(array for array, _ in by_row), codes, channels, *scalars)
 
 
-def _matmul_kernel(codes_ref, statistics_ref, weight_ref, channels_ref, out_ref, **how) -> None:
+def _codes_kernel(
+    tokens_ref, statistics_ref, weight_ref, channels_ref, out_ref, *scratch, **how
+) -> None:
+    codes_ref = tokens_ref
+    if scratch:
+        (codes_ref,) = scratch
+
+        # Once a block of rows, as int4 in the layout of memory would be laid out anew each time.
+        @_strips_of_first_columns(codes_ref.shape[0])
+        def _(rows):
+            codes_ref[rows, :] = tokens_ref[rows, :].astype(codes_ref.dtype)
+
     _multiply(codes_ref, statistics_ref[...], weight_ref, channels_ref, out_ref, **how)
 
 
@@ -241,17 +256,27 @@ def _fused_kernel(
     x_ref, clips_ref, weight_ref, channels_ref, scalars_ref, out_ref, codes_ref, statistics_ref, *,
     quantize, **how,
 ) -> None:  # fmt: skip
-    @pl.when(pl.program_id(1) == 0)
-    def _():
-        # In strips: a whole block in float32 would not fit beside the rest.
-        @pl.loop(0, codes_ref.shape[0], step=STRIP)
-        def _(start):
-            rows = pl.ds(pl.multiple_of(start, STRIP), STRIP)
-            codes, statistics = quantize(x_ref[rows, :], clips_ref[rows, :], scalars_ref)
-            codes_ref[rows, :] = codes.astype(codes_ref.dtype)
-            statistics_ref[rows, :] = statistics
+    # In strips: a whole block in float32 would not fit beside the rest.
+    @_strips_of_first_columns(codes_ref.shape[0])
+    def _(rows):
+        codes, statistics = quantize(x_ref[rows, :], clips_ref[rows, :], scalars_ref)
+        codes_ref[rows, :] = codes.astype(codes_ref.dtype)
+        statistics_ref[rows, :] = statistics
 
     _multiply(codes_ref, statistics_ref[...], weight_ref, channels_ref, out_ref, **how)
+
+
+def _strips_of_first_columns(size: int):
+    """Decorates what is done with every strip of a block of rows, at its first columns."""
+
+    def run(body) -> None:
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            @pl.loop(0, size, step=STRIP)
+            def _(start):
+                body(pl.ds(pl.multiple_of(start, STRIP), STRIP))
+
+    return run
 
 
 def _multiply(codes_ref, statistics, weight_ref, channels_ref, out_ref, *, finish, tile, dtype):
