@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.chips import Chip, chip_of
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens
-from kernels.reference import signed_offset
+from kernels.tpu_fused import quantize_strip, strip_scalars
 from kernels.tpu_tiles import LANES, STRIP, VMEM, Tile, round_up, tiles
 
 LAYOUT = "rows"
@@ -29,8 +29,6 @@ _ACCUMULATE = {
     "bfloat16": jnp.float32,
 }
 _EXACT_IN_FLOAT32 = 2**24
-_ROUND = 1.5 * 2**23
-_SMALLEST_SCALE = 1e-9  # Of `quantize_tokens`.
 
 
 def layout(product: Product) -> str:
@@ -122,12 +120,13 @@ def quantized_matmul(
     chip, dtype = _target(product, chip, dtype, interpret)
     tile = tile or tiles(product, chip.name, dtype)
     padded = round_up(inner, LANES)
-    codes = jnp.pad(tokens.codes.astype(dtype), ((0, 0), (0, padded - inner)))
+    codes = jnp.pad(tokens.codes.astype(jnp.int8), ((0, 0), (0, padded - inner)))
     statistics = jnp.concatenate([tokens.scale, tokens.zero_point, tokens.row_sum], axis=1)
     return _call(
-        partial(_matmul_kernel, finish=_finish(product, weight), tile=tile, dtype=dtype),
+        "quantized_matmul",
+        partial(_codes_kernel, finish=_finish(product, weight), tile=tile, dtype=dtype),
         [(codes, padded), (statistics.astype(jnp.float32), 3)],
-        [],
+        [] if dtype == jnp.int8 else [pltpu.VMEM((tile.rows, padded), dtype)],
         weight,
         product,
         tile,
@@ -174,14 +173,13 @@ def quantize_and_matmul(
     # A repeated end moves neither minimum nor maximum; what it adds to the row sum is taken off.
     x = jnp.pad(x, ((0, 0), (0, padded - inner)), mode="edge")
     clips = [jnp.broadcast_to(clip, (rows, 1)).astype(jnp.float32) for clip in (lower, upper)]
-    levels = jnp.asarray(levels, jnp.float32)
-    # The shift is data: XLA would cancel a constant that is added and taken off again.
-    scalars = jnp.stack([levels, 1 / levels, jnp.float32(_ROUND)])
+    scalars = strip_scalars(levels)
     quantize = partial(
-        _quantize_strip, include_zero=include_zero, clip_ratio=clip_ratio, padding=padded - inner
+        quantize_strip, include_zero=include_zero, clip_ratio=clip_ratio, padding=padded - inner
     )
     finish = _finish(product, weight)
     return _call(
+        "quantize_and_matmul",
         partial(_fused_kernel, quantize=quantize, finish=finish, tile=tile, dtype=dtype),
         [(x, padded), (jnp.concatenate(clips, axis=1), 2)],
         [pltpu.VMEM((tile.rows, padded), dtype), pltpu.VMEM((tile.rows, 3), jnp.float32)],
@@ -208,7 +206,9 @@ def _target(
     return chip, jnp.dtype(dtype)
 
 
-def _call(kernel, by_row, scratch, weight, product, tile, chip, interpret, scalars=()) -> jax.Array:
+def _call(
+    name, kernel, by_row, scratch, weight, product, tile, chip, interpret, scalars=()
+) -> jax.Array:
     """The grid: blocks of rows, and for each all blocks of columns, one after the other."""
     padded = by_row[0][1]
     codes = jnp.pad(weight.codes, ((0, padded - product.inner), (0, 0)))
@@ -233,11 +233,22 @@ def _call(kernel, by_row, scratch, weight, product, tile, chip, interpret, scala
             vmem_limit_bytes=VMEM.get(chip.name, 0) * 7 // 8 or None,
         ),
         interpret=interpret,
-        name="quantize_and_matmul" if scratch else "quantized_matmul",
+        name=name,
     )(*(array for array, _ in by_row), codes, channels, *scalars)
 
 
-def _matmul_kernel(codes_ref, statistics_ref, weight_ref, channels_ref, out_ref, **how) -> None:
+def _codes_kernel(
+    tokens_ref, statistics_ref, weight_ref, channels_ref, out_ref, *scratch, **how
+) -> None:
+    codes_ref = tokens_ref
+    if scratch:
+        (codes_ref,) = scratch
+
+        # Once a block of rows, as int4 in the layout of memory would be laid out anew each time.
+        @_strips_of_first_columns(codes_ref.shape[0])
+        def _(rows):
+            codes_ref[rows, :] = tokens_ref[rows, :].astype(codes_ref.dtype)
+
     _multiply(codes_ref, statistics_ref[...], weight_ref, channels_ref, out_ref, **how)
 
 
@@ -245,44 +256,27 @@ def _fused_kernel(
     x_ref, clips_ref, weight_ref, channels_ref, scalars_ref, out_ref, codes_ref, statistics_ref, *,
     quantize, **how,
 ) -> None:  # fmt: skip
-    @pl.when(pl.program_id(1) == 0)
-    def _():
-        # In strips: a whole block in float32 would not fit beside the rest.
-        @pl.loop(0, codes_ref.shape[0], step=STRIP)
-        def _(start):
-            rows = pl.ds(pl.multiple_of(start, STRIP), STRIP)
-            scalars = [scalars_ref[n] for n in range(3)]
-            codes, statistics = quantize(x_ref[rows, :], clips_ref[rows, :], *scalars)
-            codes_ref[rows, :] = codes.astype(codes_ref.dtype)
-            statistics_ref[rows, :] = statistics
+    # In strips: a whole block in float32 would not fit beside the rest.
+    @_strips_of_first_columns(codes_ref.shape[0])
+    def _(rows):
+        codes, statistics = quantize(x_ref[rows, :], clips_ref[rows, :], scalars_ref)
+        codes_ref[rows, :] = codes.astype(codes_ref.dtype)
+        statistics_ref[rows, :] = statistics
 
     _multiply(codes_ref, statistics_ref[...], weight_ref, channels_ref, out_ref, **how)
 
 
-def _quantize_strip(
-    x, clips, levels, inverse, shift, *, include_zero, clip_ratio, padding
-) -> tuple[jax.Array, jax.Array]:
-    """Codes of `x [strip, in]`, and `[strip, 3]`: scale, zero point and row sum."""
-    x = x.astype(jnp.float32)
-    # As `token_range`, but for its division by the scalar `levels`, of which XLA makes a product
-    # with the inverse and Pallas does not.
-    low, high = jnp.min(x, axis=1, keepdims=True), jnp.max(x, axis=1, keepdims=True)
-    if include_zero:
-        low, high = jnp.where(low > 0, 0, low), jnp.where(high < 0, 0, high)
-    if clip_ratio != 1.0:
-        low, high = low * clip_ratio, high * clip_ratio
-    low, high = clips[:, :1] * low, clips[:, 1:] * high
-    scale = (high - low) * inverse
-    scale = jnp.where(scale < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)
-    zero_point = jnp.clip(-jnp.round(low / scale), 0, levels)
-    offset = signed_offset(levels)
-    zero_point = zero_point - offset
-    # Half to even, as jnp.round, in 2 instructions instead of 12. The clip comes first, which
-    # changes nothing as its ends are integers, and keeps division and addition from being fused.
-    clipped = jnp.clip(x / scale, -offset - zero_point, levels - offset - zero_point)
-    codes = (clipped + shift) - (shift - zero_point)
-    row_sum = jnp.sum(codes, axis=1, keepdims=True) - padding * codes[:, -1:]
-    return codes, jnp.concatenate([scale, zero_point, row_sum], axis=1)
+def _strips_of_first_columns(size: int):
+    """Decorates what is done with every strip of a block of rows, at its first columns."""
+
+    def run(body) -> None:
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            @pl.loop(0, size, step=STRIP)
+            def _(start):
+                body(pl.ds(pl.multiple_of(start, STRIP), STRIP))
+
+    return run
 
 
 def _multiply(codes_ref, statistics, weight_ref, channels_ref, out_ref, *, finish, tile, dtype):

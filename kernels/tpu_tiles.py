@@ -84,7 +84,7 @@ def occupied(
     if dot_bits != weight_bits:
         bits += inner * tile.slice * dot_bits
     if x_dtype is None:
-        bits += 2 * tokens * dot_bits
+        bits += tokens * (2 * 8 + (0 if jnp.dtype(dtype) == jnp.int8 else dot_bits))
     else:
         bits += 2 * tokens * _bits(x_dtype) + tokens * dot_bits + 3 * STRIP * inner * 32
     return bits // 8

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: jax[tpu]"
 )
 
-SMALL = (32760, 1536, 8960)
+SMALL = (17776, 1920, 7680)
 # The prologue with every real shape, as it holds the product too; then products of codes, also of
 # other bits and of a few tokens; last what XLA makes of int8.
 CASES = (

@@ -244,7 +244,7 @@ strides: (8, 40, 4) */ }
 def test_slots_are_counted_times_the_trips_of_all_loops_around_them():
     slots = count(SCHEDULE)
     assert slots.opcodes == {"s8": 1, "s4": 2 * 2 * 160}
-    assert slots.cycles == 2 + 5 * 160 + 2 * 2 * 160
+    assert slots.cycles == 2 + 4 * 160 + 3 * 2 * 160
     assert slots.prologue == 16
 
 
