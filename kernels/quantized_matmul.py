@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels import xla
-from kernels.choose import check_rows, module_of, say_once
+from kernels.chips import chip_of
+from kernels.choose import candidates, check_rows, module_of, say_once
 from kernels.fused_quantize import per_row, quantize_several
 from kernels.low_rank import LowRank, low_rank_matmul
 from kernels.operands import Product, Weight
@@ -146,6 +147,9 @@ def _attempt(
     if module is xla:
         return None
     try:
+        here = chip_of(jax.devices()[0])
+        if backend not in candidates(here):
+            raise NotImplementedError(f"it has no kernel for {here.name}")
         check_rows(product)
         module.check(product)
         if layout != module.layout(product):

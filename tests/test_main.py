@@ -48,7 +48,7 @@ def test_wrong_arguments_get_one_line_and_exit_code_2(arguments, message):
         (("--config.train.steps=3", "--config.train.warmup_steps=0"), "less than one step"),
         (("--config.train.steps=3",), "the warm-up must end"),
         (("--config.train.accumulate=3",), "equal parts"),
-        (("--config.quant.smoothing=1.5",), "expected 0 (off) to below 1"),
+        (("--config.quant.smoothing=1.5",), "expected a number from 0 to below 1"),
         (("--config.train.log_every=0",), "expected a whole number from 1"),
         (("--config.quant.branch_moments=rest",), "expected one of reset, rotate, keep"),
         (("--config.sample.prompts=nowhere.txt",), "one prompt per line"),
