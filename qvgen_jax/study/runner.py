@@ -86,10 +86,11 @@ def prepare(grid: Mapping, cells: Sequence[Cell], environment: Mapping[str, str]
 
 def environment_of(grid: Mapping) -> dict[str, str]:
     """What every cell gets beside the variables that are there: a shared cache of programs, and
-    what the grid's `environment` says."""
+    what the grid's `environment` says. Cells start in the same folder: the path may be relative,
+    and no machine's is in a record."""
     return {
         **grid["environment"],
-        "JAX_COMPILATION_CACHE_DIR": str(Path(grid["scratch"]).absolute() / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": str(Path(grid["scratch"]) / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
 
