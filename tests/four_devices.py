@@ -78,8 +78,9 @@ def test_every_device_holds_its_slices_whatever_the_folder(folders, whole, cut, 
         params = qvgen_jax.load(folders[kind], mesh=over, shardings=cut).transformer.states[0]
         assert_placed(params, cut(expected), expected)
         leaf = params["blocks"]["ffn"]["up"]["codes" if kind == "packed" else "kernel"]
-        assert leaf.shape == (6, 128, 512)
-        assert leaf.addressable_shards[0].data.shape == (6, 64, 256)
+        rows = 64 if kind == "packed" else 128  # On a CPU two codes share a byte.
+        assert leaf.shape == (6, rows, 512)
+        assert leaf.addressable_shards[0].data.shape == (6, rows // 2, 256)
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
