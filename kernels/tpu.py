@@ -292,7 +292,7 @@ def _multiply(codes_ref, statistics, weight_ref, channels_ref, out_ref, *, finis
 
 
 def _finish(product: Product, weight: Weight):
-    """The corrections, in the order of `kernels.xla`: the same bits."""
+    """The corrections, in the order of `kernels.xla`."""
     has_zero_point, has_bias = weight.zero_point is not None, weight.bias is not None
 
     def finish(accumulated: jax.Array, statistics: jax.Array, channels: jax.Array) -> jax.Array:

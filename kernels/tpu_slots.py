@@ -3,10 +3,13 @@
     python -m kernels.tpu_slots                  # needs libtpu, no TPU: pip install 'jax[tpu]'
 
 Counted in the compiler's final schedule: every `vmatmul` times the trips of the loops around it.
-On one chip all of them hold the unit for equally long, whatever their type (the schedule has 16
-cycles between two on v5e and v5p, 8 on v6e and TPU7x), but an int4 one takes 64 rows and an
-int8 one 32. The schedule's bundles, one a cycle while nothing waits for memory, times the same
-trips tell what the unit waits for the vector units: an upper bound on what fewer slots bring.
+On v5e, v5p (16 cycles between two on a unit) and v6e (8) one takes equally long whatever its type,
+but of int4 it is of 64 rows and of int8 of 32. On TPU7x, where XLA makes float32 of integers, slots
+of the two types are not compared. v5p has two cores to a device; its counts are of one. The
+schedule's bundles, one a cycle while nothing waits for memory, times the same trips tell how much
+of the gain is lost to vector instructions; what is done once per block of rows is not in them.
+
+XLA's dot of the 14B's shapes takes minutes to compile: `--shape 1.3B CogVideoX` leaves it out.
 """
 
 import argparse
