@@ -81,7 +81,7 @@ def choose(product: Product, chip: Chip | None = None, asked: str = "auto") -> C
     order: Sequence[str] = candidates(chip)
     if asked != "auto":
         module_of(asked)
-        order = (asked, *(name for name in order if name != asked and name == "xla"))
+        order = tuple(dict.fromkeys((asked, "xla")))
     refusals = []
     for name in order:
         try:

@@ -19,8 +19,6 @@ from kernels.quantize_tokens import QuantizedTokens
 from kernels.tpu_fused import quantize_strip, strip_scalars
 from kernels.tpu_tiles import LANES, STRIP, VMEM, Tile, round_up, tiles
 
-LAYOUT = "rows"
-
 # What a dot of each type accumulates in.
 _ACCUMULATE = {
     "int4": jnp.int32,
@@ -34,7 +32,7 @@ _EXACT_IN_FLOAT32 = 2**24
 def layout(product: Product) -> str:
     """Codes `[in, out]`, int4 up to 4 bits."""
     del product
-    return LAYOUT
+    return "rows"
 
 
 def dot_dtype(product: Product, chip: Chip) -> jnp.dtype:

@@ -96,7 +96,8 @@ class _TokenQuantizer(nnx.Module):
             x = smooth_tokens(x, self.smooth[...])
         return rotate(x, self.block)
 
-    def _clip_arguments(self, x: jax.Array, ctx: QuantContext) -> dict:
+    def clip_arguments(self, x: jax.Array, ctx: QuantContext) -> dict:
+        """The arguments of `quantize_tokens` for tokens `x` that are ready."""
         return {
             "lower": clip_multipliers(self.lower[...], ctx.clip_index, x.ndim),
             "upper": clip_multipliers(self.upper[...], ctx.clip_index, x.ndim),
@@ -153,7 +154,7 @@ class QuantDense(_TokenQuantizer):
             values, tokens = dequantize_tokens(x), x
         else:
             x = self._prepare(x)
-            values, tokens = fake_quantize_tokens(x, **self._clip_arguments(x, ctx))
+            values, tokens = fake_quantize_tokens(x, **self.clip_arguments(x, ctx))
         values = values.astype(self.dtype)
         weight = (
             self.kernel[...],
@@ -244,16 +245,12 @@ class PackedDense(_TokenQuantizer):
         ready = isinstance(x, QuantizedTokens)
         x = x if ready else self._prepare(x)
         if hasattr(self, "L"):
-            tokens = x if ready else quantize_tokens(x, **self._clip_arguments(x, ctx))
+            tokens = x if ready else quantize_tokens(x, **self.clip_arguments(x, ctx))
             branch = LowRank(self.L[...], self.R[...], self.gate[...])
             return quantized_matmul(tokens, self._weight(), branch, **how)
         if ready:
             return quantized_matmul(x, self._weight(), **how)
-        return quantize_and_matmul(x, **self._clip_arguments(x, ctx), weight=self._weight(), **how)
-
-    def clip_arguments(self, x: jax.Array, ctx: QuantContext) -> dict:
-        """The arguments of `quantize_tokens` for tokens `x` that are ready."""
-        return self._clip_arguments(x, ctx)
+        return quantize_and_matmul(x, **self.clip_arguments(x, ctx), weight=self._weight(), **how)
 
     @property
     def token_form(self) -> tuple:

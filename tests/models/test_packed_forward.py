@@ -28,7 +28,7 @@ class DequantizedDense(PackedDense):
     """What a packed linear means, written as one would on paper."""
 
     def __call__(self, x, ctx):
-        tokens = quantize_tokens(x, **self._clip_arguments(x, ctx))
+        tokens = quantize_tokens(x, **self.clip_arguments(x, ctx))
         codes = unlay(self.codes[...], self.in_features, self.layout)
         levels = self.weight_levels[...]
         weight = (codes, self.scale[...], self.zero_point[...], levels, self.bias[...])

@@ -126,7 +126,7 @@ def test_the_packed_layer_computes_the_same_bits(options):
     np.testing.assert_array_equal(packed(x), trained(x))
     np.testing.assert_array_equal(packed._prepare(x), trained._prepare(x))
     # Tokens that are quantized already are ready already.
-    tokens = quantize_tokens(trained._prepare(x), **trained._clip_arguments(x, QuantContext()))
+    tokens = quantize_tokens(trained._prepare(x), **trained.clip_arguments(x, QuantContext()))
     np.testing.assert_array_equal(packed(tokens), packed(x))
     np.testing.assert_array_equal(trained(tokens), packed(x))
 
