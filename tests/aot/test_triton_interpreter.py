@@ -16,9 +16,9 @@ from kernels.layouts import lay_out
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens
 from kernels.quantize_tokens import quantize_tokens as quantize_tokens_definition
-from kernels.quantized_matmul import quantized_matmul as definition
 from kernels.triton_matmul import Tile, layout, quantized_matmul
 from kernels.triton_quantize import Clip, quantize_gelu, quantize_normalized, quantize_tokens
+from kernels.xla import quantized_matmul as definition
 
 pytest.importorskip("triton")
 
@@ -50,7 +50,7 @@ def tokens_of(rows, inner, bits, seed=0):
 
 
 def weight_of(inner, columns, bits, *, asymmetric=True, bias=True, seed=1):
-    """Random codes with one column of zeros and one at each end; and the definition's operands."""
+    """Random codes with one column of zeros and one at each end; as Triton and XLA keep them."""
     rng = np.random.default_rng(seed)
     half = 2 ** (bits - 1)
     codes = rng.integers(-half, half, (inner, columns)).astype(np.int8)
@@ -58,14 +58,15 @@ def weight_of(inner, columns, bits, *, asymmetric=True, bias=True, seed=1):
     scale = rng.uniform(0.01, 0.1, columns).astype(np.float32)
     zero = rng.uniform(0, 2 * half - 1, columns).astype(np.float32) if asymmetric else None
     b = rng.standard_normal(columns).astype(np.float32) if bias else None
-    weight = Weight(
-        np.ascontiguousarray(lay_out(codes, bits, layout(Product(None, inner, columns, bits)))),
+    plain = Weight(
+        codes,
         scale,
         None if zero is None else zero - np.float32(half),
         codes.sum(0, dtype=np.int32).astype(np.float32),
         b,
     )
-    return weight, (codes, scale, zero, np.float32(2 * half - 1), b)
+    laid_out = lay_out(codes, bits, layout(Product(None, inner, columns, bits)))
+    return plain._replace(codes=np.ascontiguousarray(laid_out)), plain
 
 
 @pytest.mark.parametrize(
@@ -83,26 +84,26 @@ def test_the_product_has_the_definitions_bits(
     interpret, rows, inner, columns, weight_bits, act_bits
 ):
     _, tokens = tokens_of(rows, inner, act_bits)
-    weight, operands = weight_of(inner, columns, weight_bits)
+    weight, plain = weight_of(inner, columns, weight_bits)
     y = interpret(quantized_matmul, tokens, weight, out_dtype=jnp.float32)
     # Integers are exact and the float32 corrections are made in the same order.
-    np.testing.assert_array_equal(y, definition(tokens, *operands))
+    np.testing.assert_array_equal(y, definition(tokens, plain))
 
 
 @pytest.mark.parametrize("tile", [Tile(256, 128, 64, 8, 3), Tile(16, 64, 32, 4, 4)])
 def test_the_tile_changes_nothing(interpret, tile):
     _, tokens = tokens_of(300, 130, 4)
-    weight, operands = weight_of(130, 300, 4)
+    weight, plain = weight_of(130, 300, 4)
     y = interpret(quantized_matmul, tokens, weight, out_dtype=jnp.float32, tile=tile)
-    np.testing.assert_array_equal(y, definition(tokens, *operands))
+    np.testing.assert_array_equal(y, definition(tokens, plain))
 
 
 @pytest.mark.parametrize(("asymmetric", "bias"), [(False, True), (True, False), (False, False)])
 def test_absent_operands_leave_their_terms_out(interpret, asymmetric, bias):
     _, tokens = tokens_of(5, 96, 4)
-    weight, operands = weight_of(96, 64, 4, asymmetric=asymmetric, bias=bias)
+    weight, plain = weight_of(96, 64, 4, asymmetric=asymmetric, bias=bias)
     y = interpret(quantized_matmul, tokens, weight, out_dtype=jnp.float32)
-    np.testing.assert_array_equal(y, definition(tokens, *operands))
+    np.testing.assert_array_equal(y, definition(tokens, plain))
 
 
 def test_eight_bit_tokens_at_their_ends_do_not_overflow_at_the_largest_inner(interpret):
@@ -111,28 +112,28 @@ def test_eight_bit_tokens_at_their_ends_do_not_overflow_at_the_largest_inner(int
     tokens = QuantizedTokens(
         np.full((1, inner), -128, np.int8), ones, 0 * ones, -128.0 * inner * ones
     )
-    weight, operands = weight_of(inner, columns, 4, asymmetric=False, bias=False)
+    weight, plain = weight_of(inner, columns, 4, asymmetric=False, bias=False)
     y = interpret(quantized_matmul, tokens, weight, out_dtype=jnp.float32)
-    np.testing.assert_array_equal(y, definition(tokens, *operands))
-    assert y[0, 1] == np.float32(128 * 8 * inner) * operands[1][1]
+    np.testing.assert_array_equal(y, definition(tokens, plain))
+    assert y[0, 1] == np.float32(128 * 8 * inner) * plain.scale[1]
 
 
 def test_bfloat16_is_the_float32_result_rounded_once(interpret):
     _, tokens = tokens_of(33, 96, 4)
-    weight, operands = weight_of(96, 64, 4)
+    weight, plain = weight_of(96, 64, 4)
     y = np.asarray(interpret(quantized_matmul, tokens, weight, out_dtype=jnp.bfloat16))
-    expected = np.asarray(definition(tokens, *operands))
+    expected = np.asarray(definition(tokens, plain))
     # The interpreter truncates where the chip rounds: one bfloat16 step, 2^-7.
     np.testing.assert_allclose(y.astype(np.float32), expected, rtol=2**-7)
 
 
 def test_a_low_rank_term_is_added(interpret):
     _, tokens = tokens_of(33, 96, 4)
-    weight, operands = weight_of(96, 64, 4)
+    weight, plain = weight_of(96, 64, 4)
     rng = np.random.default_rng(3)
     hidden, left = (rng.standard_normal((n, 24)).astype(np.float32) for n in (33, 64))
     y = interpret(quantized_matmul, tokens, weight, out_dtype=jnp.float32, low_rank=(hidden, left))
-    expected = np.asarray(definition(tokens, *operands)) + hidden @ left.T
+    expected = np.asarray(definition(tokens, plain)) + hidden @ left.T
     np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6 * abs(expected).max())
 
 
