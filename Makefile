@@ -25,13 +25,14 @@ parity-table: $(VENV)/.ready-parity
 	$(RUN) -m pytest tests/parity -m "slow or not slow" --parity-table docs/parity_table.md
 
 # Kernels compiled for chips that are not here, and the interpreters that need jax 0.11: installs the
-# compilers of TPU and CUDA (gigabytes), so it has an environment of its own.
+# compilers of TPU and CUDA (gigabytes), so it has an environment of its own. They compile as for users,
+# not as quickly as tests do.
 AOT_PYTHON ?= python3.12
 aot:
 	$(MAKE) --no-print-directory aot-in PYTHON=$(AOT_PYTHON) VENV=$(VENV)312
 
 aot-in: $(VENV)/.ready-aot
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal tests/aot $(PYTEST_ARGS)
+	XLA_FLAGS= JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal tests/aot $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready-test
 	$(RUN) -m ruff check .

@@ -141,7 +141,7 @@ def run_steps(
         state = newest_state(config, model, teacher, manager)
         if state is None:
             activations = activation_maxima(config, model, scheduler, teacher, dataset)
-            state = initial_state(config, model, teacher, activations)
+            state = checkpoint.committed(initial_state(config, model, teacher, activations))
         writer = MetricWriter(
             workdir, int(state["step"]), train["steps"], train["wandb_project"], "train"
         )

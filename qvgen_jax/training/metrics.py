@@ -6,7 +6,6 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 
 def _keep_before(path: Path, step: int) -> None:
@@ -40,6 +39,8 @@ class MetricWriter:
     def __init__(
         self, workdir: Path, start: int, total: int, wandb_project: str = "", title: str = "train"
     ):
+        from tensorboardX import SummaryWriter  # Imports PyTorch where there is one: seconds.
+
         path = workdir / "metrics.jsonl"
         _keep_before(path, start)
         self._file = path.open("a")

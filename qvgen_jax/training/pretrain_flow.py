@@ -160,7 +160,8 @@ def pretrain_flow(
     manager = checkpoint.open_checkpoints(workdir, keep=2)
     if manager.latest_step() is not None:
         state = checkpoint.restore(manager, manager.latest_step(), state)
-    state = jax.tree.map(jnp.array, state)  # Own buffers: params and ema share theirs at step 0.
+    state = checkpoint.committed(state)
+    state = jax.tree.map(jnp.copy, state)  # Own buffers: params and ema share theirs at step 0.
     step_fn = jax.jit(
         partial(flow_step, optimizer=optimizer, definitions=definitions, flow=flow, seed=seed),
         donate_argnums=0,

@@ -137,7 +137,8 @@ def pretrain_vae(config: Mapping[str, Any], workdir: str | Path) -> TrainedVAE:
     exact, _ = describe(vae_config, jnp.dtype(jnp.float32))
     optimizer = make_optimizer(config, stages)
     params = initial_params(shapes, jax.random.key(config["seed"]))
-    state = {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+    step = jnp.zeros((), jnp.int32)
+    state = checkpoint.committed({"params": params, "opt": optimizer.init(params), "step": step})
     manager = checkpoint.open_checkpoints(workdir, keep=1)
     if manager.latest_step() is not None:
         state = checkpoint.restore(manager, manager.latest_step(), state)

@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from qvgen_jax.diffusion.cogvideox_dpm import CogVideoXDPMConfig
@@ -55,6 +56,7 @@ def test_clips_are_filled_in_front_with_their_first_frame():
     assert fill_patches(batch, 3)["latent_logvar"].shape == (2, 3, 1)
 
 
+@pytest.mark.slow
 def test_a_whole_run_lowers_the_loss_and_ends_without_a_branch(tmp_path):
     rng = np.random.default_rng(0)
     build = nnx.eval_shape(lambda: CogVideoXTransformer(MODEL, key=jax.random.key(0)))

@@ -52,6 +52,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(folder, tmp_path, monkeypatch):
     config = {**CONFIG, "data": str(folder)}
     straight = pretrain_vae(config, tmp_path / "straight")

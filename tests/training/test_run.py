@@ -13,7 +13,7 @@ from qvgen_jax.diffusion.unipc import UniPCConfig
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.wan import WanConfig, WanTransformer
 from qvgen_jax.training import loop
-from qvgen_jax.training.checkpoint import claim_workdir
+from qvgen_jax.training.checkpoint import claim_workdir, committed
 from qvgen_jax.training.optimizer import labels
 from qvgen_jax.training.state import exported_params
 from qvgen_jax.training.step import noisy_inputs, sample_keys
@@ -192,7 +192,7 @@ def test_all_phases_share_one_compilation_and_rank_zero_adds_one(uninterrupted):
 
 
 def test_accumulating_half_batches_gives_the_same_update(teacher):
-    state = loop.initial_state(CONFIG, MODEL, teacher)
+    state = committed(loop.initial_state(CONFIG, MODEL, teacher))
     recipe = loop.make_recipe(CONFIG, MODEL, SCHEDULER, branch=True)
     halves = recipe._replace(train={**CONFIG["train"], "accumulate": 2})
     rows = [Clips()[i] for i in range(4)]
