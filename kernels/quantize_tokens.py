@@ -1,5 +1,6 @@
 """Activations to integers: one scale and one integer zero point per token (QVGen, section 3)."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,36 @@ class QuantizedTokens(NamedTuple):
     scale: jax.Array
     zero_point: jax.Array
     row_sum: jax.Array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def extreme(x: jax.Array, largest: bool) -> jax.Array:
+    """The largest or smallest of every token `[..., in]`, as `[..., 1]`; ties share the gradient.
+
+    As `jnp.max` and `jnp.min`, but its gradient is finite whatever the compiler does. Theirs looks
+    for the value among x again and divides by how often it is there; where x is computed anew for
+    the backward pass (rematerialised, or fused elsewhere) its last bit may differ, and it is there
+    not once.
+    """
+    return (jnp.max if largest else jnp.min)(x, axis=-1, keepdims=True)
+
+
+def _extreme_forward(x, largest):
+    return extreme(x, largest), x
+
+
+def _extreme_backward(largest, x, cotangent):
+    return (share_among(x, extreme(x, largest), cotangent),)
+
+
+extreme.defvjp(_extreme_forward, _extreme_backward)
+
+
+def share_among(x: jax.Array, value: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """`cotangent [..., 1]` in equal parts where `x [..., in]` equals `value [..., 1]`, else 0."""
+    here = x == value
+    count = jnp.maximum(jnp.sum(here, axis=-1, keepdims=True, dtype=jnp.float32), 1)
+    return jnp.where(here, cotangent / count, 0).astype(x.dtype)
 
 
 def token_range(
@@ -51,7 +82,7 @@ def token_range(
     Returns:
         scale and zero_point, both `[..., 1]`.
     """
-    low, high = jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
+    low, high = extreme(x, False), extreme(x, True)
     if include_zero:
         low, high = jnp.where(low > 0, 0, low), jnp.where(high < 0, 0, high)
     if clip_ratio != 1.0:

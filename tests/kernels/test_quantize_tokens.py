@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.quantize_tokens import dequantize_tokens, quantize_tokens
+from kernels.quantize_tokens import dequantize_tokens, extreme, quantize_tokens, share_among
 
 ONE = jnp.ones((), jnp.float32)
 
@@ -63,3 +63,25 @@ def test_without_zero_in_the_range_a_token_far_from_zero_collapses_as_in_the_rel
 def test_a_nan_reaches_the_scale():
     x = jnp.asarray([[1.0, jnp.nan]], jnp.float32)
     assert jnp.isnan(quantize_tokens(x, ONE, ONE, levels(4)).scale).all()
+
+
+@pytest.mark.parametrize("largest", [False, True])
+def test_extremes_and_their_gradients_are_those_of_jnp(largest):
+    x = jnp.asarray(np.random.default_rng(5).integers(-3, 4, (6, 9)), jnp.float32)  # With ties.
+    weights = jnp.arange(1.0, 7.0)[:, None]
+    ours, theirs = (
+        jax.value_and_grad(lambda x, f=f: jnp.sum(weights * f(x)))(x)
+        for f in (
+            lambda x: extreme(x, largest),
+            lambda x: (jnp.max if largest else jnp.min)(x, axis=-1, keepdims=True),
+        )
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_an_extreme_that_is_not_among_its_token_gets_no_gradient_rather_than_nan():
+    """As when a compiler computes the token twice and rounds the second time otherwise."""
+    x = jnp.asarray([[1.0, 2.0, 3.0], [1.0, 3.0, 3.0]])
+    value = jnp.asarray([[np.nextafter(np.float32(3), np.float32(4))], [3.0]])
+    gradient = share_among(x, value, jnp.ones((2, 1)))
+    np.testing.assert_array_equal(gradient, [[0, 0, 0], [0, 0.5, 0.5]])
