@@ -5,8 +5,6 @@ then has to take every call, or several with commas between, of which the first 
 runs it (`QVGEN_ATTENTION=tokamax,xla`).
 """
 
-import functools
-import logging
 import os
 from types import MappingProxyType
 from typing import NamedTuple
@@ -15,6 +13,7 @@ import jax
 
 from kernels import attention_cudnn, attention_splash, attention_tokamax, attention_xla
 from kernels.attention_call import AttentionCall
+from kernels.choose import say_once
 
 _BACKENDS = MappingProxyType(
     {
@@ -28,7 +27,6 @@ _PREFERRED = MappingProxyType(
     {"cpu": ("xla",), "gpu": ("cudnn", "tokamax", "xla"), "tpu": ("splash", "xla")}
 )
 _VARIABLE = "QVGEN_ATTENTION"
-_log = logging.getLogger(__name__)
 
 
 class Choice(NamedTuple):
@@ -76,7 +74,7 @@ def attention(
             refusals.append(f"{name}: {reason}")
         else:
             for refusal in refusals:
-                _log_once(f"attention falls back to {name}; {refusal}")
+                say_once(f"attention falls back to {name}; {refusal}")
             return y
     raise NotImplementedError(_refused(refusals))
 
@@ -136,8 +134,3 @@ def _platform(device: str) -> str:
 def _refused(refusals: list[str]) -> str:
     asked = "; ".join(refusals)
     return f"no attention backend that was asked for takes the call ({asked}); add xla to the order"
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    _log.warning(message)

@@ -4,9 +4,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from kernels.attention_call import AttentionCall, call_of, refuse_bias_and_mask
+from kernels.partition import automatic_axes
 
 _LANES = 128
 # Rows of a block. All of them compile within the 16 MB of on-chip memory that a kernel may take.
@@ -66,7 +67,7 @@ def attention(
     query = (query.astype(jnp.float32) * scale).astype(query.dtype)
     rows = blocks or (block_rows(call.tokens), block_rows(call.keys))
     run = partial(_one_device, rows=rows, interpret=interpret)
-    axes = _automatic_axes(interpret)
+    axes = {} if interpret and jax.sharding.get_abstract_mesh().empty else automatic_axes()
     if axes:
         spec = _spec(axes, call)
         run = jax.shard_map(
@@ -124,22 +125,6 @@ def _one_device(
     )
     y = jax.vmap(lambda q, k, v: kernel(q, k, v, ids))(q, k, v)
     return y[:, :, : query.shape[1]].transpose(0, 2, 1, 3)
-
-
-def _automatic_axes(interpret: bool) -> dict[str, int]:
-    """The context's mesh axes over which XLA would have to partition the kernel: it cannot.
-
-    Raises:
-        NotImplementedError: no mesh says which of several devices the program runs on.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty and not interpret and jax.device_count() > 1:
-        raise NotImplementedError(
-            f"there are {jax.device_count()} devices and no mesh; call it under "
-            "jax.set_mesh(mesh), of one device if one runs it"
-        )
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return {name: mesh.shape[name] for name in types if types[name] == AxisType.Auto}
 
 
 def _spec(axes: dict[str, int], call: AttentionCall) -> PartitionSpec:

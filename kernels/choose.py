@@ -1,7 +1,6 @@
 """Which backend takes a product: by chip, shape and bits, from one small table."""
 
 import importlib
-import importlib.util
 import logging
 from collections.abc import Sequence
 from types import ModuleType
@@ -100,14 +99,14 @@ def _check(name: str, product: Product, chip: Chip) -> None:
     if name not in candidates(chip):
         takes = ", ".join(candidates(chip))
         raise NotImplementedError(f"it has no kernel for {chip.name}, which has {takes}")
-    check_rows(product)
+    if few_rows(product):
+        raise NotImplementedError(f"{product.rows} rows are fewer than {_FEW_ROWS}")
     module_of(name).check(product, chip)
 
 
-def check_rows(product: Product) -> None:
-    """Raises NotImplementedError for fewer rows than a kernel of tiles is for."""
-    if product.rows is not None and product.rows < _FEW_ROWS:
-        raise NotImplementedError(f"{product.rows} rows are fewer than {_FEW_ROWS}")
+def few_rows(product: Product) -> bool:
+    """Whether it has fewer rows than a kernel of tiles is for."""
+    return product.rows is not None and product.rows < _FEW_ROWS
 
 
 def _why(name: str, chip: Chip) -> str:

@@ -40,7 +40,10 @@ def low_rank_matmul(values: jax.Array, branch: LowRank) -> jax.Array:
     A closed gate costs a product but changes nothing, so that one compilation serves all phases.
     The gate is a schedule, not a parameter: it carries no gradient.
     """
-    dtype = values.dtype
-    hidden = rows_matmul(values, branch.right.T.astype(dtype))
-    hidden = hidden * jax.lax.stop_gradient(branch.gate)
-    return rows_matmul(hidden.astype(dtype), branch.left.T.astype(dtype))
+    return rows_matmul(low_rank_hidden(values, branch), branch.left.T.astype(values.dtype))
+
+
+def low_rank_hidden(values: jax.Array, branch: LowRank) -> jax.Array:
+    """The first half, `(values @ right^T) * gate`: `[..., in]` to `[..., rank]`."""
+    hidden = rows_matmul(values, branch.right.T.astype(values.dtype))
+    return (hidden * jax.lax.stop_gradient(branch.gate)).astype(values.dtype)

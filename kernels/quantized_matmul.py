@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from kernels import xla
 from kernels.chips import chip_of
-from kernels.choose import candidates, check_rows, module_of, say_once
+from kernels.choose import candidates, few_rows, module_of, say_once
 from kernels.fused_quantize import per_row, quantize_several
-from kernels.low_rank import LowRank, low_rank_matmul
+from kernels.low_rank import LowRank, low_rank_hidden, low_rank_matmul
 from kernels.operands import Product, Weight
+from kernels.partition import over_rows
 from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens
 
 
@@ -49,21 +50,36 @@ def quantized_matmul(
     Raises:
         ValueError: an unknown backend, layout or product_dtype.
     """
-    own_dtype = out_dtype if low_rank is None else jnp.promote_types(out_dtype, jnp.float32)
+    module, values = module_of(backend), None
+    if low_rank is not None:
+        values = dequantize_tokens(tokens).astype(out_dtype)
+    inside = low_rank is not None and getattr(module, "ADDS_LOW_RANK", False)
+    own_dtype = out_dtype
+    if low_rank is not None and not inside:
+        own_dtype = jnp.promote_types(out_dtype, jnp.float32)
     product = _product(tokens.codes.shape, weight, bits, own_dtype)
 
+    def run(by_row: tuple, whole: tuple) -> jax.Array:
+        branch = {"low_rank": (by_row[1], whole[1])} if inside else {}
+        return module.quantized_matmul(
+            by_row[0], whole[0], bits=bits, out_dtype=own_dtype, **branch
+        )
+
     def device() -> jax.Array:
-        flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), tokens)
-        return module_of(backend).quantized_matmul(flat, weight, bits=bits, out_dtype=own_dtype)
+        by_row, whole = (tokens,), (weight,)
+        if inside:
+            by_row, whole = (tokens, low_rank_hidden(values, low_rank)), (weight, low_rank.left)
+        flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), by_row)
+        return over_rows(run, flat, whole)
 
     y = _attempt(backend, layout, product, device)
+    added = inside and y is not None
     if y is None:
         y = xla.quantized_matmul(
             tokens, weight, layout=layout, product_dtype=product_dtype, out_dtype=own_dtype
         )
     y = y.reshape(*tokens.codes.shape[:-1], product.columns)
-    if low_rank is not None:
-        values = dequantize_tokens(tokens).astype(out_dtype)
+    if low_rank is not None and not added:
         y = (y + low_rank_matmul(values, low_rank).astype(y.dtype)).astype(out_dtype)
     return y
 
@@ -98,18 +114,19 @@ def quantize_and_matmul(
     module = module_of(backend)
     if hasattr(module, "quantize_and_matmul") and jnp.dtype(range_dtype) == jnp.float32:
 
-        def device() -> jax.Array:
+        def run(by_row: tuple, whole: tuple) -> jax.Array:
             return module.quantize_and_matmul(
-                x.reshape(-1, x.shape[-1]),
-                per_row(lower, x),
-                per_row(upper, x),
-                levels,
-                weight,
+                *by_row,
+                *whole,
                 include_zero=include_zero,
                 clip_ratio=clip_ratio,
                 bits=bits,
                 out_dtype=out_dtype,
             )
+
+        def device() -> jax.Array:
+            rows = (x.reshape(-1, x.shape[-1]), per_row(lower, x), per_row(upper, x))
+            return over_rows(run, rows, (levels, weight))
 
         y = _attempt(backend, layout, product, device)
         if y is not None:
@@ -144,13 +161,12 @@ def _attempt(
 ) -> jax.Array | None:
     """What `device` gives; None where XLA has to, which is said once with the reason."""
     module = module_of(backend)
-    if module is xla:
+    if module is xla or few_rows(product):  # Few rows go to XLA by design: nothing to report.
         return None
     try:
         here = chip_of(jax.devices()[0])
         if backend not in candidates(here):
             raise NotImplementedError(f"it has no kernel for {here.name}")
-        check_rows(product)
         module.check(product)
         if layout != module.layout(product):
             raise NotImplementedError(

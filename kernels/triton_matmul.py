@@ -78,6 +78,9 @@ def tile_for(capability: int, product: Product, rank: int = 0) -> Tile:
     return tile if divides else tile._replace(inner=64)
 
 
+ADDS_LOW_RANK = True  # In the epilogue, beside scales and bias.
+
+
 def check(product: Product, chip: Chip | None = None) -> None:
     """Whether the program computes this product; every chip from Ampere on takes the same.
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from qvgen_jax.errors import UserError
@@ -179,6 +181,19 @@ def placed(network: Any, mesh: Mesh | None) -> Any:
 
     states = jax.device_put(network.states, jax.tree.map(where, network.states))
     return dataclasses.replace(network, states=states)
+
+
+def on_devices_of(states: Any) -> AbstractContextManager:
+    """Sets the mesh that these arrays lie on, of one device if they are whole on one.
+
+    Kernels that XLA cannot partition need it where there are several devices (`kernels.partition`).
+    """
+    leaf = next((leaf for leaf in jax.tree.leaves(states) if isinstance(leaf, jax.Array)), None)
+    if jax.device_count() == 1 or leaf is None or isinstance(leaf, jax.core.Tracer):
+        return nullcontext()
+    if isinstance(leaf.sharding, NamedSharding):
+        return jax.set_mesh(automatic(leaf.sharding.mesh))
+    return jax.set_mesh(Mesh(np.array(_devices(leaf.sharding)), ("device",), (AxisType.Auto,)))
 
 
 def spread(array: jax.Array, mesh: Mesh | None) -> jax.Array:

@@ -14,8 +14,10 @@ from convert import load as convert_load
 from convert.array_tree import restore_params
 from convert.export import export_pipeline
 from convert.to_arrays import import_pipeline
+from kernels.partition import automatic_axes, over_rows
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import abstract_params, quantizable
+from qvgen_jax.placement import automatic, on_devices_of
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.initialize import round_to_nearest
 from qvgen_jax.training.loop import load_model
@@ -181,3 +183,26 @@ def test_damage_is_told_where_shardings_are_given_too(folders, cut, tmp_path):
     largest.write_bytes(content)
     with pytest.raises(UserError, match=r"incomplete or damaged .*import the model again"):
         qvgen_jax.load(copy, shardings=cut)
+
+
+@pytest.mark.parametrize("rows", [1, 32, 37])
+def test_rows_of_a_kernel_go_over_all_devices(rows, mesh):
+    x = jnp.arange(rows * 5.0).reshape(rows, 5)
+    weight, calls = jnp.arange(15.0).reshape(5, 3), []
+
+    def kernel(x, weight):
+        calls.append(x.shape)
+        return x @ weight
+
+    assert len(jax.devices()) == 4
+    with jax.set_mesh(automatic(mesh)):
+        y = jax.jit(lambda x: over_rows(kernel, x, weight))(x)
+    np.testing.assert_array_equal(y, x @ weight)
+    assert calls == [(8 if rows < 33 else 16, 5)]
+
+
+def test_a_kernel_needs_a_mesh_that_says_where_it_runs(folders, whole):
+    with pytest.raises(NotImplementedError, match="4 devices and no mesh"):
+        over_rows(jnp.matmul, jnp.ones((2, 3)), jnp.ones((3, 1)))
+    with on_devices_of(whole["packed"].transformer.states):
+        assert automatic_axes() == {"device": 1}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels.chips import Chip
-from kernels.choose import choose
+from kernels.choose import choose, say_once
 from kernels.layouts import container, laid_out_shape
 from kernels.low_rank import LowRank, low_rank_matmul, rows_matmul
 from kernels.operands import Product, Weight
@@ -217,7 +217,9 @@ class PackedDense(_TokenQuantizer):
         super().__init__(config, name, in_features, dtype)
         self.bits, self.in_features = config.bits_of(name), in_features
         product = Product(None, in_features, out_features, *self.bits, jnp.dtype(dtype))
-        self.backend, _, self.layout = choose(product, chip, backend)
+        self.backend, reason, self.layout = choose(product, chip, backend)
+        if backend not in ("auto", self.backend):
+            say_once(f"kernels={backend!r}: {name} goes to {reason}")
         shape = laid_out_shape(in_features, out_features, self.layout)
         self.codes = nnx.Param(jnp.zeros(shape, container(self.bits[0], self.layout)))
         self.scale = nnx.Param(jnp.ones((out_features,), jnp.float32))

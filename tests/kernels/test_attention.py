@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import attention as module
-from kernels import attention_cudnn, attention_splash, attention_tokamax, attention_xla
+from kernels import attention_cudnn, attention_splash, attention_tokamax, attention_xla, choose
 from kernels.attention import attention, choose_attention
 from kernels.attention_call import AttentionCall
 
@@ -131,10 +130,10 @@ def test_unknown_names_are_refused(monkeypatch):
 
 
 def test_a_fallback_is_logged_once_for_each_reason(caplog):
-    module._log_once.cache_clear()
+    choose._said.clear()
     q, k, v = arrays(5, 5)
     bias = jnp.zeros((1, 1, 5, 5))
-    with caplog.at_level(logging.WARNING, logger="kernels.attention"):
+    with caplog.at_level(logging.WARNING, logger="kernels"):
         for _ in range(3):
             y = attention(q, k, v, backend="cudnn,xla")
         assert len(caplog.records) == 1
@@ -147,8 +146,8 @@ def test_a_fallback_is_logged_once_for_each_reason(caplog):
 
 
 def test_no_fallback_no_log(caplog):
-    module._log_once.cache_clear()
-    with caplog.at_level(logging.DEBUG, logger="kernels.attention"):
+    choose._said.clear()
+    with caplog.at_level(logging.DEBUG, logger="kernels"):
         attention(*arrays(5, 5))
     assert not caplog.records
 
