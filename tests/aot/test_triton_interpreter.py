@@ -6,12 +6,16 @@ of their own.
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import choose, fused_quantize, triton_matmul, triton_quantize
+from kernels import quantized_matmul as dispatch
+from kernels.chips import CHIPS
 from kernels.layouts import lay_out
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens
@@ -247,3 +251,92 @@ def test_a_norm_without_parameters_and_a_gelu_are_the_models(interpret):
     assert_same_but_for_ties(found, y, clip, levels)
     found = interpret(quantize_gelu, x, *clip, levels)
     assert_same_but_for_ties(found, jax.nn.gelu(x, approximate=True), clip, levels)
+
+
+def publicly(function, *arguments, interpret, **options):
+    """A public function in the interpreter's process, which is to run one program and no XLA."""
+    launched = []
+
+    def interpreted(kernel, *operands, **how):
+        launched.append(kernel.__name__)
+        return kernel(*operands, interpret=interpret, **how)
+
+    kernels = [(triton_matmul, "quantized_matmul")]
+    kernels += [(triton_quantize, f"quantize_{kind}") for kind in ("several", "normalized", "gelu")]
+    with pytest.MonkeyPatch.context() as patch:
+        for where, kernel in kernels:
+            patch.setattr(where, kernel, partial(interpreted, getattr(where, kernel)))
+        patch.setattr(dispatch, "chip_of", lambda device: CHIPS["a100"])
+        found = function(*arguments, backend="triton", **options)
+    assert launched == [function.__name__]
+    assert not choose._said
+    return to_numpy(found)
+
+
+SAMPLES, TOKENS = 2, 9
+
+
+def sample_clips(count):
+    """Of each linear, one pair for each sample; all of them different."""
+    ends = np.linspace(0.4, 1, 2 * count * SAMPLES, dtype=np.float32)
+    return [tuple(pair.reshape(2, SAMPLES, 1, 1)) for pair in ends.reshape(count, -1)]
+
+
+def flat_clip(pair):
+    return [np.repeat(end, TOKENS, axis=1).reshape(-1, 1) for end in pair]
+
+
+def flat(tokens):
+    """As rows, whose leading axes had to come back."""
+    assert tokens.codes.shape[:2] == tokens.scale.shape[:2] == (SAMPLES, TOKENS)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), tokens)
+
+
+def test_the_public_quantizer_gives_each_linear_and_sample_its_own_clips(interpret):
+    x = tokens_of(SAMPLES * TOKENS, 129, 4)[0].reshape(SAMPLES, TOKENS, 129)
+    levels, how = np.float32(15), {"include_zero": False, "clip_ratio": 0.95}
+    clips = sample_clips(3)
+    found = interpret(publicly, fused_quantize.quantize_several, x, clips, levels, **how)
+    for tokens, pair in zip(found, clips, strict=True):
+        expected = ieee_quantize(x.reshape(-1, 129), *flat_clip(pair), 4, **how)
+        jax.tree.map(np.testing.assert_array_equal, tuple(flat(tokens)), expected)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_the_public_norm_puts_every_operand_in_its_place(interpret, affine, modulated):
+    rng = np.random.default_rng(8)
+    x = (3 * rng.standard_normal((SAMPLES, TOKENS, 300)) + 1).astype(np.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + np.float32(1e-5))
+    operands = {"eps": 1e-5}
+    if affine:
+        weight, bias = (rng.standard_normal(300).astype(np.float32) for _ in range(2))
+        y, operands = y * weight + bias, operands | {"weight": weight, "bias": bias}
+    if modulated:
+        scale, shift = (rng.standard_normal((SAMPLES, 300)).astype(np.float32) for _ in range(2))
+        y, operands = y * (1 + scale[:, None]) + shift[:, None], operands | {"scale": scale}
+        operands["shift"] = shift
+    clips, levels = sample_clips(3), np.float32(15)
+    found = interpret(publicly, fused_quantize.quantize_normalized, x, clips, levels, **operands)
+    for tokens, pair in zip(found, clips, strict=True):
+        assert_same_but_for_ties(flat(tokens), y.reshape(-1, 300), flat_clip(pair), levels)
+
+
+def test_the_public_gelu_takes_its_samples_clips(interpret):
+    x = 2 * np.random.default_rng(9).standard_normal((SAMPLES, TOKENS, 300)).astype(np.float32)
+    ((lower, upper),), levels = sample_clips(1), np.float32(15)
+    found = interpret(publicly, fused_quantize.quantize_gelu, x, lower, upper, levels)
+    value = jax.nn.gelu(x.reshape(-1, 300), approximate=True)
+    assert_same_but_for_ties(flat(found), value, flat_clip((lower, upper)), levels)
+
+
+def test_the_public_product_runs_the_program_on_flat_rows(interpret):
+    _, tokens = tokens_of(SAMPLES * TOKENS, 129, 4)
+    weight, plain = weight_of(129, 200, 4)
+    samples = jax.tree.map(lambda leaf: leaf.reshape(SAMPLES, TOKENS, -1), tokens)
+    how = {"layout": "columns_halved", "bits": (4, 4)}
+    y = interpret(publicly, dispatch.quantized_matmul, samples, weight, **how)
+    expected = np.asarray(definition(tokens, plain)).reshape(SAMPLES, TOKENS, 200)
+    # As the program itself: the definition's bits.
+    np.testing.assert_array_equal(y, expected)
