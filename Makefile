@@ -32,7 +32,7 @@ aot:
 	$(MAKE) --no-print-directory aot-in PYTHON=$(AOT_PYTHON) VENV=$(VENV)312
 
 aot-in: $(VENV)/.ready-aot
-	XLA_FLAGS= JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal tests/aot $(PYTEST_ARGS)
+	QVGEN_AOT=1 XLA_FLAGS= JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal tests/aot $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready-test
 	$(RUN) -m ruff check .

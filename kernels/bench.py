@@ -4,7 +4,8 @@
     python -m kernels.bench --quick               # a minute on two CPU cores
     python -m kernels.bench --model Wan-1.3B --rows 2048 --out result.json
 
-Every line is the median of the repeats after warm-up, each waiting for its result. `linear` is the
+Every line is the median of the repeats after warm-up, each waiting for its result; of fewer than
+30 the line says how many they were. `linear` is the
 product with the quantization of its tokens, as a model calls it; `product` has tokens ready. The
 ratios are to `jnp.dot` of the same shape in bf16, and in float32 on a CPU, which has no bf16 unit.
 """
@@ -34,13 +35,15 @@ from kernels.quantized_matmul import quantize_and_matmul, quantized_matmul
 from kernels.shapes import SHAPES, Shape
 from kernels.weight_only_matmul import weight_only_matmul
 
+_ENOUGH = 30
 _PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "libtpu", "torch")
 
 
 def median_seconds(call: Callable[[], Any], repeats: int, budget: float) -> tuple[float, int]:
     """Median of up to `repeats` calls after two of warm-up, and how many there were.
 
-    Stops early once `budget` seconds are gone; a call that takes as long is made once.
+    Stops early once `budget` seconds are gone; a call that takes as long is made twice, the first
+    time to warm up.
     """
 
     def timed() -> float:
@@ -48,11 +51,9 @@ def median_seconds(call: Callable[[], Any], repeats: int, budget: float) -> tupl
         jax.block_until_ready(call())
         return time.perf_counter() - began
 
-    first = timed()
-    if first > budget:
-        return first, 1
-    timed()
-    times: list[float] = []
+    if timed() < budget:
+        timed()
+    times = [timed()]
     while len(times) < repeats and sum(times) < budget:
         times.append(timed())
     return statistics.median(times), len(times)
@@ -232,10 +233,16 @@ def print_records(records: Sequence[dict]) -> None:
         )
         weight = f" {r['weight_bytes'] / 1e6:8.1f} MB" if "weight_bytes" in r else ""
         speed = f"{r['ms']:10.3f} ms {r['tera_operations']:8.3f} TOP/s"
-        print(f"  {r['call']:24s}{speed} {ratios}{share}{weight}", flush=True)
+        few = f" of {r['repeats']} repeats" if r["repeats"] < _ENOUGH else ""
+        print(f"  {r['call']:24s}{speed} {ratios}{share}{weight}{few}", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's, with the `shapes` that were asked for and `bits` as pairs of numbers.
+
+    Raises:
+        ValueError: something that cannot be timed or written.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m kernels.bench",
         description=__doc__,
@@ -244,33 +251,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="Wan-1.3B alone, 512 rows, W4A4")
     parser.add_argument("--model", default="", help="only models whose name contains this")
     parser.add_argument("--rows", type=int, help="tokens, instead of a whole video's")
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=_ENOUGH)
     parser.add_argument(
         "--budget", type=float, default=60.0, help="seconds for each call's repeats"
     )
     parser.add_argument("--bits", default="4,4 3,3 4,8 8,8", help='pairs, such as "4,4 8,8"')
     parser.add_argument("--torch", action="store_true", help="torch's products too, if installed")
     parser.add_argument("--out", type=Path, help="write JSON there too")
-    arguments = parser.parse_args(argv)
-    if arguments.quick:
-        arguments.model, arguments.rows = arguments.model or "Wan-1.3B", arguments.rows or 512
-        arguments.bits, arguments.budget = "4,4", min(arguments.budget, 3.0)
-    shapes = [shape for shape in SHAPES if arguments.model in shape.model]
+    asked = parser.parse_args(argv)
+    for name in ("rows", "repeats", "budget"):
+        value = getattr(asked, name)
+        if value is not None and not value > 0:  # Nor is nan.
+            raise ValueError(f"--{name} {value}: must be positive")
+    if asked.quick:
+        asked.model = asked.model or "Wan-1.3B"
+        asked.rows = 512 if asked.rows is None else asked.rows
+        asked.bits, asked.budget = "4,4", min(asked.budget, 3.0)
+    asked.bits = _pairs(asked.bits)
+    asked.shapes = _cut(asked.model, asked.rows)
+    if asked.out is not None:
+        _check_writable(asked.out)
+    return asked
+
+
+def _pairs(text: str) -> list[tuple[int, ...]]:
     try:
-        bits = [tuple(map(int, pair.split(","))) for pair in arguments.bits.split()]
-        good = bits and all(len(pair) == 2 and min(pair) > 1 and max(pair) < 9 for pair in bits)
+        pairs = [tuple(map(int, pair.split(","))) for pair in text.split()]
+        good = pairs and all(len(pair) == 2 and min(pair) > 1 and max(pair) < 9 for pair in pairs)
     except ValueError:
         good = False
-    wrong = ""
+    if not good:
+        raise ValueError(f'--bits {text!r}: expected pairs of 2 to 8, such as "4,4 8,8"')
+    return pairs
+
+
+def _cut(model: str, rows: int | None) -> list[Shape]:
+    """A model's shapes, of so many rows where they have as many."""
+    shapes = [shape for shape in SHAPES if model in shape.model]
     if not shapes:
         names = ", ".join(sorted({shape.model for shape in SHAPES}))
-        wrong = f"--model={arguments.model!r}: no such model, there are {names}"
-    elif not good:
-        wrong = f'--bits={arguments.bits!r}; expected pairs of 2 to 8, such as "4,4 8,8"'
-    elif min(arguments.repeats, arguments.rows or 1) < 1 or arguments.budget <= 0:
-        wrong = "--repeats, --rows and --budget must be positive"
-    if wrong:
-        print(f"error: {wrong}", file=sys.stderr)
+        raise ValueError(f"--model {model!r}: no such model, there are {names}")
+    most = max(shape.rows for shape in shapes)
+    if rows is None:
+        return shapes
+    if rows > most:
+        raise ValueError(f"--rows {rows}: no video asked for has more than {most}")
+    for shape in shapes:
+        if shape.rows < rows:
+            print(f"{shape.model}, {shape.layer}: all its {shape.rows} rows, which are fewer")
+    return [shape._replace(rows=min(rows, shape.rows)) for shape in shapes]
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"--out {path}: {error.strerror}; name a file to write") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        arguments = arguments_of(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     device = jax.devices()[0]
     kind = processor() if device.platform == "cpu" else device.device_kind
@@ -282,14 +326,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(f"{kind}; {', '.join(f'{k} {v}' for k, v in header['versions'].items())}")
     records: list[dict] = []
-    for shape in shapes:
-        if arguments.rows and shape.rows > arguments.rows:
-            shape = shape._replace(rows=arguments.rows)
-        found = run_shape(shape, bits, arguments.repeats, arguments.budget, arguments.torch)
+    for shape in arguments.shapes:
+        how = (arguments.bits, arguments.repeats, arguments.budget, arguments.torch)
+        found = run_shape(shape, *how)
         print_records(found)
         records += found
         if arguments.out:  # After every shape: an interrupted run leaves what it has.
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps({**header, "records": records}, indent=1) + "\n")
     return 0
 

@@ -99,19 +99,42 @@ def read_config(argument: str) -> Mapping[str, Any]:
     """The config of `file.py[:argument]`, as plain dicts.
 
     Raises:
-        ValueError: there is no such file, or it does not know the argument.
+        ValueError: there is no such file, it is no config of a transformer that is quantized, or it
+            does not know the argument.
     """
     path, _, argument = argument.partition(":")
     if not Path(path).is_file():
         raise ValueError(f"config file {path!r} does not exist; name one of configs/*.py")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None:
+        raise ValueError(f"{path!r} is no Python file; name one of configs/*.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(argument).to_dict()
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{path!r} does not run: {type(error).__name__}: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path!r} has no get_config, so is no config; name one of configs/*.py")
+    config = module.get_config(argument).to_dict()
+    if missing := [name for name in ("model", "data", "quant") if name not in config]:
+        raise ValueError(
+            f"the config of {path!r} has no {', '.join(missing)}; name one that quantizes a "
+            "transformer, such as configs/wan14b_w4a4.py"
+        )
+    return config
 
 
-def describe(config: Mapping[str, Any], chip: Chip, asked: str) -> str:
-    """The whole answer for a run's config."""
+def describe(config: Mapping[str, Any], chip: Chip, asked: str | None = None) -> str:
+    """The whole answer for a run's config.
+
+    Args:
+        config: of `read_config`.
+        chip: that it is to run on.
+        asked: a backend or "auto", instead of the config's own `kernels`.
+
+    Raises:
+        ValueError: the config names what does not exist, or QVGEN_ATTENTION nothing that runs.
+    """
     # The only place in kernels/ that knows models: this is a command, like main.py.
     from kernels.attention import choose_attention
     from kernels.attention_call import AttentionCall
@@ -127,7 +150,7 @@ def describe(config: Mapping[str, Any], chip: Chip, asked: str) -> str:
         for x in linears(model, tokens, data["max_length"])
         if x.name not in quant.full_precision
     ]
-    rows = explain(layers, chip, asked)
+    rows = explain(layers, chip, asked or config.get("kernels", "auto"))
     pairs = attended(model, tokens, data["max_length"])
     operations = 4 * model.dim * model.num_layers * sum(q * k for q, k in pairs)
     seconds = operations / (chip.bf16 * 1e12) if chip.bf16 else None
@@ -135,7 +158,10 @@ def describe(config: Mapping[str, Any], chip: Chip, asked: str) -> str:
     for queries, keys in pairs:
         heads, width = model.num_attention_heads, model.attention_head_dim
         call = AttentionCall(1, queries, keys, heads, width, jnp.dtype(jnp.bfloat16))
-        name, reason = choose_attention(chip.platform, call)
+        try:
+            name, reason = choose_attention(chip.platform, call)
+        except NotImplementedError as refusal:  # Only where the environment asks for it.
+            raise ValueError(f"QVGEN_ATTENTION: {refusal}") from refusal
         lines.append(f"attention of {queries} tokens to {keys}: {name} ({reason})")
     return "\n".join([*lines, ceiling(rows, seconds)])
 
@@ -148,7 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", help="a file of configs/, file.py[:argument]")
     parser.add_argument("--chip", choices=tuple(CHIPS), help="instead of this machine's device")
-    parser.add_argument("--kernels", choices=("auto", *BACKENDS), default="auto")
+    parser.add_argument(
+        "--kernels", choices=("auto", *BACKENDS), help="instead of what the config says"
+    )
     arguments = parser.parse_args(argv)
     chip = named(arguments.chip) if arguments.chip else chip_of(jax.devices()[0])
     try:

@@ -1,4 +1,7 @@
-"""The products of real models: what benchmarks time and compilers are asked for."""
+"""The products of real models: benchmarks time them, compilers and interpreters are asked for them.
+
+What else compilers are asked for, other bits and sizes that hurt, stands in their own tests.
+"""
 
 from typing import NamedTuple
 
@@ -37,4 +40,28 @@ SHAPES = (
     # 81 frames at 768 x 1360: 11 x 48 x 85, and 226 of text.
     *_block("CogVideoX1.5-5B", 45106, 3072, 12288),
 )
-"""Of four models; the 14B at both of its sizes."""
+"""Of four models; the 14B at both of its sizes. What takes the time: `kernels.bench` times them."""
+
+SMALL_SHAPES = (
+    Shape("Wan-1.3B 480p", "text embedder", 512, 4096, 1536),
+    Shape("Wan-1.3B 480p", "text key", 512, 1536, 1536),
+    Shape("Wan-1.3B 480p", "proj_out", 32760, 1536, 64),
+    Shape("Wan-14B 480p", "text embedder", 512, 4096, 5120),
+    Shape("Wan-14B 480p", "proj_out", 32760, 5120, 64),
+    Shape("CogVideoX-2B", "proj_out", 17550, 1920, 64),
+)
+"""Of a few rows or columns: only compiled."""
+
+INNERS = tuple(sorted({shape.inner for shape in SHAPES}))
+"""The lengths of a token in the blocks of all models."""
+
+
+def of_models(*models: str) -> tuple[Shape, ...]:
+    """All shapes of the models that are named, the large ones first.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if unknown := set(models) - {shape.model for shape in SHAPES}:
+        raise ValueError(f"{', '.join(sorted(unknown))}: no such model")
+    return tuple(shape for shape in (*SHAPES, *SMALL_SHAPES) if shape.model in models)

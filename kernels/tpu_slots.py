@@ -13,24 +13,21 @@ XLA's dot of the 14B's shapes takes minutes to compile: `--shape 1.3B CogVideoX`
 """
 
 import argparse
+import importlib.util
 import re
+import sys
+from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
+from kernels.shapes import Shape, of_models
 from kernels.tpu_ahead import TOPOLOGIES, Case, Compiled, compile_for
 
 TARGET = 0.55
 """Of XLA's slots, what ours may take on chips with an int4 unit."""
 
-SHAPES = (
-    ("Wan-14B d x d", 32760, 5120, 5120),
-    ("Wan-14B ffn up", 32760, 5120, 13824),
-    ("Wan-14B ffn down", 32760, 13824, 5120),
-    ("Wan-1.3B ffn up", 32760, 1536, 8960),
-    ("Wan-1.3B ffn down", 32760, 8960, 1536),
-    ("CogVideoX-2B ffn up", 17776, 1920, 7680),
-    ("CogVideoX-2B ffn down", 17776, 7680, 1920),
-)
+_MODELS = ("Wan-14B 480p", "Wan-1.3B 480p", "CogVideoX-2B")
+SHAPES = tuple(shape for shape in of_models(*_MODELS) if min(shape[2:]) > 512)
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s+(>*)\s*\{(\})?")
 _LIMIT = re.compile(r"scmp\.ge\.s32\.totalorder %s\w+, (\d+) /\* loop exit test")
@@ -132,20 +129,21 @@ def total(compiled: Compiled) -> Slots:
     return Slots(opcodes, sum(s.cycles for s in slots), sum(s.prologue for s in slots))
 
 
-def table(chips: list[str], shapes: list[tuple[str, int, int, int]]) -> str:
+def table(chips: list[str], shapes: list[Shape]) -> str:
     """Ours and XLA's, per chip and shape."""
     rows = [
-        f"{'chip':6} {'product':22} {'M x K x N':20} {'ours':>14} {'XLA int8':>14} "
+        f"{'chip':6} {'product':23} {'M x K x N':20} {'ours':>14} {'XLA int8':>14} "
         f"{'slots / 10^6 MAC':>18} {'slots':>6} {'cycles':>6}"
     ]
     for chip in chips:
-        cases = [Case(kernel, *shape) for _, *shape in shapes for kernel in ("codes", "xla")]
+        cases = [Case(kernel, *shape[2:]) for shape in shapes for kernel in ("codes", "xla")]
         done = [total(one) for one in compile_for(chip, cases)]
-        for (name, *shape), ours, xla in zip(shapes, done[::2], done[1::2], strict=True):
+        for (model, layer, *shape), ours, xla in zip(shapes, done[::2], done[1::2], strict=True):
             mine, theirs = (1e6 * sum(s.opcodes.values()) / prod(shape) for s in (ours, xla))
             rows.append(
-                f"{chip:6} {name:22} {' x '.join(map(str, shape)):20} {_opcodes(ours):>14} "
-                f"{_opcodes(xla):>14} {f'{mine:.3f} : {theirs:.3f}':>18} {mine / theirs:6.3f} "
+                f"{chip:6} {f'{model}, {layer}':23} {' x '.join(map(str, shape)):20} "
+                f"{_opcodes(ours):>14} {_opcodes(xla):>14} "
+                f"{f'{mine:.3f} : {theirs:.3f}':>18} {mine / theirs:6.3f} "
                 f"{ours.cycles / xla.cycles:6.3f}"
             )
     return "\n".join(rows)
@@ -155,10 +153,27 @@ def _opcodes(slots: Slots) -> str:
     return "+".join(slots.opcodes)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.tpu_slots", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--chip", nargs="+", choices=TOPOLOGIES, default=["v5e", "v6e"])
     parser.add_argument("--shape", nargs="+", default=[""], help="parts of names of products")
-    asked = parser.parse_args()
-    wanted = [shape for shape in SHAPES if any(part in shape[0] for part in asked.shape)]
+    asked = parser.parse_args(argv)
+    names = [f"{shape.model}, {shape.layer}" for shape in SHAPES]
+    wrong = ""
+    if unknown := [part for part in asked.shape if not any(part in name for name in names)]:
+        wrong = f"--shape {' '.join(unknown)}: in no name of {'; '.join(names)}"
+    elif importlib.util.find_spec("libtpu") is None:
+        wrong = "libtpu is not installed: pip install 'jax[tpu]'"
+    if wrong:
+        print(f"error: {wrong}", file=sys.stderr)
+        return 2
+    pairs = zip(names, SHAPES, strict=True)
+    wanted = [shape for name, shape in pairs if any(part in name for part in asked.shape)]
     print(table(asked.chip, wanted))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

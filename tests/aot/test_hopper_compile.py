@@ -14,32 +14,28 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from kernels.shapes import of_models
+
 ROOT = Path(__file__).parents[2]
-# (rows, inner, columns), out_dtype
+# Rows, inner and columns, bits of the weights, and the type of the result.
 PRODUCTS = {
-    "wan14b_480p": [
-        ((32_760, 5120, 5120), "bfloat16"),
-        ((32_760, 5120, 13_824), "bfloat16"),
-        ((32_760, 13_824, 5120), "bfloat16"),
-    ],
-    "wan14b_720p": [
-        ((75_600, 5120, 5120), "bfloat16"),
-        ((75_600, 5120, 13_824), "bfloat16"),
-        ((75_600, 13_824, 5120), "bfloat16"),
-    ],
-    "wan1_3b": [((32_760, 1536, 8960), "bfloat16"), ((32_760, 8960, 1536), "bfloat16")],
-    "cogvideox2b": [
-        ((17_776, 1920, 7680), "bfloat16"),
-        ((17_776, 7680, 1920), "bfloat16"),
-        ((17_776, 1920, 1920), "float32"),
-    ],
-    # Where TMA's conditions on sizes, which the simulator does not know, might fail.
-    "hurtful": [
-        ((1, 129, 65), "bfloat16"),
-        ((130, 64, 33), "float32"),
-        ((514, 96, 200), "bfloat16"),
-    ],
+    model: [
+        (*shape[2:], 4, "bfloat16")
+        for shape in of_models(model)
+        if shape.layer != "text embedder"  # As the text's keys.
+    ]
+    for model in ("Wan-14B 480p", "Wan-14B 720p", "Wan-1.3B 480p", "CogVideoX-2B")
 }
+PRODUCTS["other types"] = [
+    (32_760, 5120, 5120, 8, "bfloat16"),
+    (17_776, 1920, 1920, 4, "float32"),
+]
+# Where TMA's conditions on sizes, which the simulator does not know, might fail.
+PRODUCTS["hurtful"] = [
+    (1, 129, 65, 4, "bfloat16"),
+    (130, 64, 33, 8, "float32"),
+    (514, 96, 200, 4, "bfloat16"),
+]
 FLAGS = {
     "JAX_PLATFORMS": "cpu",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -51,7 +47,7 @@ FLAGS = {
 }
 
 
-def compile_for_h200(shape: tuple[int, int, int], out_dtype: str) -> None:
+def compile_for_h200(rows: int, inner: int, columns: int, bits: int, out_dtype: str) -> None:
     from cuda_topology import h200
 
     from kernels import hopper
@@ -63,9 +59,9 @@ def compile_for_h200(shape: tuple[int, int, int], out_dtype: str) -> None:
     def array(shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
 
-    rows, inner, columns = shape
     tokens = QuantizedTokens(array((rows, inner), jnp.int8), *[array((rows, 1))] * 3)
-    weight = Weight(array((columns, inner), jnp.int4), *[array((columns,))] * 4)
+    codes = array((columns, inner), jnp.int4 if bits <= 4 else jnp.int8)
+    weight = Weight(codes, *[array((columns,))] * 4)
     run = jax.jit(lambda *operands: hopper.quantized_matmul(*operands, out_dtype=out_dtype))
     run.lower(tokens, weight).compile()
 
@@ -90,8 +86,8 @@ def test_products_compile_to_s8_wgmma_without_spills(model):
 
     found = dumps(model)
     assert len(found) == len(PRODUCTS[model])
-    for (shape, out_dtype), text in zip(PRODUCTS[model], found, strict=True):
-        tile = tiles(Product(*shape, out_dtype=out_dtype))
+    for (*shape, bits, out_dtype), text in zip(PRODUCTS[model], found, strict=True):
+        tile = tiles(Product(*shape, bits, bits, out_dtype))
         kinds = set(re.findall(r"mma\S*\.sync\.aligned\.(m\d\S+)", text))
         assert kinds == {f"m64n{tile.columns}k32.s32.s8.s8"}
         assert ".target sm_90a" in text

@@ -15,6 +15,15 @@ from kernels.layouts import lay_out
 from kernels.operands import Weight
 from kernels.quantize_tokens import QuantizedTokens, quantize_tokens
 from kernels.reference import quantized_matmul_reference, signed_offset
+from tests.kernels.cases import (
+    CASES,
+    assert_close,
+    integer_tokens,
+    on_paper,
+    real_tokens,
+    roundings_of,
+)
+from tests.kernels.cases import weight_of as weight_of_case
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 needs_simulator = pytest.mark.skipif(
@@ -124,6 +133,20 @@ def test_results_equal_the_definition(rows, weight_bits, act_bits, how):
     # Float32 corrections cancel: one part in 10^5 of the largest output.
     atol = 1e-5 * abs(expected).max()
     np.testing.assert_allclose(simulate(tokens, weight, ALONE), expected, rtol=0, atol=atol)
+
+
+@needs_simulator
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_real_inner_sizes_and_tokens_that_hurt(case):
+    # The integers alone too where their sums are longest, or end inside a step.
+    if max(case.bits) <= 4 and case.inner in (13824, 1537):
+        tokens, weight = integer_tokens(case), weight_of_case(case, "columns", integers=True)
+        y = simulate(tokens, weight, ALONE)
+        np.testing.assert_array_equal(y, on_paper(tokens, weight_of_case(case, integers=True)))
+    _, tokens = real_tokens(case)
+    plain = weight_of_case(case)
+    y = simulate(tokens, weight_of_case(case, "columns"), ALONE)
+    assert_close(y, on_paper(tokens, plain), roundings_of(tokens, plain))
 
 
 @needs_simulator

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from kernels.operands import Product
+from kernels.shapes import of_models
 from kernels.triton_matmul import program_constants, tile_for
 from kernels.triton_quantize import quantizer_constants
 
@@ -99,17 +100,20 @@ def product(rows, inner, columns, weight_bits=4, act_bits=4, out_dtype=jnp.bfloa
     return Product(rows, inner, columns, weight_bits, act_bits, out_dtype)
 
 
-# rows, inner, columns of Wan-14B, Wan-1.3B and CogVideoX-2B, and of products that hurt.
+MODELS = ("Wan-14B 480p", "Wan-1.3B 480p", "CogVideoX-2B")
+LARGE = (32760, 5120, 5120)
 PRODUCTS = {
-    "wan-14b": product(32760, 5120, 5120),
-    "wan-14b-down": product(32760, 13824, 5120),
-    "wan-14b-text": product(512, 5120, 5120),
-    "wan-14b-time": product(2, 5120, 5120),
-    "wan-1.3b-up": product(32760, 1536, 8960),
-    "cogvideox-2b-up": product(17776, 1920, 7680),
-    "float32-out": product(32760, 5120, 64, out_dtype=jnp.float32),
+    **{
+        f"{shape.model}, {shape.layer}": product(*shape[2:])
+        for shape in of_models(*MODELS)
+        if shape.layer != "text embedder"
+    },
+    "a few tokens": product(2, 5120, 5120),
+    "float32 out": product(32760, 5120, 64, out_dtype=jnp.float32),
     "odd": product(130, 129, 200),
-    "w8a8": product(32760, 5120, 5120, 8, 8),
+    "W3A3": product(*LARGE, 3, 3),
+    "W4A8": product(*LARGE, 4, 8),
+    "W8A8": product(*LARGE, 8, 8),
 }
 
 
@@ -145,7 +149,7 @@ def test_the_product_runs_on_eight_bit_tensor_cores_without_spilling(name, capab
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_a_low_rank_term_fits_the_registers(capability, tmp_path):
-    p = PRODUCTS["wan-14b"]
+    p = product(*LARGE)
     tile = tile_for(capability, p, rank=32)
     kernel = compiled(
         quantized_matmul_program,

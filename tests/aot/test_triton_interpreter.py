@@ -6,12 +6,16 @@ of their own.
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import choose, fused_quantize, triton_matmul, triton_quantize
+from kernels import quantized_matmul as dispatch
+from kernels.chips import CHIPS
 from kernels.layouts import lay_out
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens
@@ -19,6 +23,8 @@ from kernels.quantize_tokens import quantize_tokens as quantize_tokens_definitio
 from kernels.triton_matmul import Tile, layout, quantized_matmul
 from kernels.triton_quantize import Clip, quantize_gelu, quantize_normalized, quantize_tokens
 from kernels.xla import quantized_matmul as definition
+from tests.kernels.cases import CASES, CLIPS, levels, real_tokens
+from tests.kernels.cases import weight_of as weight_of_case
 
 pytest.importorskip("triton")
 
@@ -72,7 +78,6 @@ def weight_of(inner, columns, bits, *, asymmetric=True, bias=True, seed=1):
 @pytest.mark.parametrize(
     ("rows", "inner", "columns", "weight_bits", "act_bits"),
     [
-        (1, 1536, 64, 4, 4),
         (33, 129, 200, 4, 4),
         (130, 96, 200, 3, 3),
         (130, 129, 64, 8, 8),
@@ -88,6 +93,19 @@ def test_the_product_has_the_definitions_bits(
     y = interpret(quantized_matmul, tokens, weight, out_dtype=jnp.float32)
     # Integers are exact and the float32 corrections are made in the same order.
     np.testing.assert_array_equal(y, definition(tokens, plain))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_real_inner_sizes_and_tokens_that_hurt_have_the_definitions_bits(interpret, case):
+    x, tokens = real_tokens(case)
+    how = {"out_dtype": jnp.float32, "bits": case.bits}
+    laid = layout(Product(None, case.inner, case.columns, *case.bits))
+    y = interpret(quantized_matmul, tokens, to_numpy(weight_of_case(case, laid)), **how)
+    np.testing.assert_array_equal(y, definition(tokens, weight_of_case(case)))
+    # The tokens that hurt, which are the first nine, quantized by the program itself.
+    found = interpret(quantize_tokens, x[:9], *CLIPS, levels(case.act_bits))
+    expected = ieee_quantize(x[:9], *CLIPS, case.act_bits)
+    jax.tree.map(np.testing.assert_array_equal, tuple(found), expected)
 
 
 @pytest.mark.parametrize("tile", [Tile(256, 128, 64, 8, 3), Tile(16, 64, 32, 4, 4)])
@@ -159,8 +177,6 @@ def ieee_quantize(x, lower, upper, bits, *, include_zero=True, clip_ratio=1.0):
     [
         (96, 4, {}),
         (129, 3, {}),
-        (1536, 8, {}),
-        (5120, 4, {}),
         (129, 4, {"include_zero": False, "clip_ratio": 0.95}),
     ],
 )
@@ -247,3 +263,92 @@ def test_a_norm_without_parameters_and_a_gelu_are_the_models(interpret):
     assert_same_but_for_ties(found, y, clip, levels)
     found = interpret(quantize_gelu, x, *clip, levels)
     assert_same_but_for_ties(found, jax.nn.gelu(x, approximate=True), clip, levels)
+
+
+def publicly(function, *arguments, interpret, **options):
+    """A public function in the interpreter's process, which is to run one program and no XLA."""
+    launched = []
+
+    def interpreted(kernel, *operands, **how):
+        launched.append(kernel.__name__)
+        return kernel(*operands, interpret=interpret, **how)
+
+    kernels = [(triton_matmul, "quantized_matmul")]
+    kernels += [(triton_quantize, f"quantize_{kind}") for kind in ("several", "normalized", "gelu")]
+    with pytest.MonkeyPatch.context() as patch:
+        for where, kernel in kernels:
+            patch.setattr(where, kernel, partial(interpreted, getattr(where, kernel)))
+        patch.setattr(dispatch, "chip_of", lambda device: CHIPS["a100"])
+        found = function(*arguments, backend="triton", **options)
+    assert launched == [function.__name__]
+    assert not choose._said
+    return to_numpy(found)
+
+
+SAMPLES, TOKENS = 2, 9
+
+
+def sample_clips(count):
+    """Of each linear, one pair for each sample; all of them different."""
+    ends = np.linspace(0.4, 1, 2 * count * SAMPLES, dtype=np.float32)
+    return [tuple(pair.reshape(2, SAMPLES, 1, 1)) for pair in ends.reshape(count, -1)]
+
+
+def flat_clip(pair):
+    return [np.repeat(end, TOKENS, axis=1).reshape(-1, 1) for end in pair]
+
+
+def flat(tokens):
+    """As rows, whose leading axes had to come back."""
+    assert tokens.codes.shape[:2] == tokens.scale.shape[:2] == (SAMPLES, TOKENS)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), tokens)
+
+
+def test_the_public_quantizer_gives_each_linear_and_sample_its_own_clips(interpret):
+    x = tokens_of(SAMPLES * TOKENS, 129, 4)[0].reshape(SAMPLES, TOKENS, 129)
+    levels, how = np.float32(15), {"include_zero": False, "clip_ratio": 0.95}
+    clips = sample_clips(3)
+    found = interpret(publicly, fused_quantize.quantize_several, x, clips, levels, **how)
+    for tokens, pair in zip(found, clips, strict=True):
+        expected = ieee_quantize(x.reshape(-1, 129), *flat_clip(pair), 4, **how)
+        jax.tree.map(np.testing.assert_array_equal, tuple(flat(tokens)), expected)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_the_public_norm_puts_every_operand_in_its_place(interpret, affine, modulated):
+    rng = np.random.default_rng(8)
+    x = (3 * rng.standard_normal((SAMPLES, TOKENS, 300)) + 1).astype(np.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + np.float32(1e-5))
+    operands = {"eps": 1e-5}
+    if affine:
+        weight, bias = (rng.standard_normal(300).astype(np.float32) for _ in range(2))
+        y, operands = y * weight + bias, operands | {"weight": weight, "bias": bias}
+    if modulated:
+        scale, shift = (rng.standard_normal((SAMPLES, 300)).astype(np.float32) for _ in range(2))
+        y, operands = y * (1 + scale[:, None]) + shift[:, None], operands | {"scale": scale}
+        operands["shift"] = shift
+    clips, levels = sample_clips(3), np.float32(15)
+    found = interpret(publicly, fused_quantize.quantize_normalized, x, clips, levels, **operands)
+    for tokens, pair in zip(found, clips, strict=True):
+        assert_same_but_for_ties(flat(tokens), y.reshape(-1, 300), flat_clip(pair), levels)
+
+
+def test_the_public_gelu_takes_its_samples_clips(interpret):
+    x = 2 * np.random.default_rng(9).standard_normal((SAMPLES, TOKENS, 300)).astype(np.float32)
+    ((lower, upper),), levels = sample_clips(1), np.float32(15)
+    found = interpret(publicly, fused_quantize.quantize_gelu, x, lower, upper, levels)
+    value = jax.nn.gelu(x.reshape(-1, 300), approximate=True)
+    assert_same_but_for_ties(flat(found), value, flat_clip((lower, upper)), levels)
+
+
+def test_the_public_product_runs_the_program_on_flat_rows(interpret):
+    _, tokens = tokens_of(SAMPLES * TOKENS, 129, 4)
+    weight, plain = weight_of(129, 200, 4)
+    samples = jax.tree.map(lambda leaf: leaf.reshape(SAMPLES, TOKENS, -1), tokens)
+    how = {"layout": "columns_halved", "bits": (4, 4)}
+    y = interpret(publicly, dispatch.quantized_matmul, samples, weight, **how)
+    expected = np.asarray(definition(tokens, plain)).reshape(SAMPLES, TOKENS, 200)
+    # As the program itself: the definition's bits.
+    np.testing.assert_array_equal(y, expected)

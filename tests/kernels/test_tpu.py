@@ -11,7 +11,6 @@ from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens, quantize_tokens
 from kernels.reference import quantized_matmul_reference
 from kernels.tpu import check, dot_dtype, quantize_and_matmul, quantized_matmul
-from kernels.tpu_slots import count
 from kernels.tpu_tiles import STRIP, VMEM, Tile, occupied, tiles
 
 ONE = np.float32(1)
@@ -223,31 +222,3 @@ def test_each_chip_multiplies_in_the_smallest_type_that_is_exact(bits, inner, ch
 def test_what_a_chip_cannot_take_is_refused(product, chip, reason):
     with pytest.raises(NotImplementedError, match=reason):
         check(product, named(chip))
-
-
-SCHEDULE = """
-     0   :  { %v1 = vld [vmem:[%s0]] }
-   0x1 LB: > { %s1 = sadd.s32 1, %s0 /* iteration index, stage = 1 */ }
-   0x2   : > { %5 = dma.hbm_to_vmem [thread:$0] /* 
-iteration_bounds: (32, 5)
-strides: (8, 40, 4) */ }
-   0x3 LB: >> { %v2 = vadd.s32 %v1, %v1  ;;  %p1 = scmp.ge.s32.totalorder %s3, 16 /* loop exit test */ }
-   0x4 LB: >> { %v3 = vmatmul.mubr.s4.gmra.mxu0 %v2  ;;  %v4 = vmatmul.mubr.s4.gmra.mxu1 %v2 }
-   0x5   : >> { %p2 = scmp.ge.s32.totalorder %s4, 2 /* loop exit test */ }
-   0x6   :  {}
-   0x7   : > { %v5 = vmatprep.mubr.s4.mxu0 %v2 }
-   0x8 PF: > { %p3 = scmp.ge.s32.totalorder %s1, 162 /* loop exit test */ }
-   0x9   :  { %v6 = vmatmul.s8.gmra.mxu0 %v2 }
-"""  # noqa: E501
-
-
-def test_slots_are_counted_times_the_trips_of_all_loops_around_them():
-    slots = count(SCHEDULE)
-    assert slots.opcodes == {"s8": 1, "s4": 2 * 2 * 160}
-    assert slots.cycles == 2 + 4 * 160 + 3 * 2 * 160
-    assert slots.prologue == 16
-
-
-def test_a_loop_without_a_known_end_is_not_counted():
-    with pytest.raises(ValueError, match="a loop of 160 steps ends at 7"):
-        count(SCHEDULE.replace("162 /*", "7 /*"))
