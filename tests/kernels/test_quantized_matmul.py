@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import xla
 from kernels.layouts import LAYOUTS, lay_out
 from kernels.operands import Weight
-from kernels.quantize_tokens import quantize_tokens
+from kernels.quantize_tokens import QuantizedTokens, quantize_tokens
 from kernels.quantized_matmul import quantized_matmul
 from kernels.reference import quantized_matmul_reference
 
@@ -98,3 +99,12 @@ def test_symmetric_weights_need_one_correction_less():
     middle = jnp.full_like(scale, 8)
     # The two vanishing corrections are zeros: not even the rounding differs.
     np.testing.assert_array_equal(found, product(tokens, (codes, scale, middle, levels, bias)))
+
+
+def test_sums_longer_than_int32_holds_are_added_in_parts():
+    inner = 140_000
+    codes = np.full((1, inner), -128, np.int8)
+    ones = jnp.ones((1, 1), jnp.float32)
+    tokens = QuantizedTokens(codes, ones, 0 * ones, codes.sum(-1, keepdims=True, dtype=np.float32))
+    weight = Weight(codes.T, ones[0], None, codes.sum(dtype=np.float32)[None])
+    np.testing.assert_allclose(xla.quantized_matmul(tokens, weight), 128.0**2 * inner, rtol=1e-6)
