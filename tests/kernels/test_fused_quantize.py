@@ -27,6 +27,15 @@ def same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+def test_a_fourth_set_of_codes_is_refused_with_or_without_a_norm():
+    x, ones = jnp.ones((4, 64)), jnp.ones(())
+    for quantize, more in (("quantize_several", {}), ("quantize_normalized", {"eps": 1e-6})):
+        with pytest.raises(ValueError, match="4 clips; expected 1 to 3"):
+            getattr(triton_quantize, quantize)(
+                x, [triton_quantize.Clip(ones, ones)] * 4, LEVELS, **more
+            )
+
+
 @pytest.mark.parametrize("backend", ["xla", "triton"])
 def test_three_linears_get_the_codes_of_their_own_clips(backend):
     x = jax.random.normal(jax.random.key(0), (2, 5, 33))
