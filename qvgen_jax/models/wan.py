@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels.fused_quantize import Normalized
+from kernels.fused_quantize import Normalized, gelu
 from qvgen_jax.config_fields import Even, Positive, check_fields
 from qvgen_jax.errors import UserError
 from qvgen_jax.layer_scan import layer_scan
@@ -158,10 +158,6 @@ def time_values(
     return dict(zip(TIME_OUTPUTS, (embedding, modulation), strict=True))
 
 
-def _gelu_tanh(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
 class ConditionEmbedder(nnx.Module):
     """What the blocks need to know about the timestep and the prompt."""
 
@@ -176,7 +172,7 @@ class ConditionEmbedder(nnx.Module):
         self.text_embedder = TwoLinears(
             f"{root}.text_embedder",
             (config.text_dim, dim),
-            _gelu_tanh,
+            gelu,
             key=keys[2],
             dense=dense,
             dtype=dtype,
