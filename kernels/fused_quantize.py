@@ -4,13 +4,16 @@ On a GPU each is one kernel that reads its tokens once. Elsewhere, and where tha
 take a call, they are what stands here: XLA fuses it as far as it can.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from kernels import triton_quantize
 from kernels.choose import say_once
+from kernels.partition import automatic_axes
 from kernels.quantize_tokens import QuantizedTokens, quantize_tokens
 
 GPU_BACKENDS = ("hopper", "triton")
@@ -18,6 +21,56 @@ GPU_BACKENDS = ("hopper", "triton")
 
 Clips = Sequence[tuple[jax.Array, jax.Array]]
 """Of each linear that reads the tokens: its multipliers of minimum and maximum."""
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """LayerNorm without parameters over the last axis; always in float32, returns float32."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + eps)
+
+
+@dataclass(frozen=True)
+class Normalized:
+    """Tokens behind a LayerNorm, kept as what they are made of: a quantizer may be faster so.
+
+    They are `(layer_norm(x) * weight + bias) * (1 + scale) + shift`, all in float32, in dtype.
+
+    Attributes:
+        x: `[batch, tokens, in]`.
+        eps: of the norm, inside the root.
+        dtype: what the result is rounded to.
+        weight, bias: `[in]`, both or neither.
+        scale, shift: float32 `[batch, 1, in]`, both or neither; `[batch, 2, in]` with leading_rows.
+        leading_rows: if not 0, so many tokens at the start of each sample (CogVideoX: the text)
+            take the first of two scales and shifts, the others the second.
+    """
+
+    x: jax.Array
+    eps: float
+    dtype: jnp.dtype
+    weight: jax.Array | None = None
+    bias: jax.Array | None = None
+    scale: jax.Array | None = None
+    shift: jax.Array | None = None
+    leading_rows: int = 0
+
+    def values(self) -> jax.Array:
+        """The tokens, `[batch, tokens, in]` in dtype."""
+        y = layer_norm(self.x, self.eps)
+        if self.weight is not None:
+            y = y * self.weight.astype(jnp.float32) + self.bias.astype(jnp.float32)
+        if self.scale is not None:
+            y = y * (1 + self.per_token(self.scale)) + self.per_token(self.shift)
+        return y.astype(self.dtype)
+
+    def per_token(self, parts: jax.Array) -> jax.Array:
+        """`[batch, 1 or 2, in]` so that it broadcasts against the tokens."""
+        if not self.leading_rows:
+            return parts
+        leads = jnp.arange(self.x.shape[1])[:, None] < self.leading_rows
+        return jnp.where(leads, parts[:, :1], parts[:, 1:])
 
 
 def quantize_several(
@@ -36,48 +89,24 @@ def quantize_several(
 
 
 def quantize_normalized(
-    x: jax.Array,
-    clips: Clips,
-    levels: jax.Array,
-    *,
-    eps: float,
-    weight: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    scale: jax.Array | None = None,
-    shift: jax.Array | None = None,
-    dtype: jnp.dtype | None = None,
-    backend: str = "xla",
-    **ranges,
+    tokens: Normalized, clips: Clips, levels: jax.Array, *, backend: str = "xla", **ranges
 ) -> list[QuantizedTokens]:
-    """Codes of `(layer_norm(x) * weight + bias) * (1 + scale) + shift`, one set for each clip.
+    """Codes of `tokens.values()`, one set for each clip; clips and the others: `quantize_several`.
 
-    Args:
-        x: `[batch, tokens, in]`.
-        clips, levels, backend, ranges: see `quantize_several`.
-        eps: of the norm, inside the root.
-        weight, bias: float32 `[in]`, both or neither.
-        scale, shift: float32 `[batch, in]`, both or neither.
-        dtype: what the norm's value is rounded to before it is quantized; x's own if None.
+    On a GPU the norm is computed on the way: its values are never written to memory.
     """
-    dtype = x.dtype if dtype is None else dtype
-
-    def value() -> jax.Array:
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
-        if weight is not None:
-            y = y * weight + bias
-        if scale is not None:
-            y = y * (1 + scale[:, None]) + shift[:, None]
-        return y.astype(dtype)
+    x, scale, shift = tokens.x, tokens.scale, tokens.shift
 
     def kernel(flat: jax.Array, *arguments, **more) -> list[QuantizedTokens]:
-        affine = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
-        rows = 0 if scale is None else x.shape[1]
-        more |= {"eps": eps, "dtype": dtype, "rows_per_batch": rows}
-        return triton_quantize.quantize_normalized(flat, *arguments, **affine, **more)
+        norm = {"weight": tokens.weight, "bias": tokens.bias, "eps": tokens.eps}
+        if scale is not None:
+            norm |= {"scale": scale.reshape(-1, x.shape[-1]), "rows_per_batch": x.shape[1]}
+            norm |= {"shift": shift.reshape(-1, x.shape[-1]), "leading_rows": tokens.leading_rows}
+        return triton_quantize.quantize_normalized(
+            flat, *arguments, dtype=tokens.dtype, **norm, **more
+        )
 
-    return _front(x, clips, levels, backend, ranges, kernel, value)
+    return _front(x, clips, levels, backend, ranges, kernel, tokens.values)
 
 
 def quantize_gelu(
@@ -130,6 +159,8 @@ def _front(
     if backend in GPU_BACKENDS and wide:
         rows = [triton_quantize.Clip(*(per_row(clip, x) for clip in pair)) for pair in clips]
         try:
+            if math.prod(automatic_axes().values()) > 1:
+                raise NotImplementedError("its kernel is not spread over several devices yet")
             found = kernel(x.reshape(-1, x.shape[-1]), rows, levels, **kept)
             return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], y.shape[-1]), found)
         except NotImplementedError as reason:

@@ -58,10 +58,10 @@ class Plan(NamedTuple):
 def build(plan: Plan, out: jax.ShapeDtypeStruct, interpret: bool):
     """The kernel for one shape: a function of A, W, the vectors of rows and those of columns.
 
-    A is int8 `[rows, inner]`, W int8 `[columns, inner]`, the result `[rows, columns]`, with rows in
-    eights, inner in 128s and columns in slabs. Vectors are float32. Those of rows: scale, zero
-    point, and the sum of the codes if asymmetric; those of columns: scale, sum of the codes, the
-    zero point if asymmetric, the bias if biased.
+    A is int8 `[rows, inner]`, W int8 `[columns, inner]`, with rows in eights, inner in 128s and
+    columns in slabs. The result `[rows, columns]` has as many rows as out says. Vectors are
+    float32. Those of rows: scale, zero point, and the sum of the codes if asymmetric; those of
+    columns: scale, sum of the codes, the zero point if asymmetric, the bias if biased.
 
     Raises:
         NotImplementedError: interpret on jax before 0.11.
@@ -105,17 +105,19 @@ def _multiprocessors() -> int:
 def _shared_memory(plan: Plan, out_dtype: jnp.dtype) -> dict[str, Any]:
     """Buffers and barriers of a block, by name."""
     tile = plan.tile
-    pieces = tile.rows // ROWS_PER_WGMMA
+    pieces, slab = tile.rows // ROWS_PER_WGMMA, slab_columns(out_dtype)
     released = {"num_arrivals": WARPGROUPS, "num_barriers": tile.stages}
     return {
         "a_ring": _swizzled((tile.stages, tile.rows, tile.inner), jnp.int8, tile.inner),
         "b_ring": _swizzled((tile.stages, tile.columns, tile.inner), jnp.int8, tile.inner),
         "row_vectors": plgpu.SMEM((plan.row_vectors, pieces, ROWS_PER_WGMMA), jnp.float32),
         "column_vectors": plgpu.SMEM((plan.column_vectors, tile.columns), jnp.float32),
-        "slabs": _swizzled(
-            (WARPGROUPS, tile.store_slots, ROWS_PER_WGMMA, slab_columns(out_dtype)),
+        # One piece of a slab's width, not several of 8 rows: the same bytes in the same places, but
+        # TMA then takes a result whose rows are no multiple of 8.
+        "slabs": plgpu.SMEM(
+            (WARPGROUPS, tile.store_slots, ROWS_PER_WGMMA, slab),
             out_dtype,
-            SLAB_BYTES,
+            transforms=(plgpu.TilingTransform((slab,)), plgpu.SwizzleTransform(SLAB_BYTES)),
         ),
         "filled": plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
         # A shared fetch overwrites a stage in both blocks: all four warpgroups must have left it.

@@ -120,6 +120,10 @@ def quantize_several(
     """`quantize_tokens` once for each of up to three clips, from one read of `x`.
 
     What q, k and v need: they see the same tokens through clips of their own.
+
+    Raises:
+        ValueError: no clip or more than three.
+        NotImplementedError: as `quantize_tokens`.
     """
     constants = quantizer_constants(
         x.shape[1], count=len(clips), include_zero=include_zero, clip_ratio=clip_ratio
@@ -165,8 +169,6 @@ def quantize_normalized(
         ValueError: operands that do not go together.
         NotImplementedError: as `quantize_tokens`.
     """
-    if not 1 <= len(clips) <= 3:
-        raise ValueError(f"{len(clips)} clips; expected 1 to 3")
     if (weight is None) != (bias is None) or (scale is None) != (shift is None):
         raise ValueError("weight goes with bias and scale with shift: give both or neither")
     groups = 0
@@ -223,6 +225,8 @@ def quantize_gelu(
 
 
 def _run(x, clips, levels, operands, constants, *, interpret, capability) -> list[QuantizedTokens]:
+    if not 1 <= len(clips) <= 3:
+        raise ValueError(f"{len(clips)} clips; expected 1 to 3")
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"tokens in {x.dtype}; the Triton quantizer reads bf16 and f32")
     program = triton_module("triton_quantize_program").quantize_tokens_program

@@ -113,7 +113,11 @@ class PatchEmbed(nnx.Module):
 
 
 class OutputNorm(nnx.Module):
-    """diffusers' `AdaLayerNorm` with the order shift, scale."""
+    """diffusers' `AdaLayerNorm` with the order shift, scale.
+
+    Not left to `proj_out`'s quantizer: it follows another norm, whose float32 result would have to
+    be written to memory for it.
+    """
 
     def __init__(self, config: CogVideoXConfig, *, key: jax.Array, dense: Callable):
         features = (config.time_embed_dim, 2 * config.dim)
@@ -215,10 +219,9 @@ class CogVideoXTransformer(nnx.Module):
         text, video = self.patch_embed(latents, text_embeds, ctx)
         video, rotary = self._place(video, grid, text_tokens)
         x = jnp.concatenate([text, video], axis=1)
-        is_text = jnp.arange(x.shape[1])[:, None] < text_tokens
 
         def body(x: jax.Array, block: CogVideoXBlock) -> tuple[jax.Array, None]:
-            return block(x, condition, is_text, rotary, ctx), None
+            return block(x, condition, text_tokens, rotary, ctx), None
 
         if self.remat:
             body = jax.checkpoint(body, prevent_cse=False)

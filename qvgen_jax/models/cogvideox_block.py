@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels.attention import attention
+from kernels.fused_quantize import Normalized
 from qvgen_jax.models.layers import FeedForward, LayerNorm
 from qvgen_jax.models.rope import rotate
-from qvgen_jax.quant.apply import apply_each
+from qvgen_jax.quant.apply import apply_normalized
 from qvgen_jax.quant.dense import QuantContext
 
 
@@ -17,29 +18,36 @@ class ModulatedNorm(nnx.Module):
     """diffusers' `CogVideoXLayerNormZero`: one norm, modulated apart for text and video."""
 
     def __init__(
-        self, name: str, time_dim: int, dim: int, eps: float, *, key: jax.Array, dense: Callable
+        self,
+        name: str,
+        time_dim: int,
+        dim: int,
+        eps: float,
+        *,
+        key: jax.Array,
+        dense: Callable,
+        dtype: jnp.dtype,
     ):
         # One row per sample: float32 costs nothing here.
         self.linear = dense(f"{name}.linear", time_dim, 6 * dim, key=key, dtype=jnp.float32)
         self.norm = LayerNorm(dim, eps=eps)
+        self.dtype = dtype
 
     def __call__(
-        self, x: jax.Array, condition: jax.Array, is_text: jax.Array, ctx: QuantContext
-    ) -> tuple[jax.Array, jax.Array]:
+        self, x: jax.Array, condition: jax.Array, text_tokens: int, ctx: QuantContext
+    ) -> tuple[Normalized, jax.Array]:
         """The modulated `x [batch, tokens, dim]` and the gate of what is computed from it, float32.
 
         Args:
             condition: float32 `[batch, time_dim]`, the activated embedding of the timestep.
-            is_text: bool `[tokens, 1]`.
+            text_tokens: how many of the tokens, at their start, are the prompt's; not 0.
         """
-        video, text = jnp.split(self.linear(condition, ctx)[:, None], 2, axis=-1)
-        shift, scale, gate = (
-            jnp.where(is_text, of_text, of_video)
-            for of_text, of_video in zip(
-                jnp.split(text, 3, axis=-1), jnp.split(video, 3, axis=-1), strict=True
-            )
-        )
-        return self.norm(x) * (1 + scale) + shift, gate
+        of_video, of_text = jnp.split(self.linear(condition, ctx)[:, None], 2, axis=-1)
+        parts = jnp.concatenate([of_text, of_video], axis=1)
+        shift, scale, gate = jnp.split(parts, 3, axis=-1)
+        modulation = {"scale": scale, "shift": shift, "leading_rows": text_tokens}
+        tokens = self.norm.tokens(x, self.dtype, **modulation)
+        return tokens, tokens.per_token(gate)
 
 
 class JointAttention(nnx.Module):
@@ -66,15 +74,15 @@ class JointAttention(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, x: jax.Array, ctx: QuantContext, rotary: tuple[jax.Array, jax.Array] | None
+        self, tokens: Normalized, ctx: QuantContext, rotary: tuple[jax.Array, jax.Array] | None
     ) -> jax.Array:
-        """`x [batch, tokens, dim]` looks at itself; `rotary` has a row for each of its tokens."""
-        q, k, v = apply_each((self.to_q, self.to_k, self.to_v), x, ctx)
+        """Tokens `[batch, tokens, dim]` look at themselves; `rotary` has a row for each."""
+        q, k, v = apply_normalized((self.to_q, self.to_k, self.to_v), tokens, ctx)
         q, k, v = self.norm_q(self._split(q)), self.norm_k(self._split(k)), self._split(v)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         y = attention(q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype))
-        return self.to_out(y.reshape(x.shape), ctx)
+        return self.to_out(y.reshape(tokens.x.shape), ctx)
 
     def _split(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.heads, -1)
@@ -97,9 +105,9 @@ class CogVideoXBlock(nnx.Module):
         keys = jax.random.split(key, 4)
         norm = (time_dim, dim, eps)
         build = {"dense": dense, "dtype": dtype}
-        self.norm1 = ModulatedNorm("blocks.norm1", *norm, key=keys[0], dense=dense)
+        self.norm1 = ModulatedNorm("blocks.norm1", *norm, key=keys[0], **build)
         self.attn1 = JointAttention("blocks.attn1", dim, heads, key=keys[1], **build)
-        self.norm2 = ModulatedNorm("blocks.norm2", *norm, key=keys[2], dense=dense)
+        self.norm2 = ModulatedNorm("blocks.norm2", *norm, key=keys[2], **build)
         self.ffn = FeedForward("blocks.ffn", dim, 4 * dim, key=keys[3], **build)
         self.dtype = dtype
 
@@ -107,7 +115,7 @@ class CogVideoXBlock(nnx.Module):
         self,
         x: jax.Array,
         condition: jax.Array,
-        is_text: jax.Array,
+        text_tokens: int,
         rotary: tuple[jax.Array, jax.Array] | None,
         ctx: QuantContext,
     ) -> jax.Array:
@@ -115,10 +123,10 @@ class CogVideoXBlock(nnx.Module):
 
         Args:
             condition: float32 `[batch, time_dim]`, the activated embedding of the timestep.
-            is_text: bool `[tokens, 1]`.
+            text_tokens: how many of the tokens are the prompt's, at their start.
             rotary: table with a row per token; None where positions were added to the tokens.
         """
-        y, gate = self.norm1(x, condition, is_text, ctx)
-        x = (x + self.attn1(y.astype(self.dtype), ctx, rotary) * gate).astype(self.dtype)
-        y, gate = self.norm2(x, condition, is_text, ctx)
-        return (x + self.ffn(y.astype(self.dtype), ctx) * gate).astype(self.dtype)
+        y, gate = self.norm1(x, condition, text_tokens, ctx)
+        x = (x + self.attn1(y, ctx, rotary) * gate).astype(self.dtype)
+        y, gate = self.norm2(x, condition, text_tokens, ctx)
+        return (x + self.ffn(y, ctx) * gate).astype(self.dtype)

@@ -8,17 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kernels.fused_quantize import Normalized, layer_norm
 from kernels.low_rank import rows_matmul
-from qvgen_jax.quant.apply import apply_to_gelu
+from qvgen_jax.quant.apply import apply_normalized, apply_to_gelu
 from qvgen_jax.quant.dense import QuantContext
-
-
-def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-    """LayerNorm without parameters over the last axis; always in float32, returns float32."""
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + eps)
 
 
 class LayerNorm(nnx.Module):
@@ -32,6 +25,11 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale, bias = self.scale[...], self.bias[...]
         return layer_norm(x, self.eps) * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+
+    def tokens(self, x: jax.Array, dtype: jnp.dtype, **modulation) -> Normalized:
+        """`self(x)`, to be computed where it is read; scale, shift and such as of `Normalized`."""
+        weight, bias = self.scale[...], self.bias[...]
+        return Normalized(x, self.eps, dtype, weight, bias, **modulation)
 
 
 class RMSNorm(nnx.Module):
@@ -93,8 +91,9 @@ class FeedForward(nnx.Module):
         self.up = dense(f"{name}.up", dim, hidden, key=keys[0], dtype=dtype)
         self.down = dense(f"{name}.down", hidden, dim, key=keys[1], dtype=dtype)
 
-    def __call__(self, x: jax.Array, ctx: QuantContext) -> jax.Array:
-        return apply_to_gelu(self.down, self.up(x, ctx), ctx)
+    def __call__(self, tokens: Normalized, ctx: QuantContext) -> jax.Array:
+        (x,) = apply_normalized([self.up], tokens, ctx)
+        return apply_to_gelu(self.down, x, ctx)
 
 
 def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels.fused_quantize import Normalized, gelu
 from qvgen_jax.config_fields import Even, Positive, check_fields
 from qvgen_jax.errors import UserError
 from qvgen_jax.layer_scan import layer_scan
 from qvgen_jax.models.layers import (
     TwoLinears,
-    layer_norm,
     linear,
     patchify,
     timestep_embedding,
@@ -22,6 +22,7 @@ from qvgen_jax.models.layers import (
 from qvgen_jax.models.rope import rotary_table
 from qvgen_jax.models.wan_block import WanBlock
 from qvgen_jax.quant import clips
+from qvgen_jax.quant.apply import apply_normalized
 from qvgen_jax.quant.dense import Dense, QuantContext
 from qvgen_jax.quant.time_table import nearest_entry
 
@@ -157,10 +158,6 @@ def time_values(
     return dict(zip(TIME_OUTPUTS, (embedding, modulation), strict=True))
 
 
-def _gelu_tanh(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
 class ConditionEmbedder(nnx.Module):
     """What the blocks need to know about the timestep and the prompt."""
 
@@ -175,7 +172,7 @@ class ConditionEmbedder(nnx.Module):
         self.text_embedder = TwoLinears(
             f"{root}.text_embedder",
             (config.text_dim, dim),
-            _gelu_tanh,
+            gelu,
             key=keys[2],
             dense=dense,
             dtype=dtype,
@@ -284,9 +281,9 @@ class WanTransformer(nnx.Module):
 
         table = self.scale_shift_table[...].astype(jnp.float32) + embedding[:, None]
         shift, scale = jnp.split(table, 2, axis=1)
-        x = (layer_norm(x, config.eps) * (1 + scale) + shift).astype(self.dtype)
-        out = unpatchify(self.proj_out(x, ctx), grid, config.patch_size)
-        return out.astype(latents.dtype)
+        tokens = Normalized(x, config.eps, self.dtype, scale=scale, shift=shift)
+        (x,) = apply_normalized([self.proj_out], tokens, ctx)
+        return unpatchify(x, grid, config.patch_size).astype(latents.dtype)
 
     def _grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         patch, limit = self.config.patch_size, self.config.rope_max_seq_len

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels.attention import attention
-from qvgen_jax.models.layers import FeedForward, LayerNorm, RMSNorm, layer_norm
+from kernels.fused_quantize import Normalized
+from qvgen_jax.models.layers import FeedForward, LayerNorm, RMSNorm
 from qvgen_jax.models.rope import rotate
-from qvgen_jax.quant.apply import apply_each
+from qvgen_jax.quant.apply import apply_each, apply_normalized
 from qvgen_jax.quant.dense import QuantContext
 
 
@@ -39,22 +40,23 @@ class WanAttention(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        context: jax.Array,
+        tokens: Normalized,
         ctx: QuantContext,
+        *,
+        context: jax.Array | None = None,
         rotary: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
-        """`x [batch, tokens, dim]` looks at `context [batch, keys, dim]`."""
-        if context is x:
-            q, k, v = apply_each((self.to_q, self.to_k, self.to_v), x, ctx)
+        """Tokens `[batch, tokens, dim]` look at `context [batch, keys, dim]`, or at themselves."""
+        if context is None:
+            q, k, v = apply_normalized((self.to_q, self.to_k, self.to_v), tokens, ctx)
         else:
-            q = self.to_q(x, ctx)
+            (q,) = apply_normalized([self.to_q], tokens, ctx)
             k, v = apply_each((self.to_k, self.to_v), context, ctx)
         q, k, v = self._split(self.norm_q(q)), self._split(self.norm_k(k)), self._split(v)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         y = attention(q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype))
-        return self.to_out(y.reshape(x.shape), ctx)
+        return self.to_out(y.reshape(tokens.x.shape), ctx)
 
     def _split(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.heads, -1)
@@ -103,8 +105,8 @@ class WanBlock(nnx.Module):
         table = self.scale_shift_table[...].astype(jnp.float32) + modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = jnp.split(table, 6, axis=1)
 
-        y = (layer_norm(x, self.eps) * (1 + scale) + shift).astype(self.dtype)
-        x = (x + self.attn1(y, y, ctx, rotary) * gate).astype(self.dtype)
-        x = x + self.attn2(self.norm2(x).astype(self.dtype), text, ctx)
-        y = (layer_norm(x, self.eps) * (1 + ffn_scale) + ffn_shift).astype(self.dtype)
+        y = Normalized(x, self.eps, self.dtype, scale=scale, shift=shift)
+        x = (x + self.attn1(y, ctx, rotary=rotary) * gate).astype(self.dtype)
+        x = x + self.attn2(self.norm2.tokens(x, self.dtype), ctx, context=text)
+        y = Normalized(x, self.eps, self.dtype, scale=ffn_scale, shift=ffn_shift)
         return (x + self.ffn(y, ctx) * ffn_gate).astype(self.dtype)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kernels import triton_quantize
 from kernels.chips import CHIPS
 from kernels.choose import layout_of
 from kernels.layouts import unlay
@@ -37,7 +38,7 @@ class DequantizedDense(PackedDense):
         return y.astype(self.dtype)
 
 
-def packed_model(fields, quant, dtype):
+def packed_model(fields, quant, dtype, backend="xla", chip=CHIPS["cpu"]):
     """Both networks' definitions, and what they share: params and levels of random weights."""
     config = config_from_json(fields)
     model = build_transformer(config, key=jax.random.key(0))
@@ -48,7 +49,7 @@ def packed_model(fields, quant, dtype):
         stacked = node["kernel"].ndim == 3
         rows = range(len(node["kernel"])) if stacked else (...,)
         inner, columns = node["kernel"].shape[-2:]
-        layout = layout_of("xla", Product(None, inner, columns, bits, bits), CHIPS["cpu"])
+        layout = layout_of(backend, Product(None, inner, columns, bits, bits), chip)
         layers = [
             unpack_layer(
                 pack_layer({key: leaf[row] for key, leaf in node.items()}, bits),
@@ -72,7 +73,8 @@ def packed_model(fields, quant, dtype):
     def on_paper(name, fan_in, fan_out, **arguments):
         return DequantizedDense(name, fan_in, fan_out, config=quant, **arguments)
 
-    return config, params, levels, graph(dense_factory(quant, "packed")), graph(on_paper)
+    packed = dense_factory(quant, "packed", backend=backend, chip=chip)
+    return config, params, levels, graph(packed), graph(on_paper)
 
 
 def inputs(config, dtype):
@@ -95,6 +97,34 @@ def test_the_integer_model_is_the_dequantized_one_in_float64(fields):
         # Norms and softmax are float32 inside: a last bit of theirs follows the last one of a
         # float64 sum (found: 1.5e-7, of values about 1). Another code would move it by 1e-2.
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    # q, k and v; Wan's second attention reads q alone, and its last norm is modulated too.
+    [(WAN, [3, 1, 1, 1]), (COGVIDEOX, [3, 1])],
+    ids=["wan", "cogvideox"],
+)
+def test_a_gpu_s_quantizers_compute_the_norms_in_front(monkeypatch, fields, expected):
+    clips_of_calls = []
+
+    def kernel(flat, clips, levels, *, eps, dtype, **norm):
+        clips_of_calls.append(len(clips))
+        raise NotImplementedError("there is no GPU")
+
+    monkeypatch.setattr(triton_quantize, "quantize_normalized", kernel)
+    quant = QuantConfig(rank=0)
+
+    def forward(*where):
+        config, params, levels, graph, _ = packed_model(fields, quant, jnp.float32, *where)
+        return nnx.merge(graph, params, levels)(*inputs(config, jnp.float32))
+
+    on_gpu = forward("hopper", CHIPS["h100"])
+    assert clips_of_calls == expected
+    # The quantizer's definition stood in: other fusions of a float32 norm, no other code, which
+    # would move a value by 1e-2.
+    np.testing.assert_allclose(on_gpu, forward(), rtol=0, atol=1e-5)
+    assert len(clips_of_calls) == len(expected)
 
 
 def test_a_packed_model_holds_no_full_precision_kernel():
