@@ -145,6 +145,7 @@ def test_qvgen_quantizes_245_linears_of_the_2b_and_the_patches_of_1_5(model, cou
     assert len(names) - stacked + stacked * config.num_layers == count
 
 
+@pytest.mark.slow
 def test_a_quantized_student_learns_from_its_teacher(golden):
     model, quant = config_of("1_5"), QuantConfig(rank=4, single_clip=TEXT_ONLY)
     inputs = inputs_of(golden, "1_5", "video")

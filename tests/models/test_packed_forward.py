@@ -84,7 +84,13 @@ def inputs(config, dtype):
     return latents, jnp.asarray([951.0, 20.0]), jax.random.normal(keys[1], (2, 5, width), dtype)
 
 
-@pytest.mark.parametrize("fields", [WAN, COGVIDEOX], ids=["wan", "cogvideox"])
+BOTH = [
+    pytest.param(WAN, id="wan"),
+    pytest.param(COGVIDEOX, id="cogvideox", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("fields", BOTH)
 def test_the_integer_model_is_the_dequantized_one_in_float64(fields):
     with jax.enable_x64(True):
         quant = QuantConfig(rank=0, product_dtype="float64")
@@ -102,8 +108,10 @@ def test_the_integer_model_is_the_dequantized_one_in_float64(fields):
 @pytest.mark.parametrize(
     ("fields", "expected"),
     # q, k and v; Wan's second attention reads q alone, and its last norm is modulated too.
-    [(WAN, [3, 1, 1, 1]), (COGVIDEOX, [3, 1])],
-    ids=["wan", "cogvideox"],
+    [
+        pytest.param(WAN, [3, 1, 1, 1], id="wan"),
+        pytest.param(COGVIDEOX, [3, 1], id="cogvideox", marks=pytest.mark.slow),
+    ],
 )
 def test_a_gpu_s_quantizers_compute_the_norms_in_front(monkeypatch, fields, expected):
     clips_of_calls = []

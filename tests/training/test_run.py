@@ -191,6 +191,7 @@ def test_all_phases_share_one_compilation_and_rank_zero_adds_one(uninterrupted):
     assert _WHOLE["programs"] == [1, 1]
 
 
+@pytest.mark.slow
 def test_accumulating_half_batches_gives_the_same_update(teacher):
     state = committed(loop.initial_state(CONFIG, MODEL, teacher))
     recipe = loop.make_recipe(CONFIG, MODEL, SCHEDULER, branch=True)
