@@ -1,6 +1,5 @@
 """The TPU kernels, compiled by libtpu for chips that are not attached, at real shapes."""
 
-import functools
 import importlib.util
 
 import pytest
@@ -16,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 SMALL = (17776, 1920, 7680)
 LARGE = (32760, 5120, 5120)
 # The prologue with every real shape, as it holds the product too; then products of codes, also of
-# other bits and of a few tokens; last what XLA makes of int8.
+# other bits and of a few tokens.
 CASES = (
     *(Case("tokens", *shape[2:]) for shape in of_models("Wan-1.3B 480p", "Wan-14B 480p")),
     *(Case("tokens", *shape[2:]) for shape in of_models("CogVideoX-2B")),
@@ -30,18 +29,12 @@ CASES = (
     Case("codes", 512, 1024, 1536, 8, 8),
 )
 EIGHT = Case("codes", *LARGE, 8, 8)
-XLA = Case("xla", *SMALL)
+XLA = Case("xla", *SMALL)  # What XLA makes of int8.
 
 
 def cases_of(chip):
     """TPU7x refuses 8 bits of that length, whose sums float32 does not hold."""
     return CASES if chip == "tpu7x" else (*CASES, EIGHT)
-
-
-@functools.cache
-def compiled(chip):
-    cases = (*cases_of(chip), XLA) if chip in ("v5e", "v6e") else cases_of(chip)
-    return dict(zip(cases, compile_for(chip, cases), strict=True))
 
 
 def opcode(chip, case):
@@ -52,8 +45,7 @@ def opcode(chip, case):
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_every_real_product_compiles_to_the_narrowest_matrix_instruction(chip):
-    for case in cases_of(chip):
-        found = compiled(chip)[case]
+    for case, found in zip(cases_of(chip), compile_for(chip, cases_of(chip)), strict=True):
         # Among the errors would be a tile that does not fit into VMEM.
         assert not found.error, f"{case}: {found.error}"
         assert list(total(found).opcodes) == [opcode(chip, case)], case
@@ -61,7 +53,7 @@ def test_every_real_product_compiles_to_the_narrowest_matrix_instruction(chip):
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_int4_takes_about_half_of_the_slots_of_int8(chip):
-    ours, xla = total(compiled(chip)[Case("codes", *SMALL)]), total(compiled(chip)[XLA])
+    ours, xla = map(total, compile_for(chip, (Case("codes", *SMALL), XLA)))
     assert list(xla.opcodes) == ["s8"]
     assert ours.opcodes["s4"] <= TARGET * xla.opcodes["s8"]
     # Not less than half either: the count covers all of the product.

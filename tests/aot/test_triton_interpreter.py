@@ -315,24 +315,29 @@ def test_the_public_quantizer_gives_each_linear_and_sample_its_own_clips(interpr
 
 
 @pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("modulated", [False, True])
-def test_the_public_norm_puts_every_operand_in_its_place(interpret, affine, modulated):
+@pytest.mark.parametrize(("modulated", "leading_rows"), [(False, 0), (True, 0), (True, 2)])
+def test_the_public_norm_puts_every_operand_in_its_place(
+    interpret, affine, modulated, leading_rows
+):
     rng = np.random.default_rng(8)
     x = (3 * rng.standard_normal((SAMPLES, TOKENS, 300)) + 1).astype(np.float32)
     centred = x - x.mean(-1, keepdims=True)
     y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + np.float32(1e-5))
-    operands = {"eps": 1e-5}
+    operands = {"leading_rows": leading_rows}
     if affine:
         weight, bias = (rng.standard_normal(300).astype(np.float32) for _ in range(2))
         y, operands = y * weight + bias, operands | {"weight": weight, "bias": bias}
     if modulated:
-        scale, shift = (rng.standard_normal((SAMPLES, 300)).astype(np.float32) for _ in range(2))
-        y, operands = y * (1 + scale[:, None]) + shift[:, None], operands | {"scale": scale}
-        operands["shift"] = shift
+        parts = (SAMPLES, 2 if leading_rows else 1, 300)
+        scale, shift = (rng.standard_normal(parts).astype(np.float32) for _ in range(2))
+        operands |= {"scale": scale, "shift": shift}
+        part = (np.arange(TOKENS) >= leading_rows).astype(int) if leading_rows else [0] * TOKENS
+        y = y * (1 + scale[:, part]) + shift[:, part]
+    tokens = fused_quantize.Normalized(x, 1e-5, np.dtype(np.float32), **operands)
     clips, levels = sample_clips(3), np.float32(15)
-    found = interpret(publicly, fused_quantize.quantize_normalized, x, clips, levels, **operands)
-    for tokens, pair in zip(found, clips, strict=True):
-        assert_same_but_for_ties(flat(tokens), y.reshape(-1, 300), flat_clip(pair), levels)
+    found = interpret(publicly, fused_quantize.quantize_normalized, tokens, clips, levels)
+    for each, pair in zip(found, clips, strict=True):
+        assert_same_but_for_ties(flat(each), y.reshape(-1, 300), flat_clip(pair), levels)
 
 
 def test_the_public_gelu_takes_its_samples_clips(interpret):
