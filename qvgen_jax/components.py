@@ -24,7 +24,7 @@ from qvgen_jax.diffusion.schedulers import Schedule, sample
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig
 from qvgen_jax.models.wan import WanConfig
-from qvgen_jax.placement import on_devices_of
+from qvgen_jax.placement import run_where
 from qvgen_jax.quant.clips import countdown
 from qvgen_jax.quant.time_table import check_timesteps
 from qvgen_jax.text.t5 import T5Config
@@ -68,8 +68,8 @@ class Transformer:
             clip_index: int32 `[batch]`; chosen by the timesteps if None.
         """
         args = (jnp.asarray(latents), jnp.asarray(timesteps), jnp.asarray(text_embeds))
-        with on_devices_of(self.states):
-            return _velocity(self.graphdef, self.states, self.gate, *args, clip_index)
+        arguments = (self.states, self.gate, *args, clip_index)
+        return run_where(self.states, partial(_velocity, self.graphdef), *arguments)
 
     def check_schedule(self, schedule: Schedule) -> None:
         """Refuses a schedule with timesteps that the network's time table, if any, does not hold.
@@ -108,19 +108,19 @@ class Transformer:
         if not isinstance(guidance, Guidance):
             guidance = Guidance(float(guidance))
         scales = guidance.scales(schedule.timesteps)
-        with on_devices_of(self.states):
-            return _sample(
-                self.graphdef,
-                (guidance.two_passes, bool((scales == 1).any())),
-                self.states,
-                self.gate,
-                noise,
-                text_embeds,
-                None if (scales == 1).all() else negative_embeds,
-                scales,
-                schedule,
-                step_noise,
-            )
+        passes = (guidance.two_passes, bool((scales == 1).any()))
+        return run_where(
+            self.states,
+            partial(_sample, self.graphdef, passes),
+            self.states,
+            self.gate,
+            noise,
+            text_embeds,
+            None if (scales == 1).all() else negative_embeds,
+            scales,
+            schedule,
+            step_noise,
+        )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -246,8 +246,7 @@ class TextEncoder:
         A mask of ones is PyTorch's CogVideoX, whose text has none.
         """
         ids, mask = jnp.asarray(token_ids), jnp.asarray(mask)
-        with on_devices_of(self.states):
-            return _encode_text(self.graphdef, self.states, ids, mask)
+        return run_where(self.states, partial(_encode_text, self.graphdef), self.states, ids, mask)
 
 
 @partial(jax.jit, static_argnums=0)

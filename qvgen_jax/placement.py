@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -183,17 +182,36 @@ def placed(network: Any, mesh: Mesh | None) -> Any:
     return dataclasses.replace(network, states=states)
 
 
-def on_devices_of(states: Any) -> AbstractContextManager:
-    """Sets the mesh that these arrays lie on, of one device if they are whole on one.
+def mesh_of(states: Any) -> Mesh | None:
+    """The mesh that these arrays lie on, of one device if they are whole on one.
 
-    Kernels that XLA cannot partition need it where there are several devices (`kernels.partition`).
+    Kernels that XLA cannot partition need it where there are several devices (`kernels.partition`);
+    None where there is one, or while JAX traces.
     """
-    leaf = next((leaf for leaf in jax.tree.leaves(states) if isinstance(leaf, jax.Array)), None)
-    if jax.device_count() == 1 or leaf is None or isinstance(leaf, jax.core.Tracer):
-        return nullcontext()
-    if isinstance(leaf.sharding, NamedSharding):
-        return jax.set_mesh(automatic(leaf.sharding.mesh))
-    return jax.set_mesh(Mesh(np.array(_devices(leaf.sharding)), ("device",), (AxisType.Auto,)))
+    leaves = [leaf for leaf in jax.tree.leaves(states) if isinstance(leaf, jax.Array)]
+    if jax.device_count() == 1 or not leaves or isinstance(leaves[0], jax.core.Tracer):
+        return None
+    for leaf in leaves:
+        if isinstance(leaf.sharding, NamedSharding):
+            return automatic(leaf.sharding.mesh)
+    return Mesh(np.array(_devices(leaves[0].sharding)), ("device",), (AxisType.Auto,))
+
+
+def run_where(states: Any, function: Callable, *arguments: Any) -> Any:
+    """`function(*arguments)` on the devices of `states`, all arguments with them."""
+    mesh = mesh_of(states)
+    if mesh is None:
+        return function(*arguments)
+    whole, devices = NamedSharding(mesh, PartitionSpec()), tuple(mesh.devices.flat)
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or _devices(leaf.sharding) == devices:
+            return leaf
+        return jax.device_put(leaf, whole)
+
+    arguments = jax.tree.map(moved, arguments)
+    with jax.set_mesh(mesh):
+        return function(*arguments)
 
 
 def spread(array: jax.Array, mesh: Mesh | None) -> jax.Array:

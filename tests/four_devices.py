@@ -17,7 +17,7 @@ from convert.to_arrays import import_pipeline
 from kernels.partition import automatic_axes, over_rows
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import abstract_params, quantizable
-from qvgen_jax.placement import automatic, on_devices_of
+from qvgen_jax.placement import automatic, run_where
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.initialize import round_to_nearest
 from qvgen_jax.training.loop import load_model
@@ -204,5 +204,4 @@ def test_rows_of_a_kernel_go_over_all_devices(rows, mesh):
 def test_a_kernel_needs_a_mesh_that_says_where_it_runs(folders, whole):
     with pytest.raises(NotImplementedError, match="4 devices and no mesh"):
         over_rows(jnp.matmul, jnp.ones((2, 3)), jnp.ones((3, 1)))
-    with on_devices_of(whole["packed"].transformer.states):
-        assert automatic_axes() == {"device": 1}
+    assert run_where(whole["packed"].transformer.states, automatic_axes) == {"device": 1}
