@@ -85,6 +85,7 @@ def test_the_export_computes_bit_for_bit_what_was_trained(tmp_path, bits, produc
     assert read_json(tmp_path / "export" / "vae" / "config.json") == {"z_dim": 4}
 
 
+@pytest.mark.slow
 def test_symmetric_weights_are_exported_without_zero_points(tmp_path):
     quant = QuantConfig(rank=0, single_clip=TEXT_ONLY, symmetric_weights=True)
     trained = student(SMALL, quant)
@@ -143,6 +144,7 @@ def test_steps_without_guidance_are_some_of_the_steps(tmp_path):
         read_default_steps(tmp_path, SMALL)
 
 
+@pytest.mark.slow
 def test_a_rotated_model_is_exported_as_it_was_trained(tmp_path):
     folded = {"blocks.attn1.to_out": ("blocks.attn1.to_v", SMALL.attention_head_dim)}
     quant = QuantConfig(rank=0, rotation="hadamard", folded=folded)

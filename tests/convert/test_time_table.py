@@ -232,6 +232,7 @@ def test_the_export_holds_tables_and_none_of_the_linears(exported):
     assert not left
 
 
+@pytest.mark.slow
 def test_the_export_samples_what_the_trained_student_samples(exported):
     """With a float32 table to rounding; with float16, as far as the codes that flip move it."""
     trained = exported.sample(exported.trained)

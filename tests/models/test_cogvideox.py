@@ -82,6 +82,7 @@ def test_bfloat16_computes_the_same_v_up_to_its_rounding(golden):
     assert error(got, golden["2b_video_v"]) < 0.05  # 8 bits of mantissa through two blocks
 
 
+@pytest.mark.slow
 def test_recomputing_the_blocks_keeps_the_gradients(golden):
     def gradients(remat: bool) -> dict:
         graph = nnx.graphdef(abstract("5b", remat=remat))

@@ -91,6 +91,7 @@ def test_bfloat16_computes_the_same_velocity_up_to_its_rounding(golden, params):
     assert error(got, golden["video_velocity"]) < 0.05  # 8 bits of mantissa through two blocks
 
 
+@pytest.mark.slow
 def test_recomputing_the_blocks_keeps_the_gradients(golden, params):
     def gradients(remat: bool) -> dict:
         graph = nnx.graphdef(abstract(remat=remat))

@@ -85,6 +85,7 @@ def test_eight_bits_are_close_to_the_teacher_and_fewer_are_farther(teacher):
     assert errors[0] < errors[1] < errors[2]
 
 
+@pytest.mark.slow
 def test_both_guidance_branches_use_the_same_clips_as_training(student):
     graphdef = network(dense_factory(QUANT, "train"))[0]
     run = jax.jit(lambda *a, **k: nnx.merge(graphdef, *student)(*a, gate=jnp.ones(3), **k))
@@ -97,6 +98,7 @@ def test_both_guidance_branches_use_the_same_clips_as_training(student):
     np.testing.assert_array_equal(both[:2], both[2:])
 
 
+@pytest.mark.slow
 def test_every_quantizer_gets_a_gradient(student):
     graphdef = network(dense_factory(QUANT, "train"))[0]
     params, levels = student
