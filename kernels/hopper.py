@@ -9,11 +9,9 @@ import jax.numpy as jnp
 from kernels.chips import Chip
 from kernels.hopper_kernel import Plan, build
 from kernels.hopper_tiles import Tile, slab_columns, tiles
-from kernels.operands import Product, Weight
+from kernels.operands import LONGEST_INT32_SUM, Product, Weight
 from kernels.quantize_tokens import QuantizedTokens
 
-# Beyond, a row of the largest 8-bit codes would overflow int32.
-_MOST_INNER = 2**31 // 2**14 - 1
 # Codes travel to shared memory as pieces of 8 rows by the 128 bytes of a swizzle.
 _PIECE_ROWS, _PIECE_BYTES = 8, 128
 
@@ -34,9 +32,9 @@ def check(product: Product, chip: Chip | None = None) -> None:
         raise NotImplementedError(f"{product}: s8 wgmma holds codes of 2 to 8 bits")
     if jnp.dtype(product.out_dtype) not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"{product}: the Hopper kernel writes bfloat16 or float32")
-    if product.inner > _MOST_INNER:
+    if product.inner > LONGEST_INT32_SUM:
         raise NotImplementedError(
-            f"{product}: int32 may overflow past {_MOST_INNER} inputs; use the XLA backend"
+            f"{product}: int32 may overflow past {LONGEST_INT32_SUM} inputs; use the XLA backend"
         )
 
 

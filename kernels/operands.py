@@ -5,6 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+LONGEST_INT32_SUM = 2**31 // 2**14 - 1
+"""So many products of two 8-bit codes, each up to 2^14, stay within int32 whatever they are."""
+
 
 class Weight(NamedTuple):
     """A quantized kernel as a backend keeps it on the device.

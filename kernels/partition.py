@@ -1,5 +1,6 @@
 """Kernels over the devices of a mesh: XLA cannot partition one, so each device calls its own."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,9 +44,7 @@ def over_rows(run: Callable[[Any, Any], jax.Array], by_row: Any, whole: Any) -> 
     axes = automatic_axes()
     if not axes:
         return run(by_row, whole)
-    devices = 1
-    for size in axes.values():
-        devices *= size
+    devices = math.prod(axes.values())
     rows = len(jax.tree.leaves(by_row)[0])
     extra = -rows % (devices * _WHOLE_ROWS) if devices > 1 else 0
 

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,38 +52,61 @@ def quantized_matmul(
     Raises:
         ValueError: an unknown backend, layout or product_dtype.
     """
-    module, values = module_of(backend), None
     if low_rank is not None:
         values = dequantize_tokens(tokens).astype(out_dtype)
-    inside = low_rank is not None and getattr(module, "ADDS_LOW_RANK", False)
-    own_dtype = out_dtype
-    if low_rank is not None and not inside:
-        own_dtype = jnp.promote_types(out_dtype, jnp.float32)
-    product = _product(tokens.codes.shape, weight, bits, own_dtype)
-
-    def run(by_row: tuple, whole: tuple) -> jax.Array:
-        branch = {"low_rank": (by_row[1], whole[1])} if inside else {}
-        return module.quantized_matmul(
-            by_row[0], whole[0], bits=bits, out_dtype=own_dtype, **branch
-        )
+        y = _with_branch_inside(tokens, values, weight, low_rank, backend, layout, bits, out_dtype)
+        if y is not None:
+            return y
+        wide = jnp.promote_types(out_dtype, jnp.float32)
+        how = {"backend": backend, "layout": layout, "bits": bits, "product_dtype": product_dtype}
+        y = quantized_matmul(tokens, weight, **how, out_dtype=wide)
+        return (y + low_rank_matmul(values, low_rank).astype(wide)).astype(out_dtype)
+    product = _product(tokens.codes.shape, weight, bits, out_dtype)
 
     def device() -> jax.Array:
-        by_row, whole = (tokens,), (weight,)
-        if inside:
-            by_row, whole = (tokens, low_rank_hidden(values, low_rank)), (weight, low_rank.left)
-        flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), by_row)
-        return over_rows(run, flat, whole)
+        run = partial(module_of(backend).quantized_matmul, bits=bits, out_dtype=out_dtype)
+        return over_rows(run, _flat(tokens), weight)
 
     y = _attempt(backend, layout, product, device)
-    added = inside and y is not None
     if y is None:
         y = xla.quantized_matmul(
-            tokens, weight, layout=layout, product_dtype=product_dtype, out_dtype=own_dtype
+            tokens, weight, layout=layout, product_dtype=product_dtype, out_dtype=out_dtype
         )
-    y = y.reshape(*tokens.codes.shape[:-1], product.columns)
-    if low_rank is not None and not added:
-        y = (y + low_rank_matmul(values, low_rank).astype(y.dtype)).astype(out_dtype)
-    return y
+    return y.reshape(*tokens.codes.shape[:-1], product.columns)
+
+
+def _with_branch_inside(
+    tokens: QuantizedTokens,
+    values: jax.Array,
+    weight: Weight,
+    low_rank: LowRank,
+    backend: str,
+    layout: str,
+    bits: tuple[int, int],
+    out_dtype: jnp.dtype,
+) -> jax.Array | None:
+    """`quantized_matmul` by a kernel that adds the branch itself; None where there is none."""
+    module = module_of(backend)
+    if not getattr(module, "ADDS_LOW_RANK", False):
+        return None
+    product = _product(tokens.codes.shape, weight, bits, out_dtype)
+
+    def run(by_row: tuple, whole: tuple) -> jax.Array:
+        (flat, hidden), (weight, left) = by_row, whole
+        how = {"bits": bits, "out_dtype": out_dtype}
+        return module.quantized_matmul(flat, weight, low_rank=(hidden, left), **how)
+
+    def device() -> jax.Array:
+        by_row = _flat((tokens, low_rank_hidden(values, low_rank)))
+        return over_rows(run, by_row, (weight, low_rank.left))
+
+    y = _attempt(backend, layout, product, device)
+    return None if y is None else y.reshape(*tokens.codes.shape[:-1], product.columns)
+
+
+def _flat(arrays: Any) -> Any:
+    """Each array `[..., features]` of a pytree as `[rows, features]`."""
+    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), arrays)
 
 
 def quantize_and_matmul(

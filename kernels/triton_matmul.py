@@ -12,12 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels.chips import Chip
-from kernels.operands import Product, Weight
+from kernels.operands import LONGEST_INT32_SUM, Product, Weight
 from kernels.quantize_tokens import QuantizedTokens
 from kernels.triton_launch import compute_capability, launch, triton_module
 
-# 128 * 128 (or 16 * 128 * 8, sixteenfold) times this many inputs is the largest int32.
-_LARGEST_INNER = 131_071
 _GROUP = 8
 
 
@@ -78,7 +76,7 @@ def tile_for(capability: int, product: Product, rank: int = 0) -> Tile:
     return tile if divides else tile._replace(inner=64)
 
 
-ADDS_LOW_RANK = True  # In the epilogue, beside scales and bias.
+ADDS_LOW_RANK = True  # `kernels.quantized_matmul` leaves a branch to the epilogue here.
 
 
 def check(product: Product, chip: Chip | None = None) -> None:
@@ -90,9 +88,9 @@ def check(product: Product, chip: Chip | None = None) -> None:
     del chip
     if not 2 <= product.weight_bits <= 8 or not 2 <= product.act_bits <= 8:
         raise NotImplementedError(f"{product}: the Triton program takes 2 to 8 bits")
-    if product.inner > _LARGEST_INNER:
+    if product.inner > LONGEST_INT32_SUM:
         raise NotImplementedError(
-            f"{product}: the int32 accumulator holds sums over at most {_LARGEST_INNER} inputs"
+            f"{product}: the int32 accumulator holds sums over at most {LONGEST_INT32_SUM} inputs"
         )
     if jnp.dtype(product.out_dtype).name not in ("bfloat16", "float32"):
         raise NotImplementedError(f"{product}: the Triton program stores bfloat16 or float32")

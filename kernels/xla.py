@@ -9,11 +9,9 @@ import jax.numpy as jnp
 
 from kernels.chips import Chip
 from kernels.layouts import halves, unlay
-from kernels.operands import Product, Weight
+from kernels.operands import LONGEST_INT32_SUM, Product, Weight
 from kernels.quantize_tokens import QuantizedTokens
 
-# Products of two 8-bit codes reach 2^14: so many of them stay within int32.
-_MOST_INNER = 2**17 - 1
 # What each product accumulates in. Codes of up to 8 bits are exact in all of them.
 _ACCUMULATE = {
     "int8": jnp.int32,
@@ -95,11 +93,11 @@ def _product_of_codes(
     inner = tokens.shape[-1]
     if layout != "rows_halved":
         codes = unlay(codes, inner, layout)
-        if product.name != "int8" or inner <= _MOST_INNER:
+        if product.name != "int8" or inner <= LONGEST_INT32_SUM:
             return dot(tokens, codes)
         # Sums of 8-bit codes that long may leave int32: parts of them are added in float32.
-        cuts = range(0, inner, _MOST_INNER)
-        parts = [dot(tokens[..., i : i + _MOST_INNER], codes[i : i + _MOST_INNER]) for i in cuts]
+        most = LONGEST_INT32_SUM
+        parts = [dot(tokens[..., i : i + most], codes[i : i + most]) for i in range(0, inner, most)]
         return sum(part.astype(jnp.float32) for part in parts)
     # Two products of half the size: the codes are never side by side in memory.
     low, high = halves(codes)

@@ -69,7 +69,7 @@ class Transformer:
         """
         args = (jnp.asarray(latents), jnp.asarray(timesteps), jnp.asarray(text_embeds))
         arguments = (self.states, self.gate, *args, clip_index)
-        return run_where(self.states, partial(_velocity, self.graphdef), *arguments)
+        return run_where(partial(_velocity, self.graphdef), *arguments)
 
     def check_schedule(self, schedule: Schedule) -> None:
         """Refuses a schedule with timesteps that the network's time table, if any, does not hold.
@@ -110,7 +110,6 @@ class Transformer:
         scales = guidance.scales(schedule.timesteps)
         passes = (guidance.two_passes, bool((scales == 1).any()))
         return run_where(
-            self.states,
             partial(_sample, self.graphdef, passes),
             self.states,
             self.gate,
@@ -246,7 +245,7 @@ class TextEncoder:
         A mask of ones is PyTorch's CogVideoX, whose text has none.
         """
         ids, mask = jnp.asarray(token_ids), jnp.asarray(mask)
-        return run_where(self.states, partial(_encode_text, self.graphdef), self.states, ids, mask)
+        return run_where(partial(_encode_text, self.graphdef), self.states, ids, mask)
 
 
 @partial(jax.jit, static_argnums=0)

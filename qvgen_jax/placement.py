@@ -188,8 +188,10 @@ def mesh_of(states: Any) -> Mesh | None:
     Kernels that XLA cannot partition need it where there are several devices (`kernels.partition`);
     None where there is one, or while JAX traces.
     """
+    if jax.device_count() == 1:
+        return None
     leaves = [leaf for leaf in jax.tree.leaves(states) if isinstance(leaf, jax.Array)]
-    if jax.device_count() == 1 or not leaves or isinstance(leaves[0], jax.core.Tracer):
+    if not leaves or isinstance(leaves[0], jax.core.Tracer):
         return None
     for leaf in leaves:
         if isinstance(leaf.sharding, NamedSharding):
@@ -197,11 +199,11 @@ def mesh_of(states: Any) -> Mesh | None:
     return Mesh(np.array(_devices(leaves[0].sharding)), ("device",), (AxisType.Auto,))
 
 
-def run_where(states: Any, function: Callable, *arguments: Any) -> Any:
-    """`function(*arguments)` on the devices of `states`, all arguments with them."""
+def run_where(function: Callable, states: Any, *arguments: Any) -> Any:
+    """`function(states, *arguments)` on the devices of `states`, all arguments with them."""
     mesh = mesh_of(states)
     if mesh is None:
-        return function(*arguments)
+        return function(states, *arguments)
     whole, devices = NamedSharding(mesh, PartitionSpec()), tuple(mesh.devices.flat)
 
     def moved(leaf: Any) -> Any:
@@ -209,7 +211,7 @@ def run_where(states: Any, function: Callable, *arguments: Any) -> Any:
             return leaf
         return jax.device_put(leaf, whole)
 
-    arguments = jax.tree.map(moved, arguments)
+    arguments = jax.tree.map(moved, (states, *arguments))
     with jax.set_mesh(mesh):
         return function(*arguments)
 

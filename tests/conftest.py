@@ -6,16 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from configs.study_tiny import QUICK_TO_COMPILE
 
-def _compile_quickly() -> None:
-    """Two thirds of the time to compile; JAX 0.11 knows one flag less."""
-    flags = "--xla_backend_optimization_level=1"
-    if jax.__version_info__ < (0, 11):
-        flags += " --xla_cpu_use_fusion_emitters=false"
-    os.environ.setdefault("XLA_FLAGS", flags)
-
-
-_compile_quickly()  # Before anything asks JAX for its devices.
+os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)  # Before anything asks JAX for its devices.
 
 
 def _share_compiled_programs(folder: Path) -> None:

@@ -46,6 +46,12 @@ def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
     return manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
 
+def newest_or(manager: ocp.CheckpointManager, fresh: dict) -> dict:
+    """The newest saved state; where there is none, `fresh`, committed."""
+    step = manager.latest_step()
+    return committed(fresh) if step is None else restore(manager, step, fresh)
+
+
 def committed(state: dict) -> dict:
     """`state`, each array bound to where it lies, as a restored one is.
 

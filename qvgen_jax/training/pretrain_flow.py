@@ -158,9 +158,7 @@ def pretrain_flow(
     zero = jnp.zeros((), jnp.int32)
     state = {"params": params, "ema": params, "opt": optimizer.init(params), "step": zero}
     manager = checkpoint.open_checkpoints(workdir, keep=2)
-    if manager.latest_step() is not None:
-        state = checkpoint.restore(manager, manager.latest_step(), state)
-    state = checkpoint.committed(state)
+    state = checkpoint.newest_or(manager, state)
     state = jax.tree.map(jnp.copy, state)  # Own buffers: params and ema share theirs at step 0.
     step_fn = jax.jit(
         partial(flow_step, optimizer=optimizer, definitions=definitions, flow=flow, seed=seed),

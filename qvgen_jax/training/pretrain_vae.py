@@ -137,11 +137,9 @@ def pretrain_vae(config: Mapping[str, Any], workdir: str | Path) -> TrainedVAE:
     exact, _ = describe(vae_config, jnp.dtype(jnp.float32))
     optimizer = make_optimizer(config, stages)
     params = initial_params(shapes, jax.random.key(config["seed"]))
-    step = jnp.zeros((), jnp.int32)
-    state = checkpoint.committed({"params": params, "opt": optimizer.init(params), "step": step})
+    state = {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
     manager = checkpoint.open_checkpoints(workdir, keep=1)
-    if manager.latest_step() is not None:
-        state = checkpoint.restore(manager, manager.latest_step(), state)
+    state = checkpoint.newest_or(manager, state)
     step_fn = make_step(graphdef, optimizer, config)
     rebuild = jax.jit(lambda params, video: reconstruct(nnx.merge(exact, params), video))
 

@@ -17,6 +17,7 @@ from kernels import choose, fused_quantize, triton_matmul, triton_quantize
 from kernels import quantized_matmul as dispatch
 from kernels.chips import CHIPS
 from kernels.layouts import lay_out
+from kernels.low_rank import LowRank
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens
 from kernels.quantize_tokens import quantize_tokens as quantize_tokens_definition
@@ -357,3 +358,9 @@ def test_the_public_product_runs_the_program_on_flat_rows(interpret):
     expected = np.asarray(definition(tokens, plain)).reshape(SAMPLES, TOKENS, 200)
     # As the program itself: the definition's bits.
     np.testing.assert_array_equal(y, expected)
+    rng = np.random.default_rng(10)
+    shapes = ((200, 24), (24, 129), (24,))
+    branch = LowRank(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
+    y = interpret(publicly, dispatch.quantized_matmul, samples, weight, branch, **how)
+    added = dispatch.quantized_matmul(samples, plain, branch, layout="rows")
+    np.testing.assert_allclose(y, added, rtol=0, atol=2e-6 * abs(np.asarray(added)).max())

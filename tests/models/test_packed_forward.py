@@ -12,7 +12,7 @@ from kernels.choose import layout_of
 from kernels.layouts import unlay
 from kernels.operands import Product
 from kernels.quantize_tokens import quantize_tokens
-from kernels.reference import quantized_matmul_reference
+from kernels.reference import quantized_matmul_reference, signed_offset
 from qvgen_jax.models import build_transformer, config_from_json, quantizable
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, PackedDense, dense_factory
@@ -32,7 +32,8 @@ class DequantizedDense(PackedDense):
         tokens = quantize_tokens(x, **self.clip_arguments(x, ctx))
         codes = unlay(self.codes[...], self.in_features, self.layout)
         levels = self.weight_levels[...]
-        weight = (codes, self.scale[...], self.zero_point[...], levels, self.bias[...])
+        zero_point = signed_offset(levels) if self.zero_point is None else self.zero_point[...]
+        weight = (codes, self.scale[...], zero_point, levels, self.bias[...])
         # The timestep's linears are float32 ones; their sums are compared in float64 too.
         y = quantized_matmul_reference(*(x.astype(jnp.float64) for x in (*tokens[:3], *weight)))
         return y.astype(self.dtype)
@@ -84,16 +85,18 @@ def inputs(config, dtype):
     return latents, jnp.asarray([951.0, 20.0]), jax.random.normal(keys[1], (2, 5, width), dtype)
 
 
-BOTH = [
-    pytest.param(WAN, id="wan"),
-    pytest.param(COGVIDEOX, id="cogvideox", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize("fields", BOTH)
-def test_the_integer_model_is_the_dequantized_one_in_float64(fields):
+@pytest.mark.parametrize(
+    ("fields", "symmetric"),
+    [
+        pytest.param(WAN, False, id="wan"),
+        pytest.param(WAN, True, id="wan-symmetric", marks=pytest.mark.slow),
+        pytest.param(COGVIDEOX, False, id="cogvideox", marks=pytest.mark.slow),
+        pytest.param(COGVIDEOX, True, id="cogvideox-symmetric", marks=pytest.mark.slow),
+    ],
+)
+def test_the_integer_model_is_the_dequantized_one_in_float64(fields, symmetric):
     with jax.enable_x64(True):
-        quant = QuantConfig(rank=0, product_dtype="float64")
+        quant = QuantConfig(rank=0, symmetric_weights=symmetric, product_dtype="float64")
         config, params, levels, packed, paper = packed_model(fields, quant, jnp.float64)
         found, expected = (
             nnx.merge(graph, params, levels)(*inputs(config, jnp.float64))

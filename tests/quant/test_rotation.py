@@ -211,17 +211,17 @@ def test_without_quantization_the_rotated_model_is_the_teacher(family, fold, ful
 
 @pytest.mark.slow
 def test_the_tiny_model_loses_less_of_its_teacher_when_rotated():
-    """At eight bits both are the teacher to 2.5 %; at four the rotation takes a tenth of the error.
+    """At eight bits it is the teacher to 2 %; at four the rotation takes a tenth of the error.
 
-    Which of the two is nearer at eight bits (1.8 to 1.9 %) is luck of the machine's rounding.
+    Of 16 samples: of two, which is nearer at eight bits depends on the machine's rounding.
     """
     teacher = read_transformer(TINY, jnp.float32)
     model, folded = teacher.config, values_of(teacher.config)
     keys = jax.random.split(jax.random.key(1), 2)
     batch = (
-        jax.random.normal(keys[0], (2, 3, 8, 8, 16)),
-        jnp.asarray([900.0, 300.0]),
-        jax.random.normal(keys[1], (2, 16, 64)),
+        jax.random.normal(keys[0], (16, 3, 8, 8, 16)),
+        jnp.linspace(100.0, 950.0, 16),
+        jax.random.normal(keys[1], (16, 16, 64)),
     )
     expected = teacher(*batch)
 
@@ -237,7 +237,7 @@ def test_the_tiny_model_loses_less_of_its_teacher_when_rotated():
 
     fine, fine_rotated = pair(8)
     coarse, coarse_rotated = pair(4)
-    assert max(fine, fine_rotated) < 0.025
+    assert fine_rotated < fine < 0.02
     assert coarse_rotated < 0.92 * coarse
 
 
