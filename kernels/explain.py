@@ -7,15 +7,14 @@ No weights are needed, and no chip: without `--chip` the answer is for this mach
 """
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from configs import read_config
 from kernels.chips import CHIPS, Chip, chip_of, named
 from kernels.choose import BACKENDS, Choice, choose
 from kernels.floor import least_seconds, unit_of
@@ -95,30 +94,16 @@ def ceiling(rows: Sequence[Row], attention_seconds: float | None) -> str:
     )
 
 
-def read_config(argument: str) -> Mapping[str, Any]:
+def read_quantized(argument: str) -> Mapping[str, Any]:
     """The config of `file.py[:argument]`, as plain dicts.
 
     Raises:
-        ValueError: there is no such file, it is no config of a transformer that is quantized, or it
-            does not know the argument.
+        ValueError: see `configs.read_config`; or it is of no transformer that is quantized.
     """
-    path, _, argument = argument.partition(":")
-    if not Path(path).is_file():
-        raise ValueError(f"config file {path!r} does not exist; name one of configs/*.py")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None:
-        raise ValueError(f"{path!r} is no Python file; name one of configs/*.py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{path!r} does not run: {type(error).__name__}: {error}") from error
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path!r} has no get_config, so is no config; name one of configs/*.py")
-    config = module.get_config(argument).to_dict()
+    config = read_config(argument).to_dict()
     if missing := [name for name in ("model", "data", "quant") if name not in config]:
         raise ValueError(
-            f"the config of {path!r} has no {', '.join(missing)}; name one that quantizes a "
+            f"the config of {argument!r} has no {', '.join(missing)}; name one that quantizes a "
             "transformer, such as configs/wan14b_w4a4.py"
         )
     return config
@@ -128,7 +113,7 @@ def describe(config: Mapping[str, Any], chip: Chip, asked: str | None = None) ->
     """The whole answer for a run's config.
 
     Args:
-        config: of `read_config`.
+        config: of `read_quantized`.
         chip: that it is to run on.
         asked: a backend or "auto", instead of the config's own `kernels`.
 
@@ -180,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     chip = named(arguments.chip) if arguments.chip else chip_of(jax.devices()[0])
     try:
-        print(describe(read_config(arguments.config), chip, arguments.kernels))
+        print(describe(read_quantized(arguments.config), chip, arguments.kernels))
     except ValueError as error:  # A UserError is one.
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import importlib.util
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from configs import read_config
 from qvgen_jax.errors import UserError
 from qvgen_jax.study.operations import EQUAL_OPERATIONS, equal_steps
 
@@ -125,16 +125,10 @@ def load_base(base: str) -> ConfigDict:
     """The config of `file.py[:argument]`.
 
     Raises:
-        UserError: there is no such file, or it does not know the argument.
+        UserError: there is no such file, it is no config, or it does not know the argument.
     """
-    path, _, argument = base.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"the grid's base {path!r} does not exist; run from the repository's root")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     try:
-        return module.get_config(argument)
+        return read_config(base)
     except ValueError as error:
         raise UserError(f"the grid's base {base!r}: {error}") from error
 

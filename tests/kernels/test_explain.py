@@ -3,7 +3,7 @@
 import pytest
 
 from kernels.chips import Chip
-from kernels.explain import ceiling, describe, explain, main, read_config, table
+from kernels.explain import ceiling, describe, explain, main, read_quantized, table
 from kernels.operands import Product
 
 WAN = "configs/wan1_3b_w4a4.py"
@@ -67,13 +67,16 @@ def test_the_configs_own_kernels_are_asked_and_the_flag_overrules_them(tmp_path,
     assert main([str(own), "--chip", "h200", "--kernels", "hopper"]) == 0
     assert " hopper " in capsys.readouterr().out
     with pytest.raises(ValueError, match="backend='fast'; expected auto or one of xla"):
-        describe(read_config(WAN) | {"kernels": "fast"}, ROUND)
+        describe(read_quantized(WAN) | {"kernels": "fast"}, ROUND)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("configs/nope.py", "config file 'configs/nope.py' does not exist; name one of configs"),
+        (
+            "configs/nope.py",
+            "config file 'configs/nope.py' does not exist; run from the repository's root and name one of configs",
+        ),
         ("README.md", "'README.md' is no Python file; name one of configs/*.py"),
         ("kernels/floor.py", "'kernels/floor.py' has no get_config, so is no config"),
         ("configs/study_tiny.py", "has no model, data, quant; name one that quantizes"),
