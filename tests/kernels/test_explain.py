@@ -75,7 +75,8 @@ def test_the_configs_own_kernels_are_asked_and_the_flag_overrules_them(tmp_path,
     [
         (
             "configs/nope.py",
-            "config file 'configs/nope.py' does not exist; run from the repository's root and name one of configs",
+            "config file 'configs/nope.py' does not exist; "
+            "run from the repository's root and name one of configs",
         ),
         ("README.md", "'README.md' is no Python file; name one of configs/*.py"),
         ("kernels/floor.py", "'kernels/floor.py' has no get_config, so is no config"),
