@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.reference import wide_type
+
 
 class LowRank(NamedTuple):
     """`(left * gate) @ right` beside a kernel.
@@ -29,7 +31,7 @@ def rows_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     y = jnp.matmul(
         x.reshape(-1, x.shape[-1]),
         kernel,
-        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        preferred_element_type=wide_type(x.dtype),
     )
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 

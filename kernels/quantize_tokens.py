@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.reference import dequantize, signed_offset
+from kernels.reference import dequantize, signed_offset, wide_type
 
 _SMALLEST_SCALE = 1e-9
 
@@ -103,7 +103,7 @@ def encode_tokens(
     levels = levels.astype(x.dtype)
     offset = signed_offset(levels)
     codes = jnp.clip(jnp.round(x / scale) + zero_point, 0, levels) - offset
-    row_sum = jnp.sum(codes, axis=-1, keepdims=True, dtype=jnp.promote_types(x.dtype, jnp.float32))
+    row_sum = jnp.sum(codes, axis=-1, keepdims=True, dtype=wide_type(x.dtype))
     return QuantizedTokens(codes.astype(jnp.int8), scale, zero_point - offset, row_sum)
 
 

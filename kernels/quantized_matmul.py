@@ -16,6 +16,7 @@ from kernels.low_rank import LowRank, low_rank_hidden, low_rank_matmul
 from kernels.operands import Product, Weight
 from kernels.partition import over_rows
 from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens
+from kernels.reference import wide_type
 
 
 def quantized_matmul(
@@ -57,7 +58,7 @@ def quantized_matmul(
         y = _with_branch_inside(tokens, values, weight, low_rank, backend, layout, bits, out_dtype)
         if y is not None:
             return y
-        wide = jnp.promote_types(out_dtype, jnp.float32)
+        wide = wide_type(out_dtype)
         how = {"backend": backend, "layout": layout, "bits": bits, "product_dtype": product_dtype}
         y = quantized_matmul(tokens, weight, **how, out_dtype=wide)
         return (y + low_rank_matmul(values, low_rank).astype(wide)).astype(out_dtype)

@@ -14,6 +14,7 @@ from kernels.low_rank import LowRank, low_rank_matmul, rows_matmul
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens, quantize_tokens
 from kernels.quantized_matmul import quantize_and_matmul, quantized_matmul
+from kernels.reference import wide_type
 from kernels.xla import wide_dtype
 from qvgen_jax.quant.codes_matmul import QuantizedWeight, codes_matmul, signed_zero_point
 from qvgen_jax.quant.config import QuantConfig
@@ -21,6 +22,7 @@ from qvgen_jax.quant.rotation import rotate
 from qvgen_jax.quant.smoothing import smooth_tokens
 from qvgen_jax.quant.tokens import clip_multipliers, fake_quantize_tokens, initial_clips
 from qvgen_jax.quant.weights import fake_quantize_weight, quantize_weight
+from qvgen_jax.sharding import cut, gathered
 
 
 class QuantContext(NamedTuple):
@@ -50,15 +52,16 @@ class Dense(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         use_bias: bool = True,
     ):
-        del name  # A dense factory chooses by name; the plain layer has no choice to make.
         bound = in_features**-0.5
         shape = (in_features, out_features)
         self.kernel = nnx.Param(jax.random.uniform(key, shape, jnp.float32, -bound, bound))
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if use_bias else None
-        self.dtype = dtype
+        self.name, self.dtype = name, dtype
 
     def __call__(self, x: jax.Array, ctx: QuantContext = QuantContext()) -> jax.Array:
-        y = rows_matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        path = f"{self.name}.kernel"
+        kernel = gathered(cut(self.kernel[...], path).astype(self.dtype), path)
+        y = rows_matmul(x.astype(self.dtype), kernel)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         return y.astype(self.dtype)
@@ -104,12 +107,8 @@ class _TokenQuantizer(nnx.Module):
             "levels": self.act_levels[...],
             "include_zero": self.include_zero,
             "clip_ratio": self.clip_ratio,
-            "range_dtype": x.dtype if self.range_dtype == "tensor" else _at_least_float32(x.dtype),
+            "range_dtype": x.dtype if self.range_dtype == "tensor" else wide_type(x.dtype),
         }
-
-
-def _at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 class QuantDense(_TokenQuantizer):
@@ -132,6 +131,7 @@ class QuantDense(_TokenQuantizer):
         use_bias: bool = True,
     ):
         super().__init__(config, name, in_features, dtype)
+        self.name = name
         plain = Dense(name, in_features, out_features, key=key, dtype=dtype, use_bias=use_bias)
         self.kernel, self.bias = plain.kernel, plain.bias
         self.scale = nnx.Param(jnp.ones((out_features,), jnp.float32))
@@ -156,13 +156,16 @@ class QuantDense(_TokenQuantizer):
             x = self._prepare(x)
             values, tokens = fake_quantize_tokens(x, **self.clip_arguments(x, ctx))
         values = values.astype(self.dtype)
+        # Over a mesh each device quantizes its slice of the master, and codes are what travels.
+        path = f"{self.name}.kernel"
         weight = (
-            self.kernel[...],
+            cut(self.kernel[...], path),
             self.scale[...],
             None if self.zero_point is None else self.zero_point[...],
             self.weight_levels[...],
         )
-        integers = QuantizedWeight(quantize_weight(*weight), *jax.lax.stop_gradient(weight[1:]))
+        codes = gathered(quantize_weight(*weight), path)
+        integers = QuantizedWeight(codes, *jax.lax.stop_gradient(weight[1:]))
         y = codes_matmul(
             values, fake_quantize_weight(*weight), tokens, integers, self.product_dtype
         )
@@ -170,7 +173,9 @@ class QuantDense(_TokenQuantizer):
             y = y + self.bias[...].astype(y.dtype)
         if ctx.gate is not None and hasattr(self, "L"):
             applied = low_rank_matmul if self.branch_space == "tokens" else branch_in_weights
-            branch = LowRank(self.L[...], self.R[...], ctx.gate)
+            left = gathered(cut(self.L[...], f"{self.name}.L"), f"{self.name}.L")
+            right = gathered(cut(self.R[...], f"{self.name}.R"), f"{self.name}.R")
+            branch = LowRank(left, right, ctx.gate)
             y = y + applied(values, branch).astype(y.dtype)
         return y.astype(self.dtype)
 

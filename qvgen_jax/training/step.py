@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from kernels.reference import at_least_float32
 from qvgen_jax.diffusion.noising import Noising
 from qvgen_jax.quant.low_rank import drop_branch
 from qvgen_jax.quant.schedule import RankDecay, fade_at, gate_at, rank_at
@@ -127,8 +128,8 @@ def distillation_loss(
     teacher = nnx.merge(recipe.teacher, teacher_params)
     student = nnx.merge(recipe.student, params, levels)
     arguments = (inputs["latents"], inputs["timesteps"], inputs["text_embeds"])
-    target = jax.lax.stop_gradient(teacher(*arguments)).astype(jnp.float32)
-    prediction = student(*arguments, gate=gate).astype(jnp.float32)
+    target = at_least_float32(jax.lax.stop_gradient(teacher(*arguments)))
+    prediction = at_least_float32(student(*arguments, gate=gate))
     axes = tuple(range(1, prediction.ndim))
     loss = jnp.mean(jnp.square(prediction - target), axes)
     blend = recipe.train["truth_blend"]
