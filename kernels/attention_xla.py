@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.attention_call import AttentionCall, call_of
+from kernels.reference import wide_type
 
 # Logits held at once on a CPU: 64 MB in float32, about a last-level cache.
 _OF_ONE_HEAD = 2**24
@@ -44,7 +45,8 @@ def attention(
         raise ValueError("by_head=True with a bias or a mask; expected neither: leave it out")
     logits = call.tokens * call.keys
     heads = 1 if by_head else call.batch * call.heads
-    if heads * logits <= (_OF_ONE_HEAD // 16 if by_head else _OF_ALL_HEADS):
+    short = heads * logits <= (_OF_ONE_HEAD // 16 if by_head else _OF_ALL_HEADS)
+    if short and query.dtype != jnp.float64:  # Its softmax is float32, whatever the query is.
         return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask, scale=scale)
 
     held = _OF_ONE_HEAD if by_head else _OF_ALL_HEADS
@@ -72,7 +74,8 @@ def _in_chunks(
     """`[..., tokens, head_dim]`, with the logits of `size` queries at a time."""
     dtype = query.dtype
     # The backward pass adds the chunks' gradients up in this type. XLA leaves nothing else of it.
-    key, value = key.astype(jnp.float32), value.astype(jnp.float32)
+    wide = wide_type(dtype)
+    key, value = key.astype(wide), value.astype(wide)
     leading = tuple(range(query.ndim - 2))
 
     @jax.checkpoint
@@ -81,9 +84,7 @@ def _in_chunks(
         k, v = key.astype(dtype), value.astype(dtype)
         # Not a product with k.T: XLA's CPU backend transposes, and then multiplies, in float32.
         last = ((query.ndim - 1,), (query.ndim - 1,))
-        logits = jax.lax.dot_general(
-            q, k, (last, (leading, leading)), preferred_element_type=jnp.float32
-        )
+        logits = jax.lax.dot_general(q, k, (last, (leading, leading)), preferred_element_type=wide)
         logits = logits * scale
         if bias is not None:
             logits = logits + (bias if of_bias is None else of_bias)
@@ -91,7 +92,7 @@ def _in_chunks(
             logits = jnp.where(mask if of_mask is None else of_mask, logits, _MASKED)
         weights = jnp.exp(logits - logits.max(-1, keepdims=True))
         total = weights.sum(-1, keepdims=True)
-        y = jnp.matmul(weights.astype(dtype), v, preferred_element_type=jnp.float32)
+        y = jnp.matmul(weights.astype(dtype), v, preferred_element_type=wide)
         return (y / total).astype(dtype)
 
     def cut(x: jax.Array | None) -> jax.Array | None:

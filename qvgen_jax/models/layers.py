@@ -105,7 +105,7 @@ def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
     half = dim // 2
     # float32 as in PyTorch: at t = 1000 the last bit of a frequency is visible in the angle.
     exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000)) / np.float32(half)
-    angles = timesteps.astype(jnp.float32)[:, None] * np.exp(exponents)
+    angles = at_least_float32(timesteps)[:, None] * np.exp(exponents)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

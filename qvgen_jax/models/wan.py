@@ -166,11 +166,16 @@ class ConditionEmbedder(nnx.Module):
     def __init__(self, config: WanConfig, *, key: jax.Array, dense: Callable, dtype: jnp.dtype):
         root, keys, dim = "condition_embedder", jax.random.split(key, 3), config.dim
         # The timestep's path has one row per sample: float32 costs nothing there.
-        time = {"dense": dense, "dtype": wide_type(dtype)}
+        wide = wide_type(dtype)
         self.time_embedder = TwoLinears(
-            f"{root}.time_embedder", (config.freq_dim, dim), jax.nn.silu, key=keys[0], **time
+            f"{root}.time_embedder",
+            (config.freq_dim, dim),
+            jax.nn.silu,
+            key=keys[0],
+            dense=dense,
+            dtype=wide,
         )
-        self.time_proj = dense(f"{root}.time_proj", dim, 6 * dim, key=keys[1], **time)
+        self.time_proj = dense(f"{root}.time_proj", dim, 6 * dim, key=keys[1], dtype=wide)
         self.text_embedder = TwoLinears(
             f"{root}.text_embedder",
             (config.text_dim, dim),

@@ -111,9 +111,10 @@ def teacher_share(timesteps: jax.Array, blend: float) -> jax.Array:
         timesteps: `[b]`, 0 (clean) to 1000 (noise).
         blend: a; 0 leaves everything to the teacher.
     """
+    timesteps = at_least_float32(timesteps)
     if not blend:
-        return jnp.ones(timesteps.shape, jnp.float32)
-    return jnp.expm1(blend * timesteps.astype(jnp.float32) / 1000) / jnp.expm1(blend)
+        return jnp.ones_like(timesteps)
+    return jnp.expm1(blend * timesteps / 1000) / jnp.expm1(jnp.asarray(blend, timesteps.dtype))
 
 
 def distillation_loss(
