@@ -9,6 +9,7 @@ The same command again continues an interrupted run. Exit code 2 means that some
 program was wrong; the message says what, and nothing was lost.
 """
 
+import os
 import re
 import shlex
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from qvgen_jax.errors import UserError
+from qvgen_jax.errors import LostProcess, UserError
 
 JOBS = ("train", "pretrain", "encode", "generate", "evaluate", "export", "study")
 
@@ -71,6 +72,9 @@ def default_workdir(config_file: str) -> Path:
 
 def run(job: str, config: ConfigDict, workdir: Path) -> None:
     """Do one job. Imports are here so that a wrong flag is told at once."""
+    from qvgen_jax import hosts
+
+    hosts.join()
     if job == "pretrain":
         _pretrain(config, workdir)
         return
@@ -143,6 +147,7 @@ def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
     from qvgen_jax.data.prepare import check_held_out
     from qvgen_jax.evaluation.finish import compare_and_report
     from qvgen_jax.evaluation.samples import read_prompts
+    from qvgen_jax.hosts import everywhere, is_alone, is_first
     from qvgen_jax.training.loop import finished_state, train
     from qvgen_jax.training.state import exported_params
     from qvgen_jax.training.student import quant_config
@@ -156,22 +161,33 @@ def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
     if job != "evaluate" or not (export / "model_index.json").is_file():
         model = pipe.transformer.config
         quant = quant_config(config["quant"], model)
-        export_pipeline(
-            config["model"],
-            export,
-            model,
-            exported_params(state),
-            quant,
-            generation={"unguided_steps": config["sample"]["unguided_steps"]},
-            levels=state["levels"],
-        )
-        print(f"export: {export}")
-    if job != "export":
+        params, levels = everywhere((exported_params(state), state["levels"]))
+        if is_first():
+            export_pipeline(
+                config["model"],
+                export,
+                model,
+                params,
+                quant,
+                generation={"unguided_steps": config["sample"]["unguided_steps"]},
+                levels=levels,
+            )
+            print(f"export: {export}")
+    if job != "export" and is_alone():
         print(f"report: {compare_and_report(config, workdir, pipe)}")
+    elif is_first():
+        print("no report over several processes: `--job evaluate` in one process makes it")
+
+
+def _lost(error: LostProcess) -> int:
+    """Print and leave at once: JAX's own shutdown would wait for the process that is gone."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(75)
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 done, 2 wrong input (one message on stderr), 130 interrupted."""
+    """Exit code: 0 done, 2 wrong input (one message on stderr), 75 another process of the run is
+    gone (start them all again), 130 interrupted."""
     try:
         config = parse(argv)
         file = config_flags.get_config_filename(flags.FLAGS["config"])
@@ -180,6 +196,14 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except LostProcess as error:
+        return _lost(error)
+    except RuntimeError as error:
+        from qvgen_jax import hosts
+
+        if (lost := hosts.told(error)) is None:
+            raise
+        return _lost(lost)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130

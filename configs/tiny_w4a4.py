@@ -89,6 +89,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.keep_checkpoints = 2
     config.train.wandb_project = ""
 
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 0, "tensor": 1})
+    config.mesh.across_slices = ConfigDict({"data": 1, "fsdp": 1})
+
     config.sample = ConfigDict()
     config.sample.prompts = "held_out"  # Or a text file with one prompt per line.
     config.sample.count = 8  # Pairs of videos shown in the report.

@@ -2,12 +2,14 @@
 
 Axes, outermost first: `data` (whole copies), `fsdp` (samples and slices of every parameter),
 `context` (tokens of a sample), `tensor` (features). Samples go over data and fsdp, tokens over
-context. Moments, averages, the teacher and what a checkpoint is restored into lie like the
-parameters they belong to.
+context; where there are fewer samples, as in inference, tokens go over what they leave. Moments,
+averages, the teacher and what a checkpoint is restored into lie like the parameters they belong to.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from qvgen_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
-SAMPLES = ("data", "fsdp")
+_SAMPLES = ("data", "fsdp")
 TOKEN_BLOCK = 128
 """Tokens are padded to a multiple of context x this."""
 
@@ -92,6 +94,51 @@ def make_mesh(
     else:
         grid = _arranged(shape, devices)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_of_config(config: Mapping, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+    """The mesh of a training run; None where there is one device.
+
+    Args:
+        config: reads `mesh`: sizes by axis, of which `fsdp` may be -1, what the others leave, and
+            `context` 0, the fewest that share a sample; `mesh.across_slices`; and
+            `train.batch_size` and `accumulate`.
+        devices: all there are if None.
+
+    Raises:
+        UserError: see `make_mesh`; or the samples do not divide over data and fsdp.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if len(devices) == 1:
+        return None
+    sizes, outer = {axis: config["mesh"][axis] for axis in AXES}, config["mesh"]["across_slices"]
+    samples = config["train"]["batch_size"] // config["train"]["accumulate"]
+    slices = int(np.prod([max(outer.get(axis, 1), 1) for axis in _SAMPLES]))
+    if sizes["context"] == 0:
+        sizes["context"] = _fewest(sizes, samples, len(devices) // slices, slices)
+    mesh = make_mesh(sizes, across_slices=outer, devices=devices)
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    if samples % groups:
+        raise UserError(
+            f"train.batch_size={config['train']['batch_size']} in accumulate="
+            f"{config['train']['accumulate']} parts is {samples} samples at once, which do not "
+            f"divide over data x fsdp = {groups} groups of devices; change one of them, or let "
+            "more devices share a sample: a larger mesh.context"
+        )
+    return mesh
+
+
+def _fewest(sizes: Mapping[str, int], samples: int, devices: int, slices: int) -> int:
+    """The least size of context with which the samples divide over the other devices."""
+    rest = devices // max(sizes["data"] * sizes["tensor"], 1)
+    if sizes["fsdp"] != -1:
+        return max(rest // max(sizes["fsdp"], 1), 1)
+    fits = (
+        context
+        for context in range(1, rest + 1)
+        if rest % context == 0 and samples % (slices * sizes["data"] * rest // context) == 0
+    )
+    return next(fits, 1)  # If none does, the error about the samples follows.
 
 
 def _arranged(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
@@ -178,12 +225,15 @@ def shard(tree: Any, mesh: Mesh) -> Any:
     def of_leaf(path: tuple, leaf: Any) -> NamedSharding:
         if leaf.ndim == 0:
             return NamedSharding(mesh, P())
-        keys = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
-        if keys[0] in _SECTIONS:
-            keys = keys[1:]
-        return parameter_sharding(".".join(keys), leaf.shape, mesh)
+        return parameter_sharding(_named(path), leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def _named(path: tuple) -> str:
+    """The dotted path of a parameter in a state, in parameters or in an optimizer's moments."""
+    keys = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
+    return ".".join(keys[1:] if keys[0] in _SECTIONS else keys)
 
 
 _SECTIONS = ("params", "levels", "ema", "opt")  # Of a train state.
@@ -191,12 +241,66 @@ _SECTIONS = ("params", "levels", "ema", "opt")  # Of a train state.
 
 def samples(mesh: Mesh) -> NamedSharding:
     """Of arrays `[batch, ...]`: samples over data and fsdp."""
-    return NamedSharding(mesh, P(SAMPLES))
+    return NamedSharding(mesh, P(_SAMPLES))
 
 
-def context_size() -> int:
-    """Devices that share a sample's tokens, of the mesh in the context; 1 without one."""
-    return axes_in_context().get("context", 1)
+def place(tree: Any, mesh: Mesh | None) -> Any:
+    """A state or parameters where `shard` puts them; as they are without a mesh."""
+    return tree if mesh is None else jax.device_put(tree, shard(tree, mesh))
+
+
+def under(mesh: Mesh | None) -> AbstractContextManager:
+    """The context in which a run's programs are traced: the mesh's, if there is one."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """On every device."""
+    return NamedSharding(mesh, P())
+
+
+def told(mesh: Mesh) -> str:
+    """One line about a mesh: its sizes, and what goes over them."""
+    sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1)
+    return f"{mesh.size} devices: {sizes} (samples over data and fsdp, tokens over context)"
+
+
+def layout(batch: int, axes: Mapping[str, int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes that samples go over, and those that the tokens of each go over.
+
+    Args:
+        batch: number of samples.
+        axes: sizes of the mesh.
+    """
+    over, others = [], []
+    for axis in _SAMPLES:
+        groups = _size((*over, axis), axes)
+        (others if batch % groups else over).append(axis)
+    return tuple(over), (*others, "context")
+
+
+def laid_out(params: Any) -> Any:
+    """Parameters, or what is like them, where `shard` puts them; while a program is traced."""
+    if not axes_in_context():
+        return params
+    return jax.tree.map_with_path(lambda path, x: constrain(x, *spec_of(_named(path))), params)
+
+
+def rows_here(mesh: Mesh, batch: int) -> list[int]:
+    """Which rows of a batch the devices of this process hold."""
+    here = samples(mesh).addressable_devices_indices_map((batch,)).values()
+    return sorted({row for (part,) in here for row in range(batch)[part]})
+
+
+def from_rows(part: np.ndarray, rows: Sequence[int], batch: int, mesh: Mesh) -> jax.Array:
+    """The array of a whole batch from the rows of `rows_here`, of every process its own."""
+    place, at = {row: index for index, row in enumerate(rows)}, samples(mesh)
+    part = np.asarray(part)
+
+    def shard_of(index: tuple[slice, ...]) -> np.ndarray:
+        return part[[place[row] for row in range(batch)[index[0]]]]
+
+    return jax.make_array_from_callback((batch, *part.shape[1:]), at, shard_of)
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
@@ -207,8 +311,9 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
 
 def over_tokens(x: jax.Array) -> jax.Array:
-    """`x [batch, tokens, features]`: samples over data and fsdp, tokens over context."""
-    return constrain(x, SAMPLES, "context", None)
+    """`x [batch, tokens, features]` with samples and tokens as `layout` says."""
+    axes = axes_in_context()
+    return constrain(x, *layout(len(x), axes), None) if axes else x
 
 
 def cut(x: jax.Array, parameter: str) -> jax.Array:
@@ -242,14 +347,21 @@ def _of_layer(parameter: str, dimensions: int) -> tuple[str | None, ...]:
     return spec[len(spec) - dimensions :]
 
 
-def pad_tokens(x: jax.Array, axis: int = 1) -> jax.Array:
-    """Zeros behind the tokens, to a multiple of context x `TOKEN_BLOCK`; nothing without a mesh."""
-    shards = context_size()
+def pad_tokens(x: jax.Array) -> jax.Array:
+    """`x [batch, tokens, features]` with zeros behind, so that every device has whole blocks.
+
+    To a multiple of `TOKEN_BLOCK` times the devices that share a sample; as it is where each has
+    one to itself.
+    """
+    axes = axes_in_context()
+    shards = _size(layout(len(x), axes)[1], axes) if axes else 1
     if shards == 1:
         return x
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % (shards * TOKEN_BLOCK))
-    return jax.numpy.pad(x, widths)
+    return jax.numpy.pad(x, ((0, 0), (0, -x.shape[1] % (shards * TOKEN_BLOCK)), (0, 0)))
+
+
+def _size(names: tuple[str, ...], axes: Mapping[str, int]) -> int:
+    return int(np.prod([axes[name] for name in names]))
 
 
 def axes_in_context() -> dict[str, int]:

@@ -5,19 +5,25 @@ beside a rounding boundary.
 """
 
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from kernels.quantize_tokens import quantize_tokens
 from qvgen_jax import sharding
 from qvgen_jax.diffusion.cogvideox_dpm import CogVideoXDPMConfig
-from qvgen_jax.models import abstract_params
+from qvgen_jax.errors import UserError
+from qvgen_jax.models import abstract_params, cogvideox, wan
 from qvgen_jax.models.cogvideox_config import CogVideoXConfig
 from qvgen_jax.models.wan import WanConfig
+from qvgen_jax.quant import dense
 from qvgen_jax.training import loop
 from qvgen_jax.training.step import distillation_loss
+from tests.training.float64_run import train64
 from tests.training.test_run import CONFIG, SCHEDULER
 
 WAN = WanConfig(
@@ -125,7 +131,9 @@ def networks():
 
 
 def named(sizes: dict) -> str:
-    return "-".join(f"{axis}{size}" for axis, size in sizes.items())
+    return f"{'alone' if sizes in ALONE else 'pair'}-" + "-".join(
+        f"{axis}{size}" for axis, size in sizes.items()
+    )
 
 
 @pytest.mark.parametrize("sizes", [*ALONE, *PAIRS], ids=named)
@@ -144,3 +152,128 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(networks, family, sizes):
     if sizes.get("fsdp", 1) > 1:
         # What travels of a quantized layer's kernel are codes.
         assert "s8[" in "".join(line for line in text.splitlines() if " all-gather(" in line)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_codes_differ_in_float32_only_beside_a_rounding_boundary(family, monkeypatch):
+    """Of the teacher's activations: there a code that differs moves nothing behind it."""
+    network = Network(family, "float32")
+    mesh = sharding.make_mesh({"data": 2, "context": 2, "tensor": 2})
+    here, there = (codes_seen(network, each, monkeypatch) for each in (None, mesh))
+    assert set(here) == set(there)
+    assert len(here) == {"wan": 27, "cogvideox": 22}[family]
+    for name, (ratios, codes) in here.items():
+        differ = codes != there[name][1][:, : codes.shape[1]]  # Behind are padded tokens.
+        beside = np.abs(np.abs(ratios - np.floor(ratios)) - 0.5)
+        assert (beside[differ] < 1e-4).all(), name
+        assert differ.mean() < 1e-2
+
+
+def codes_seen(network: Network, mesh, monkeypatch) -> dict:
+    """What every linear of the teacher would make of its tokens: `x / scale`, and 4-bit codes."""
+    plain = dense.Dense.__call__
+
+    def one_by_one(body, x, layers):
+        for layer in range(len(jax.tree.leaves(layers)[0])):
+            x, _ = body(x, jax.tree.map(lambda leaf, n=layer: leaf[n], layers))
+        return x, None
+
+    def predict(params, *arguments):
+        seen = {}
+
+        def spied(layer, x, ctx=dense.QuantContext()):
+            tokens = quantize_tokens(x, jnp.float32(0.95), jnp.float32(0.95), jnp.float32(15))
+            name = f"{layer.name} {sum(key.startswith(f'{layer.name} ') for key in seen)}"
+            seen[name] = x / tokens.scale, tokens.codes
+            return plain(layer, x, ctx)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(dense.Dense, "__call__", spied)
+            for family in (wan, cogvideox):
+                patched.setattr(family, "layer_scan", one_by_one)
+            nnx.merge(network.recipe.teacher, params)(*arguments)
+        return seen
+
+    with sharding.under(mesh):
+        _, _, teacher, inputs, _ = network.arguments(mesh)
+        arguments = (inputs["latents"], inputs["timesteps"], inputs["text_embeds"])
+        return jax.device_get(jax.jit(predict)(teacher, *arguments))
+
+
+def test_a_run_over_a_mesh_is_the_run_of_one_device(tmp_path):
+    """The branch shrinks and goes on the way; in float64, so to 1e-9."""
+    config = {
+        **CONFIG,
+        "train": {**CONFIG["train"], "batch_size": 8, "accumulate": 2},
+        "mesh": {"data": 1, "fsdp": 2, "context": 0, "tensor": 1, "across_slices": {}},
+    }
+    train64(config, WAN, tmp_path / "alone", None)
+    mesh = sharding.mesh_of_config(config)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "context": 4, "tensor": 1}
+    spread = train64(config, WAN, tmp_path / "spread", mesh)
+    kernel = spread["params"]["blocks"]["ffn"]["up"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 24, 64)
+    assert spread["opt"][1].mu["blocks"]["ffn"]["up"]["kernel"].sharding == kernel.sharding
+    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("alone", "spread")]
+    np.testing.assert_allclose(*losses, rtol=1e-9)
+    # Where it stands, another mesh reads it.
+    again = train64(config, WAN, tmp_path / "spread", sharding.make_mesh({"data": 2, "fsdp": 4}))
+    assert int(again["step"]) == config["train"]["steps"]
+    jax.tree.map(np.testing.assert_array_equal, again["params"], spread["params"])
+
+
+def metrics(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def sizes(batch: int = 8, accumulate: int = 1, **mesh) -> dict:
+    mesh = {"data": 1, "fsdp": -1, "context": 0, "tensor": 1, "across_slices": {}} | mesh
+    train = {"batch_size": batch, "accumulate": accumulate}
+    return dict(sharding.mesh_of_config({"mesh": mesh, "train": train}).shape)
+
+
+def test_the_default_mesh_gives_every_sample_as_few_devices_as_it_can():
+    assert sizes() == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
+    assert sizes(12) == {"data": 1, "fsdp": 4, "context": 2, "tensor": 1}
+    assert sizes(8, 8) == {"data": 1, "fsdp": 1, "context": 8, "tensor": 1}
+    assert sizes(8, tensor=2) == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
+    assert sizes(8, data=2) == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+    assert sizes(8, fsdp=2, context=4) == {"data": 1, "fsdp": 2, "context": 4, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (
+            {"context": 1, "batch": 4},
+            "4 samples at once, .* = 8 groups .* mesh.context",
+        ),
+        ({"fsdp": 3, "context": 1}, "3 devices or a multiple of them, and there are 8"),
+        ({"fsdp": -1, "context": -1}, "at most one -1"),
+        ({"across_slices": {"context": 2}}, "only data and fsdp may go over the network"),
+        ({"across_slices": {"rows": 2}}, "has the axis 'rows'; expected data, fsdp, context"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_told(mesh, message):
+    with pytest.raises(UserError, match=message):
+        sizes(**mesh)
+
+
+def test_parameters_that_do_not_divide_or_have_no_rule_are_told():
+    mesh = sharding.make_mesh({"fsdp": 8})
+    with pytest.raises(UserError, match=r"proj_out.kernel \[60, 4\] .* has 8 devices; .*=6 or an"):
+        sharding.parameter_sharding("proj_out.kernel", (60, 4), mesh)
+    with pytest.raises(UserError, match=r"no rule .* blocks.attn3.kernel .* qvgen_jax/sharding.py"):
+        sharding.parameter_sharding("blocks.attn3.kernel", (2, 8, 8), mesh)
+
+
+@pytest.mark.parametrize(
+    ("batch", "layout"),
+    [
+        (4, (("data", "fsdp"), ("context",))),
+        (2, (("data",), ("fsdp", "context"))),
+        (3, ((), ("data", "fsdp", "context"))),
+    ],
+)
+def test_axes_that_samples_leave_are_for_tokens(batch, layout):
+    assert sharding.layout(batch, {"data": 2, "fsdp": 2, "context": 2, "tensor": 1}) == layout

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from qvgen_jax import hosts
 from qvgen_jax.errors import UserError
 
 # Sections of a config that decide what the run computes; the others may change between calls.
@@ -113,6 +114,8 @@ def claim_workdir(workdir: Path, config: Mapping) -> None:
         UserError: see `compare_workdir`.
     """
     compare_workdir(workdir, config)
+    if not hosts.is_first():
+        return  # The first process writes for all.
     workdir.mkdir(parents=True, exist_ok=True)
     record = workdir / "config.json"
     partial = record.with_suffix(".tmp")

@@ -12,6 +12,7 @@ from kernels.reference import at_least_float32
 from qvgen_jax.diffusion.noising import Noising
 from qvgen_jax.quant.low_rank import drop_branch
 from qvgen_jax.quant.schedule import RankDecay, fade_at, gate_at, rank_at
+from qvgen_jax.sharding import laid_out
 from qvgen_jax.training.optimizer import learning_rates
 
 
@@ -84,9 +85,9 @@ def noisy_inputs(
 
     def one(key: jax.Array, mean: jax.Array, logvar: jax.Array, text: jax.Array) -> dict:
         posterior, normal, time, caption = jax.random.split(key, 4)
-        spread = jnp.exp(0.5 * logvar) * jax.random.normal(posterior, mean.shape, jnp.float32)
+        spread = jnp.exp(0.5 * logvar) * jax.random.normal(posterior, mean.shape, mean.dtype)
         clean = mean + spread
-        noise = jax.random.normal(normal, mean.shape, jnp.float32)
+        noise = jax.random.normal(normal, mean.shape, mean.dtype)
         noisy, timestep, velocity = noising(time, clean, noise)
         dropped = jax.random.uniform(caption, (), jnp.float32) < caption_dropout
         return {
@@ -96,8 +97,7 @@ def noisy_inputs(
             "velocity": velocity,
         }
 
-    mean = batch["latent_mean"].astype(jnp.float32)
-    logvar = batch["latent_logvar"].astype(jnp.float32)
+    mean, logvar = (at_least_float32(batch[name]) for name in ("latent_mean", "latent_logvar"))
     return jax.vmap(one)(keys, mean, logvar, batch["text_embeds"])
 
 
@@ -154,16 +154,21 @@ def averaged(ema: dict, params: dict, step: jax.Array, recipe: Recipe) -> dict:
     return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, ema, drop_branch(params))
 
 
+def in_parts(x: jax.Array, parts: int) -> jax.Array:
+    """`[batch, ...]` as `[parts, batch / parts, ...]`; over a mesh, every device's own samples."""
+    return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
 def _accumulated(loss: Callable, params: dict, inputs: dict, parts: int) -> tuple:
     """Loss and gradient averaged over `parts` equal slices of the batch, one slice in memory."""
     if parts == 1:
         return jax.value_and_grad(loss)(params, inputs)
-    slices = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), inputs)
+    slices = jax.tree.map(lambda x: in_parts(x, parts), inputs)
 
     def add(total: tuple, part: dict) -> tuple:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, part)), None
 
-    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    zeros = (jnp.zeros((), jnp.float32), laid_out(jax.tree.map(jnp.zeros_like, params)))
     total, _ = jax.lax.scan(add, zeros, slices)
     return jax.tree.map(lambda x: x / parts, total)
 

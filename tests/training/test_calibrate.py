@@ -122,7 +122,7 @@ def test_a_smoothed_run_resumes_exactly_never_trains_its_factors_and_is_exported
     step = loop.compile_step(loop.make_recipe(SMOOTHED, MODEL, SCHEDULER, branch=False))
     device = jax.devices()[0]  # As a restored state is: one compilation for all.
     monkeypatch.setattr(
-        loop, "compile_step", lambda _: lambda state, *x: step(jax.device_put(state, device), *x)
+        loop, "compile_step", lambda *_: lambda state, *x: step(jax.device_put(state, device), *x)
     )
     run = (SMOOTHED, tmp_path / "whole", MODEL, SCHEDULER, teacher, Clips())
     whole = loop.run_steps(*run)
