@@ -37,6 +37,7 @@ _LINEARS = (
 # Of a linear's leaves, which of (input, output) each dimension is; None for neither.
 _LEAVES = {
     "kernel": ("in", "out"),
+    "codes": ("in", "out"),  # Or the other way round in memory: they only lie there, cut somewhere.
     "bias": ("out",),
     "scale": ("out",),
     "zero_point": ("out",),
@@ -126,6 +127,12 @@ def mesh_of_config(config: Mapping, devices: Sequence[jax.Device] | None = None)
             "more devices share a sample: a larger mesh.context"
         )
     return mesh
+
+
+def mesh_to_generate() -> Mesh | None:
+    """All devices for one video; of an even number, half for either branch of guidance."""
+    count = jax.device_count()
+    return None if count == 1 else make_mesh({"data": 2 - count % 2, "fsdp": -1})
 
 
 def _fewest(sizes: Mapping[str, int], samples: int, devices: int, slices: int) -> int:

@@ -10,6 +10,7 @@ from qvgen_jax.data.moving_shapes import caption, held_out_prompts
 from qvgen_jax.data.video import write_video
 from qvgen_jax.errors import UserError
 from qvgen_jax.pipeline import Pipeline, load
+from qvgen_jax.sharding import mesh_to_generate
 
 
 def read_prompts(source: str, count: int) -> list[str]:
@@ -79,6 +80,7 @@ def generate_files(config: Mapping, workdir: Path, prompts: Sequence[str], seed:
     print(f"generating with {source}", flush=True)
     pipe = load(
         source,
+        mesh=mesh_to_generate(),
         text_weights=config["text_weights"],
         free_text_encoder=True,
         kernels=config["kernels"],

@@ -220,6 +220,7 @@ class PackedDense(_TokenQuantizer):
     ):
         del key  # Nothing is drawn: the values are loaded.
         super().__init__(config, name, in_features, dtype)
+        self.name = name
         self.bits, self.in_features = config.bits_of(name), in_features
         product = Product(None, in_features, out_features, *self.bits, jnp.dtype(dtype))
         self.backend, reason, self.layout = choose(product, chip, backend)
@@ -270,7 +271,8 @@ class PackedDense(_TokenQuantizer):
         wide = wide_dtype(self.product_dtype)
         zero_point = signed_zero_point(given, self.weight_levels[...], wide)
         bias = None if self.bias is None else self.bias[...]
-        return Weight(self.codes[...], self.scale[...], zero_point, self.code_sum[...], bias)
+        codes = gathered(self.codes[...], f"{self.name}.codes")
+        return Weight(codes, self.scale[...], zero_point, self.code_sum[...], bias)
 
 
 def dense_factory(config: QuantConfig, form: str, **packed: Any) -> Callable[..., nnx.Module]:
