@@ -124,7 +124,11 @@ def barrier(name: str, minutes: float = _MINUTES) -> None:
 
 
 def told(error: Exception) -> LostProcess | None:
-    """What an error of a computation over several processes means, if it means that one is gone."""
+    """What an error of a computation over several processes means, if it means that one is gone.
+
+    Where no computation fails, JAX's own service ends the process after `_SECONDS_SILENT`, by an
+    abort that says which task died.
+    """
     if is_alone() or not isinstance(error, jax.errors.JaxRuntimeError):
         return None
     return LostProcess(

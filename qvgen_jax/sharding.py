@@ -256,6 +256,17 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
     return tree if mesh is None else jax.device_put(tree, shard(tree, mesh))
 
 
+def described(tree: Any, mesh: Mesh | None) -> Any:
+    """`jax.ShapeDtypeStruct` of a state, with the shardings of `place`: what to restore into."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        tree,
+        shard(tree, mesh),
+    )
+
+
 def under(mesh: Mesh | None) -> AbstractContextManager:
     """The context in which a run's programs are traced: the mesh's, if there is one."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

@@ -17,9 +17,7 @@ ROOT = Path(__file__).parents[1]
 STEPS = 6  # Ranks 2, 1, 0: the branch shrinks at step 2 and is gone at 4. Each is a compilation.
 
 
-def start(
-    count: int, workdir: Path, steps: int, *arguments: str, devices: int = 4
-) -> list[subprocess.Popen]:
+def start(count: int, workdir: Path, *arguments: str, devices: int = 4) -> list[subprocess.Popen]:
     """`count` processes of `tests/several_processes.py`, that share so many devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -30,7 +28,7 @@ def start(
         rest |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.several_processes", str(workdir), str(steps), *arguments],
+            [sys.executable, "-m", "tests.several_processes", str(workdir), str(STEPS), *arguments],
             cwd=ROOT,
             env=rest | ({"JAX_PROCESS_ID": str(index)} if count > 1 else {}),
             stdout=subprocess.PIPE,
@@ -56,31 +54,46 @@ def losses(workdir: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> list[float]:
-    """Losses of one process with one device."""
-    workdir = tmp_path_factory.mktemp("alone")
-    ((code, text),) = ended(start(1, workdir, STEPS, devices=1))
-    assert code == 0, text
-    return losses(workdir)
+def alone(tmp_path_factory):
+    """Losses of the first steps of one process with one device, by their number."""
+    known: dict[int, list[float]] = {}
+
+    def run(steps: int) -> list[float]:
+        if steps not in known:
+            workdir = tmp_path_factory.mktemp("alone")
+            ((code, text),) = ended(start(1, workdir, "stop-at", str(steps), devices=1))
+            assert code == 0, text
+            known[steps] = losses(workdir)
+        return known[steps]
+
+    return run
+
+
+def assert_the_same(workdir: Path, count: int, steps: int, alone: list[float]) -> None:
+    for code, text in ended(start(count, workdir, "stop-at", str(steps))):
+        assert code == 0, text
+    np.testing.assert_allclose(losses(workdir), alone, rtol=1e-9)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "steps"), [(2, STEPS), (4, 2)])
-def test_several_processes_train_as_one(alone, count, steps, tmp_path):
-    for code, text in ended(start(count, tmp_path, STEPS, "stop-at", str(steps))):
-        assert code == 0, text
-    np.testing.assert_allclose(losses(tmp_path), alone[:steps], rtol=1e-9)
+def test_two_processes_train_as_one(alone, tmp_path):
+    assert_the_same(tmp_path, 2, 2, alone(2))
+
+
+@pytest.mark.by_hand
+@pytest.mark.parametrize(("count", "steps"), [(2, STEPS), (4, STEPS)])
+def test_several_processes_train_as_one_while_the_branch_goes(alone, count, steps, tmp_path):
+    assert_the_same(tmp_path, count, steps, alone(steps))
 
 
 @pytest.mark.slow
 def test_a_process_that_dies_is_told_by_the_others_and_the_run_goes_on(alone, tmp_path):
-    (code, text), (dead, _) = ended(start(2, tmp_path, STEPS, "die-at", "1"))
+    (code, text), (dead, _) = ended(start(2, tmp_path, "die-at", "1"))
     assert dead == 1
-    assert code == 75, text
-    assert "process 0 of 2 cannot go on without the others" in text
-    for code, text in ended(start(2, tmp_path, STEPS, "stop-at", "2")):
-        assert code == 0, text
-    np.testing.assert_allclose(losses(tmp_path), alone[:2], rtol=1e-9)
+    # By our message, where a step fails first; or by JAX's service, where heartbeats do.
+    told = {75: "process 0 of 2 cannot go on without the others", -6: "another task died"}
+    assert told[code] in text
+    assert_the_same(tmp_path, 2, 2, alone(2))
 
 
 @pytest.mark.parametrize(

@@ -37,18 +37,17 @@ def test_a_stacked_layer_keeps_its_first_axis_whole():
     assert spec_of("blocks.attn1.norm_q.scale") == (None,)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "chosen",
     [
-        "mesh and wan and (alone or fsdp4-tensor2)",
-        "mesh and cogvideox and (alone or context4-tensor2)",
-        "not does_not_depend",
+        pytest.param("wan and (alone-fsdp8 or beside)", marks=pytest.mark.slow),
+        pytest.param("cogvideox and context4-tensor2", marks=pytest.mark.slow),
+        pytest.param("one_video or told or default_mesh or axes", marks=pytest.mark.slow),
+        pytest.param("alone or pair or beside or run_over", marks=pytest.mark.by_hand),
     ],
 )
 def test_over_eight_devices(chosen):
-    """Every axis alone and one pair; all pairs by `python -m pytest tests/eight_devices.py` under
-    XLA_FLAGS=--xla_force_host_platform_device_count=8."""
+    """Every axis alone and in pairs takes half an hour of one core: by hand."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     # The number of devices is fixed when JAX starts: another process, not part of this run.
     rest = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

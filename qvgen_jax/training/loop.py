@@ -18,7 +18,7 @@ from qvgen_jax.diffusion.schedulers import Scheduler
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.pipeline import Pipeline, load
-from qvgen_jax.placement import Shardings, with_shardings
+from qvgen_jax.placement import Shardings
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.low_rank import drop_branch, on_every_branch, reverse, small_singular_share
 from qvgen_jax.quant.schedule import RankDecay, phase_steps_for
@@ -113,9 +113,7 @@ def newest_state(
     like = jax.eval_shape(lambda: initial_state(config, model, teacher, unmeasured(model, teacher)))
     if not has_branch(rank_decay(config), step):
         like = {**like, "params": drop_branch(like["params"]), "opt": drop_branch(like["opt"])}
-    if mesh is not None:
-        like = with_shardings(like, sharding.shard(like, mesh))
-    return checkpoint.restore(manager, step, like)
+    return checkpoint.restore(manager, step, sharding.described(like, mesh))
 
 
 def compile_step(recipe: Recipe, places: dict | None = None) -> Callable:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from kernels.reference import at_least_float32
+from kernels.reference import at_least_float32, wide_type
 from qvgen_jax.diffusion.noising import Noising
 from qvgen_jax.quant.low_rank import drop_branch
 from qvgen_jax.quant.schedule import RankDecay, fade_at, gate_at, rank_at
@@ -168,7 +168,8 @@ def _accumulated(loss: Callable, params: dict, inputs: dict, parts: int) -> tupl
     def add(total: tuple, part: dict) -> tuple:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, part)), None
 
-    zeros = (jnp.zeros((), jnp.float32), laid_out(jax.tree.map(jnp.zeros_like, params)))
+    loss_type = wide_type(inputs["latents"].dtype)
+    zeros = (jnp.zeros((), loss_type), laid_out(jax.tree.map(jnp.zeros_like, params)))
     total, _ = jax.lax.scan(add, zeros, slices)
     return jax.tree.map(lambda x: x / parts, total)
 
