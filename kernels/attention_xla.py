@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from kernels.attention_call import AttentionCall, call_of
 from kernels.reference import wide_type
+from kernels.target import target
 
 # Logits held at once on a CPU: 64 MB in float32, about a last-level cache.
 _OF_ONE_HEAD = 2**24
@@ -36,11 +37,11 @@ def attention(
     bias or a mask, all heads go together, which also leaves batch and heads to be sharded.
 
     Args:
-        by_head: whether one head at a time; None chooses by the default device.
+        by_head: whether one head at a time; None chooses by `kernels.target`.
     """
     call = call_of(query, key, value, bias, mask)
     if by_head is None:
-        by_head = jax.default_backend() == "cpu" and not (call.bias or call.mask)
+        by_head = target().platform == "cpu" and not (call.bias or call.mask)
     if by_head and (call.bias or call.mask):
         raise ValueError("by_head=True with a bias or a mask; expected neither: leave it out")
     logits = call.tokens * call.keys

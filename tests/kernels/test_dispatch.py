@@ -45,7 +45,7 @@ def calls(monkeypatch):
     for name in kernels:
         monkeypatch.setattr(tpu, name, partial(interpreted, name))
     for module in (public, tpu):
-        monkeypatch.setattr(module, "chip_of", lambda device: V5E)
+        monkeypatch.setattr(module, "target", lambda: V5E)
     monkeypatch.setattr(choose, "_said", set())
     return made
 
