@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from kernels.attention_call import AttentionCall, call_of
+from kernels.attention_call import AttentionCall, call_of, kept_name
 from kernels.reference import wide_type
 from kernels.target import target
 
@@ -60,7 +61,8 @@ def attention(
     else:
         rows = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
         y = jax.lax.map(lambda head: _in_chunks(*head, None, None, scale, size), rows)
-    return y.reshape(q.shape).transpose(0, 2, 1, 3)
+    y, name = y.reshape(q.shape).transpose(0, 2, 1, 3), kept_name(call.keys)
+    return checkpoint_name(y, name) if name else y
 
 
 def _in_chunks(
