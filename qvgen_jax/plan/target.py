@@ -92,9 +92,7 @@ def parse_target(text: str) -> Target:
 
 def _count(text: str, size: str) -> int:
     if not re.fullmatch(r"[1-9]\d*", size):
-        raise UserError(
-            f"--target={text}: expected a number of GPUs after the colon, as h200:8"
-        )
+        raise UserError(f"--target={text}: expected a number of GPUs after the colon, as h200:8")
     count = int(size)
     if count > GPUS_OF_A_NODE and count % GPUS_OF_A_NODE:
         raise UserError(
