@@ -34,8 +34,8 @@ class Compiled(NamedTuple):
         arguments: bytes of state, teacher and batch.
         outputs: bytes of the new state and the metrics.
         aliased: of them, what takes the place of arguments.
-        temporaries: bytes beyond both.
-        peak: bytes at once, as the compiler counts them.
+        temporaries: bytes beyond both, with the gaps between them.
+        peak: bytes that are alive at once, without those gaps.
         lower_seconds: that tracing took here.
         seconds: that compiling took here.
         collectives: what travels between devices in a step.
@@ -49,6 +49,11 @@ class Compiled(NamedTuple):
     lower_seconds: float
     seconds: float
     collectives: tuple[Collective, ...]
+
+    @property
+    def laid_out(self) -> int:
+        """Bytes that the step takes of a device's memory."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries
 
 
 class Refused(NamedTuple):

@@ -1,8 +1,7 @@
 """Bytes on each device, by what they are for: arguments counted, temporaries estimated.
 
-What the step is given (weights, moments, teacher, batch) is known to the byte but for the tiles in
-which a TPU stores arrays. What it makes on its way is estimated from a few sizes, with factors that
-were fitted to compiled programs (`benchmarks/ahead.py` prints both side by side).
+What the step is given (weights, moments, teacher, batch) is known to the byte. What it makes on its
+way is estimated from a few sizes, with two factors that were fitted to compiled programs.
 """
 
 import math
@@ -13,10 +12,7 @@ import jax
 
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.plan.shapes import Run, abstract_mesh, arguments
-from qvgen_jax.plan.target import Target
 from qvgen_jax.sharding import TOKEN_BLOCK
-
-_LANES, _SUBLANES = 128, 8
 
 
 class Memory(NamedTuple):
@@ -29,6 +25,7 @@ class Memory(NamedTuple):
         teacher: its weights.
         batch: latents and prompts.
         gradients: float32, of all parameters at once: their norm is needed before any is applied.
+            Twice where they accumulate, the sum and a part's.
         activations: kept from forward to backward pass, see `qvgen_jax.models.remat`.
         temporaries: of the block that is being computed, and its weights, gathered.
         host: of the activations what waits in the host's memory instead.
@@ -60,46 +57,35 @@ class Memory(NamedTuple):
         return self.arguments + self.made
 
 
-def estimate(run: Run, target: Target, sizes: Mapping[str, int]) -> Memory:
-    """Of one device of the target.
+def estimate(run: Run, sizes: Mapping[str, int]) -> Memory:
+    """Of one device of a mesh with these sizes.
 
     Raises:
         UserError: a parameter does not divide over the mesh.
     """
     mesh = abstract_mesh(sizes)
     state, batch, teacher, empty_text, _ = arguments(run, mesh)
-    tiled = target.chip.platform == "tpu"
     kept, host = _kept(run, sizes)
     return Memory(
-        master=stored(state["params"], tiled),
-        moments=stored(state["opt"], tiled) + stored(state["levels"], tiled),
-        average=stored(state.get("ema", {}), tiled),
-        teacher=stored(teacher, tiled),
-        batch=stored(batch, tiled) + stored(empty_text, tiled),
-        gradients=stored(state["params"], tiled),
+        master=stored(state["params"]),
+        moments=stored(state["opt"]) + stored(state["levels"]),
+        average=stored(state.get("ema", {})),
+        teacher=stored(teacher),
+        batch=stored(batch) + stored(empty_text),
+        gradients=stored(state["params"]) * (1 if run.config["train"]["accumulate"] == 1 else 2),
         activations=kept,
         temporaries=_working(run, sizes),
         host=host,
     )
 
 
-def stored(tree: Any, tiled: bool) -> int:
+def stored(tree: Any) -> int:
     """Bytes of the shards of `jax.ShapeDtypeStruct` leaves on one device.
 
-    Args:
-        tiled: whether the last two axes lie in tiles, as on a TPU: 128 columns, and rows that fill
-            8 x 32 bits.
+    Without the tiles that arrays on a TPU are padded to: a step's arguments lie packed there.
     """
-    return sum(_bytes(leaf, tiled) for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(leaf: jax.ShapeDtypeStruct, tiled: bool) -> int:
-    *outer, rows, columns = (1, 1, *leaf.sharding.shard_shape(leaf.shape))
-    width = leaf.dtype.itemsize
-    if tiled and leaf.ndim:
-        columns = _up(columns, _LANES)
-        rows = _up(rows, _SUBLANES * 4 // width) if leaf.ndim > 1 else rows
-    return math.prod(outer) * rows * columns * width
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def _up(n: int, multiple: int) -> int:
@@ -146,15 +132,24 @@ def _hidden(run: Run) -> int:
     return model.ffn_dim if isinstance(model, WanConfig) else 4 * model.dim
 
 
-# Fitted to compiled programs: bytes of one block's forward and backward pass, in arrays of its
-# tokens' compute type as wide as the block plus its feed-forward.
-_ARRAYS = 8.0
+# Fitted to what libtpu 0.0.48 needs for the steps of Wan-14B on v5p:4x4x4 and Wan-1.3B on v5e:4x4:
+# arrays in the compute type, as wide as a block and its feed-forward, that the block at work holds
+# of its tokens; and bytes that it holds of each of its weights, gathered, in all their types and
+# with their gradients, for this layer and the next.
+_ARRAYS = 9.3
+_BYTES_A_WEIGHT = 34
 
 
 def _working(run: Run, sizes: Mapping[str, int]) -> int:
-    """Bytes of the block at work, and of its largest weight, gathered: codes, floats, gradient."""
+    """Bytes of the block at work."""
     width = 2 if run.config["compute_dtype"] == "bfloat16" else 4
     dim, hidden = run.model.dim, _hidden(run)
-    tokens = _ARRAYS * _rows(run, sizes) * (dim + hidden) * width / sizes["tensor"]
-    weights = dim * hidden * (1 + width + 4) / sizes["tensor"]
-    return int(tokens + weights)
+    crossed = isinstance(run.model, WanConfig)
+    tokens = _ARRAYS * _rows(run, sizes) * (dim + hidden) * width
+    weights = _BYTES_A_WEIGHT * dim * ((4 + 4 * crossed) * dim + 2 * hidden)
+    return int((tokens + (weights if _cut(sizes) else 0)) / sizes["tensor"])
+
+
+def _cut(sizes: Mapping[str, int]) -> bool:
+    """Whether weights are gathered at all."""
+    return sizes["fsdp"] > 1

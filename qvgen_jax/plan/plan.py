@@ -66,9 +66,9 @@ class Plan(NamedTuple):
 
     @property
     def need(self) -> int:
-        """Bytes of a device: the compiler's own peak, else the estimate's."""
+        """Bytes of a device: what the compiler lays out, else the estimate."""
         measured = isinstance(self.compiled, ahead.Compiled)
-        return self.compiled.peak if measured else self.memory.peak
+        return self.compiled.laid_out if measured else self.memory.peak
 
     @property
     def fits(self) -> bool | None:
@@ -97,7 +97,7 @@ def make_plan(config: Mapping, target: Target, *, compiler: bool = True) -> Plan
     check_config(config)
     run = read_run(config)
     sizes = mesh_sizes(config, target.devices)
-    memory = estimate(run, target, sizes)
+    memory = estimate(run, sizes)
     compiled = None
     if compiler and target.here:
         compiled = ahead.measure(ahead.lower_step(config, target, sizes))

@@ -5,7 +5,7 @@ from typing import Any
 
 from qvgen_jax.plan import ahead
 from qvgen_jax.plan.collectives import Collective
-from qvgen_jax.plan.pace import SHARE_OF_LINKS, UTILISATION
+from qvgen_jax.plan.pace import SHARE_OF_LINKS, UTILISATION, link
 from qvgen_jax.plan.plan import SPARE, Plan
 
 _PASSES = {
@@ -79,7 +79,8 @@ def _memory(plan: Plan) -> str:
         for name, size in (
             ("compiler: arguments", found.arguments),
             ("compiler: temporaries", found.temporaries),
-            ("compiler: at once", found.peak),
+            ("compiler: all laid out", found.laid_out),
+            ("compiler: alive at once", found.peak),
         ):
             lines.append(f"  {name:28s} {_gigabytes(size)}")
         lines.append(f"  (compiled in {found.seconds:.0f} s)")
@@ -116,18 +117,17 @@ def _moved(plan: Plan) -> str:
             f"{_gigabytes(each.bytes)}"
         )
     lines.append(f"  {'all of them':44s} {_gigabytes(sum(c.bytes for c in plan.moved))}")
-    gathered = _gathered_weights(plan)
-    if gathered:
+    if codes := _codes(plan):
         lines.append(
-            f"  codes instead of float32 weights save {_gigabytes(3 * gathered).strip()}"
-            " (1 byte for 4 in each gathering)"
+            f"  of them {_gigabytes(codes).strip()} are weights in codes of a byte; as float32 "
+            f"they would be {_gigabytes(4 * codes).strip()}"
         )
     return "\n".join(lines)
 
 
-def _gathered_weights(plan: Plan) -> int:
-    """Bytes of codes that arrive at a device."""
-    return sum(c.bytes for c in plan.moved if c.dtype in ("s8", "u8"))
+def _codes(plan: Plan) -> int:
+    """Bytes of codes that arrive at a device. Where a TPU adds them, it packs four in a word."""
+    return sum(c.bytes for c in plan.moved if c.dtype in ("s8", "u8", "u32"))
 
 
 def _backends(plan: Plan) -> str:
@@ -160,18 +160,31 @@ def _time(plan: Plan) -> str:
     few, most = (round(100 * share) for share in SHARE_OF_LINKS)
     lines = [
         "time, computed from data sheets, not measured",
-        f"  step          {_range(pace.fast, pace.slow)} s: computing "
-        f"{_range(*pace.computing)} s at {high} to {low} % of {target.chip.bf16:.0f} TFLOP/s in "
-        f"bfloat16, moving {_range(*pace.moving)} s at {most} to {few} % of the links; hidden "
-        "behind each other at best, one after the other at worst",
+        f"  step          {_range(pace.fast, pace.slow)} s: at best the larger of both, at worst "
+        "their sum",
+        f"    computing   {_range(*pace.computing)} s, {high} to {low} % of "
+        f"{target.chip.bf16:.0f} TFLOP/s in bfloat16 a chip",
+        *(
+            [
+                f"    moving      {_range(*pace.moving)} s, {most} to {few} % of "
+                f"{link(target) / 1e9:.0f} GB/s a device"
+            ]
+            if plan.moved
+            else []
+        ),
         f"  run           {_range(fast, slow)} h",
-        f"  device-hours  {_range(fast * target.chips, slow * target.chips)}: {_split(plan)}",
+        f"  chip-hours    {_range(fast * target.chips, slow * target.chips)}: {_split(plan)}",
     ]
     return "\n".join(lines)
 
 
 def _range(low: float, high: float) -> str:
-    return f"{low:.3g} to {high:.3g}"
+    return f"{_three(low)} to {_three(high)}"
+
+
+def _three(number: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _split(plan: Plan) -> str:

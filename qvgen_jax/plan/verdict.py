@@ -12,7 +12,7 @@ from qvgen_jax.plan.plan import SPARE, Plan
 from qvgen_jax.plan.shapes import read_run
 from qvgen_jax.plan.target import Target
 
-_TIMES = (2, 4, 8, 16)
+_TIMES = (2, 4, 8, 16, 32, 64)
 _MOST_CHIPS = 4096
 
 
@@ -96,4 +96,4 @@ def _larger(config: Mapping, target: Target) -> Iterator[tuple[str, Mapping, Tar
 
 
 def _need(config: Mapping, target: Target) -> int:
-    return estimate(read_run(config), target, mesh_sizes(config, target.devices)).peak
+    return estimate(read_run(config), mesh_sizes(config, target.devices)).peak
