@@ -20,7 +20,8 @@ def mesh_sizes(config: Mapping, devices: int) -> dict[str, int]:
     Raises:
         UserError: the sizes do not make the number of devices, or the samples do not divide.
     """
-    asked = {axis: config.get("mesh", _DEFAULT).get(axis, 1) for axis in AXES}
+    mesh = {**_DEFAULT, **config.get("mesh", {})}
+    asked = {axis: mesh[axis] for axis in AXES}
     samples = config["train"]["batch_size"] // config["train"]["accumulate"]
     fixed = asked["data"] * asked["tensor"]
     if asked["context"] == 0:
