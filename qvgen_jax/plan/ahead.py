@@ -25,6 +25,8 @@ _GPU = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # It would need the chip.
 }
+# The compilers allocate without end: an eighth less of their time with huge pages.
+_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Compiled(NamedTuple):
@@ -92,7 +94,7 @@ def compile_step(
             f"no compiler for {target.chip.name} is installed here; pip install 'qvgen-jax[aot]' "
             "has those for TPUs and GPUs"
         )
-    environment = ALONE if target.chip.platform == "tpu" else _GPU
+    environment = {**_PAGES, **(ALONE if target.chip.platform == "tpu" else _GPU)}
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder, "asked.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps([config, target.name, dict(sizes)]))
