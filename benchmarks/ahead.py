@@ -60,8 +60,8 @@ class Row(NamedTuple):
 
 
 ROWS = (
-    Row("wan14b_w4a4", "v5p:4x4x4", fitted=True),
-    Row("wan14b_w4a4", "v6e:16x16"),
+    Row("wan14b_w4a4", "v5p:4x4x4"),
+    Row("wan14b_w4a4", "v6e:16x16", fitted=True),
     Row("wan1_3b_w4a4", "v5e:8x8"),
     Row("cogvideox2b_w4a4", "v5e:8x8"),
 )

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from kernels.tpu_ahead import ALONE
 from qvgen_jax.errors import UserError
 from qvgen_jax.plan.collectives import Collective, collectives
+from qvgen_jax.plan.gpus import DESCRIBED, description
 from qvgen_jax.plan.target import Target, parse_target
 
 _PACKAGES = {"tpu": "libtpu", "gpu": "jax_cuda13_plugin"}
@@ -65,7 +66,9 @@ class Refused(NamedTuple):
 
 
 def compiler_for(target: Target) -> str | None:
-    """The package that compiles for the target if it is installed here; None if not."""
+    """The package that compiles for the target; None if it is not installed, or cannot."""
+    if target.chip.platform == "gpu" and target.chip.name not in DESCRIBED:
+        return None
     package = _PACKAGES.get(target.chip.platform)
     if package and importlib.util.find_spec(package):
         return package
@@ -160,8 +163,6 @@ def devices(target: Target) -> Sequence[Any]:
         alone = {"chips_per_host_bounds": [1, 1, 1]} if target.chips == 1 else {}
         described = topologies.get_topology_desc(platform="tpu", topology_name=target.name, **alone)
         return described.devices
-    from qvgen_jax.plan.gpus import description
-
     described = topologies.get_topology_desc(
         platform="cuda",
         topology_name=target.chip.name,

@@ -132,12 +132,12 @@ def _hidden(run: Run) -> int:
     return model.ffn_dim if isinstance(model, WanConfig) else 4 * model.dim
 
 
-# Fitted to what libtpu 0.0.48 needs for the steps of Wan-14B on v5p:4x4x4 and Wan-1.3B on v5e:4x4:
+# Fitted to what libtpu 0.0.48 needs for the steps of Wan-14B on v6e:16x16 and Wan-1.3B on v5e:4x4:
 # arrays in the compute type, as wide as a block and its feed-forward, that the block at work holds
 # of its tokens; and bytes that it holds of each of its weights, gathered, in all their types and
-# with their gradients, for this layer and the next.
-_ARRAYS = 9.3
-_BYTES_A_WEIGHT = 34
+# with their gradients.
+_ARRAYS = 10.1
+_BYTES_A_WEIGHT = 13.5
 
 
 def _working(run: Run, sizes: Mapping[str, int]) -> int:
