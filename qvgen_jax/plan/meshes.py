@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from qvgen_jax.errors import UserError
-from qvgen_jax.plan.shapes import Run, abstract_mesh, arguments
 from qvgen_jax.sharding import AXES
 
 _DEFAULT = {"data": 1, "fsdp": -1, "context": 0, "tensor": 1}
@@ -52,12 +51,3 @@ def _fewest(asked: Mapping[str, int], samples: int, rest: int) -> int:
         return max(rest // asked["fsdp"], 1)
     fits = (n for n in range(1, rest + 1) if rest % n == 0)
     return next((n for n in fits if samples % (asked["data"] * rest // n) == 0), 1)
-
-
-def check_divides(run: Run, sizes: Mapping[str, int]) -> None:
-    """See that every parameter divides over the mesh.
-
-    Raises:
-        UserError: one does not; it names its path, shape and axis.
-    """
-    arguments(run, abstract_mesh(sizes))

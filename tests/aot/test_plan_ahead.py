@@ -37,6 +37,13 @@ def test_the_tiny_step_compiles_for_four_chips_and_takes_what_the_plan_counts(re
     assert arriving(found, "s8", "u8", "u32") > 0  # Codes travel.
 
 
+def test_the_tiny_step_compiles_for_a_node_of_gpus():
+    pytest.importorskip("jax_cuda13_plugin", reason="jax[cuda13] is not installed")
+    found, guess = compiled("tiny_w4a4", "h200:8")
+    assert found.arguments == pytest.approx(guess.arguments, rel=0.02)
+    assert arriving(found, "s8", "u8") > 0
+
+
 @pytest.mark.slow
 def test_the_step_of_a_published_model_takes_what_the_plan_estimates():
     found, guess = compiled("wan1_3b_w4a4", "v5e:8x8")
