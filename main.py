@@ -1,8 +1,9 @@
-"""The one command: pretrain, encode, train, generate, evaluate, export, compare recipes.
+"""The one command: plan, pretrain, encode, train, generate, evaluate, export, compare recipes.
 
     python main.py --config configs/tiny_w4a4.py
     python main.py --config configs/tiny_w4a4.py --config.train.steps=300 --workdir runs/longer
     python main.py --config configs/tiny_w4a4.py --job generate --prompt "a red star moving up ..."
+    python main.py --config configs/wan14b_w4a4.py --job plan --target v5p:4x4x4
     python main.py --config configs/study_tiny.py --job study --workdir studies/recipe
 
 The same command again continues an interrupted run. Exit code 2 means that something given to the
@@ -20,13 +21,16 @@ from ml_collections import ConfigDict, config_flags
 
 from qvgen_jax.errors import LostProcess, UserError
 
-JOBS = ("train", "pretrain", "encode", "generate", "evaluate", "export", "study")
+JOBS = ("train", "pretrain", "encode", "generate", "evaluate", "export", "study", "plan")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, file.py[:argument]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; runs/<config name> if absent")
 _JOB = flags.DEFINE_enum("job", "train", JOBS, "what to do")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be repeated")
 _SEED = flags.DEFINE_integer("seed", 0, "generate: the seed of the noise", lower_bound=0)
+_TARGET = flags.DEFINE_string("target", "", "plan: chips such as v5p:4x4x4 or h200:8; else these")
+_COMPILE = flags.DEFINE_bool("compile", True, "plan: ask the target's compiler, if it is installed")
+_PLAN_JSON = flags.DEFINE_string("plan_json", None, "plan: a file to write it to as JSON too")
 
 
 def parse(argv: list[str]) -> ConfigDict:
@@ -85,6 +89,11 @@ def run(job: str, config: ConfigDict, workdir: Path) -> None:
         raise UserError(
             f"--job {job} needs a config with a train section, not one of pretraining or a study"
         )
+    if job == "plan":
+        from qvgen_jax.plan.job import run_plan
+
+        print(run_plan(config.to_dict(), _TARGET.value, _COMPILE.value, _PLAN_JSON.value))
+        return
     plain = {**config.to_dict(), "command": f"python {shlex.join(sys.argv)}"}
     if job == "encode":
         _encode(plain, workdir)

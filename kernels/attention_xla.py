@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from kernels.attention_call import AttentionCall, call_of
+from kernels.attention_call import AttentionCall, call_of, kept_name
 from kernels.reference import wide_type
+from kernels.target import target
 
 # Logits held at once on a CPU: 64 MB in float32, about a last-level cache.
 _OF_ONE_HEAD = 2**24
@@ -36,11 +38,11 @@ def attention(
     bias or a mask, all heads go together, which also leaves batch and heads to be sharded.
 
     Args:
-        by_head: whether one head at a time; None chooses by the default device.
+        by_head: whether one head at a time; None chooses by `kernels.target`.
     """
     call = call_of(query, key, value, bias, mask)
     if by_head is None:
-        by_head = jax.default_backend() == "cpu" and not (call.bias or call.mask)
+        by_head = target().platform == "cpu" and not (call.bias or call.mask)
     if by_head and (call.bias or call.mask):
         raise ValueError("by_head=True with a bias or a mask; expected neither: leave it out")
     logits = call.tokens * call.keys
@@ -59,7 +61,8 @@ def attention(
     else:
         rows = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
         y = jax.lax.map(lambda head: _in_chunks(*head, None, None, scale, size), rows)
-    return y.reshape(q.shape).transpose(0, 2, 1, 3)
+    y, name = y.reshape(q.shape).transpose(0, 2, 1, 3), kept_name(call.keys)
+    return checkpoint_name(y, name) if name else y
 
 
 def _in_chunks(

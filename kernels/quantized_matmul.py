@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from kernels import xla
-from kernels.chips import chip_of
 from kernels.choose import candidates, few_rows, module_of, say_once
 from kernels.fused_quantize import per_row, quantize_several
 from kernels.low_rank import LowRank, low_rank_hidden, low_rank_matmul
@@ -17,6 +16,7 @@ from kernels.operands import Product, Weight
 from kernels.partition import over_rows
 from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens
 from kernels.reference import wide_type
+from kernels.target import target
 
 
 def quantized_matmul(
@@ -190,7 +190,7 @@ def _attempt(
     if module is xla or few_rows(product):  # Few rows go to XLA by design: nothing to report.
         return None
     try:
-        here = chip_of(jax.devices()[0])
+        here = target()
         if backend not in candidates(here):
             raise NotImplementedError(f"it has no kernel for {here.name}")
         module.check(product)

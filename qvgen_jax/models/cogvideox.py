@@ -25,6 +25,7 @@ from qvgen_jax.models.layers import (
     timestep_embedding,
     unpatchify,
 )
+from qvgen_jax.models.remat import recomputed
 from qvgen_jax.models.rope import pad_table
 from qvgen_jax.quant import clips
 from qvgen_jax.quant.dense import Dense, QuantContext
@@ -143,7 +144,7 @@ class CogVideoXTransformer(nnx.Module):
         dense: factory of the quantizable linears, with the signature of `Dense`.
         dtype: in which matrix products and activations are computed; parameters keep their own.
         clip_mode: how a timestep chooses its learned clip pair, see `quant.clips.clip_index`.
-        remat: recompute each block in the backward pass instead of keeping its activations.
+        remat: what the backward pass keeps, see `qvgen_jax.models.remat`.
         time_entries: of a time table, see `quant.time_table`; its timesteps are then parameters,
             and each sample reads the entry nearest to its own.
     """
@@ -156,7 +157,7 @@ class CogVideoXTransformer(nnx.Module):
         dense: Callable = Dense,
         dtype: jnp.dtype = jnp.float32,
         clip_mode: str = "bucket",
-        remat: bool = True,
+        remat: str = "blocks",
         time_entries: int | None = None,
     ):
         keys = jax.random.split(key, 5)
@@ -230,9 +231,7 @@ class CogVideoXTransformer(nnx.Module):
         def body(x: jax.Array, block: CogVideoXBlock) -> tuple[jax.Array, None]:
             return over_tokens(block(x, condition, text_tokens, rotary, tokens, ctx)), None
 
-        if self.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
-        x, _ = layer_scan(body, x, self.blocks)
+        x, _ = layer_scan(recomputed(body, self.remat), x, self.blocks)
 
         x = self.norm_out(self.norm_final(x[:, text_tokens:tokens]), condition, ctx)
         x = self.proj_out(x.astype(self.dtype), ctx)

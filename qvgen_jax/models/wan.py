@@ -20,6 +20,7 @@ from qvgen_jax.models.layers import (
     timestep_embedding,
     unpatchify,
 )
+from qvgen_jax.models.remat import recomputed
 from qvgen_jax.models.rope import pad_table, rotary_table
 from qvgen_jax.models.wan_block import WanBlock
 from qvgen_jax.quant import clips
@@ -204,8 +205,8 @@ class WanTransformer(nnx.Module):
         dense: factory of the quantizable linears, with the signature of `Dense`.
         dtype: in which matrix products and activations are computed; parameters keep their own.
         clip_mode: how a timestep chooses its learned clip pair, see `quant.clips.clip_index`.
-        remat: recompute each block in the backward pass instead of keeping its activations. On CPU
-            it is faster too: the stacked activations are fresh pages at every step.
+        remat: what the backward pass keeps, see `qvgen_jax.models.remat`. On CPU recomputing a
+            block is faster too: the stacked activations are fresh pages at every step.
         time_entries: of a time table, see `quant.time_table`; its timesteps are then parameters,
             and each sample reads the entry nearest to its own.
     """
@@ -218,7 +219,7 @@ class WanTransformer(nnx.Module):
         dense: Callable = Dense,
         dtype: jnp.dtype = jnp.float32,
         clip_mode: str = "bucket",
-        remat: bool = True,
+        remat: str = "blocks",
         time_entries: int | None = None,
     ):
         keys = jax.random.split(key, 5)
@@ -283,9 +284,7 @@ class WanTransformer(nnx.Module):
         def body(x: jax.Array, block: WanBlock) -> tuple[jax.Array, None]:
             return over_tokens(block(x, text, modulation, rotary, tokens, ctx)), None
 
-        if self.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
-        x, _ = layer_scan(body, x, self.blocks)
+        x, _ = layer_scan(recomputed(body, self.remat), x, self.blocks)
 
         table = at_least_float32(self.scale_shift_table[...]) + embedding[:, None]
         shift, scale = jnp.split(table, 2, axis=1)

@@ -44,7 +44,7 @@ def activation_maxima(
     names, dtype = quant.quantized(quantizable(model)), jnp.dtype(config["compute_dtype"])
     network = nnx.eval_shape(
         lambda: build_transformer(
-            model, key=jax.random.key(0), dense=observing(names), dtype=dtype, remat=True
+            model, key=jax.random.key(0), dense=observing(names), dtype=dtype, remat="blocks"
         )
     )
     graphdef, _, probes = nnx.split(network, nnx.Param, Probe)

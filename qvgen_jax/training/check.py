@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from kernels.choose import BACKENDS
 from qvgen_jax.errors import UserError
+from qvgen_jax.models.remat import POLICIES
 from qvgen_jax.quant.schedule import phase_steps_for
 
 _POSITIVE = (
@@ -34,6 +35,7 @@ _CHOICES = {
     "quant.decay_shape": ("cosine", "linear", "abrupt"),
     "quant.include_zero": ("", "yes", "no"),
     "quant.rotation": ("none", "hadamard"),
+    "train.remat": POLICIES,
     "train.schedule": ("cosine", "constant_tail"),
 }
 # What a number must reach, and stay below.

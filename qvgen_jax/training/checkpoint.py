@@ -22,6 +22,7 @@ _FREE_KEYS = (
     "checkpoint_every",
     "checkpoint_seconds",
     "keep_checkpoints",
+    "remat",
     "table_steps",  # Of the export alone.
 )
 

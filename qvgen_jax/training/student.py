@@ -85,7 +85,7 @@ def quant_config(quant: Mapping, model: TransformerConfig) -> QuantConfig:
 def teacher_definition(model: TransformerConfig, dtype: jnp.dtype) -> nnx.GraphDef:
     """The full-precision network described, nothing allocated."""
     teacher = nnx.eval_shape(
-        lambda: build_transformer(model, key=jax.random.key(0), dtype=dtype, remat=False)
+        lambda: build_transformer(model, key=jax.random.key(0), dtype=dtype, remat="none")
     )
     return nnx.split(teacher)[0]
 
@@ -111,7 +111,7 @@ def student_definition(
     dtype: jnp.dtype,
     *,
     branch: bool,
-    remat: bool = False,
+    remat: str = "none",
 ) -> nnx.GraphDef:
     """The quantized network described; at rank 0 there is no `branch` any more."""
     quant = quant if branch else dataclasses.replace(quant, rank=0)

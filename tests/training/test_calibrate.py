@@ -48,7 +48,7 @@ def by_hand(params: dict) -> dict[str, np.ndarray]:
             return super().__call__(x, *rest)
 
     network = nnx.eval_shape(
-        lambda: build_transformer(MODEL, key=jax.random.key(0), dense=Recorded, remat=False)
+        lambda: build_transformer(MODEL, key=jax.random.key(0), dense=Recorded, remat="none")
     )
     graphdef = nnx.split(network, nnx.Param)[0]
     data = batches(Clips(), seed=CONFIG["seed"], batch_size=CONFIG["train"]["batch_size"])

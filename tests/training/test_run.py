@@ -74,7 +74,7 @@ CONFIG = {
         "ema_decay": 0.9,
         "shift": 1.0,
         "caption_dropout": 0.5,
-        "remat": True,
+        "remat": "blocks",
         "log_every": 1,
         "log_spectrum": True,
         "checkpoint_every": 1,
