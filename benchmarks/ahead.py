@@ -21,9 +21,9 @@ from configs import read_config
 from qvgen_jax.errors import UserError
 from qvgen_jax.plan import ahead
 from qvgen_jax.plan.memory import Memory, estimate
-from qvgen_jax.plan.meshes import mesh_sizes
 from qvgen_jax.plan.shapes import read_run
 from qvgen_jax.plan.target import parse_target
+from qvgen_jax.sharding import sizes_of_config
 
 RESULTS = Path(__file__).with_name("results") / "ahead.json"
 BEGIN, END = "<!-- ahead: begin -->", "<!-- ahead: end -->"
@@ -74,7 +74,7 @@ def compile_rows(rows: Sequence[Row], results: dict, again: bool) -> None:
             continue
         print(f"{row.name} ...", flush=True)
         config, target = row.read(), parse_target(row.target)
-        sizes = mesh_sizes(config, target.devices)
+        sizes = sizes_of_config(config, target.devices)
         found = ahead.compile_step(config, target, sizes)
         if isinstance(found, ahead.Compiled):
             found = found._replace(collectives=[c._asdict() for c in found.collectives])
@@ -111,7 +111,7 @@ def line(row: Row, found: Mapping) -> str:
 def estimated(row: Row) -> Memory:
     """What the plan would say without a compiler."""
     config = row.read()
-    return estimate(read_run(config), mesh_sizes(config, parse_target(row.target).devices))
+    return estimate(read_run(config), sizes_of_config(config, parse_target(row.target).devices))
 
 
 def _gb(size: float) -> str:

@@ -7,6 +7,7 @@ averages, the teacher and what a checkpoint is restored into lie like the parame
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -78,14 +79,8 @@ def make_mesh(
         UserError: the sizes do not make the number of devices, or name another axis.
     """
     devices = list(jax.devices() if devices is None else devices)
-    outer = _sizes(across_slices or {}, "mesh.across_slices")
-    if outer["context"] * outer["tensor"] > 1 or min(outer.values()) < 1:
-        raise UserError(
-            f"mesh.across_slices is {dict(across_slices)}; only data and fsdp may go over the "
-            "network between slices, in sizes from 1: keep context and tensor in the mesh of a "
-            "slice"
-        )
-    slices = outer["data"] * outer["fsdp"]
+    outer = _outer(across_slices or {})
+    slices = math.prod(outer.values())
     inner = _filled(_sizes(sizes, "mesh"), len(devices), slices)
     shape = tuple(inner[axis] for axis in AXES)
     if slices > 1:
@@ -101,32 +96,52 @@ def mesh_of_config(config: Mapping, devices: Sequence[jax.Device] | None = None)
     """The mesh of a training run; None where there is one device.
 
     Args:
-        config: reads `mesh`: sizes by axis, of which `fsdp` may be -1, what the others leave, and
-            `context` 0, the fewest that share a sample; `mesh.across_slices`; and
-            `train.batch_size` and `accumulate`.
+        config: see `sizes_of_config`.
         devices: all there are if None.
 
     Raises:
-        UserError: see `make_mesh`; or the samples do not divide over data and fsdp.
+        UserError: see `make_mesh` and `sizes_of_config`.
     """
     devices = list(jax.devices() if devices is None else devices)
     if len(devices) == 1:
         return None
-    sizes, outer = {axis: config["mesh"][axis] for axis in AXES}, config["mesh"]["across_slices"]
-    samples = config["train"]["batch_size"] // config["train"]["accumulate"]
-    slices = int(np.prod([max(outer.get(axis, 1), 1) for axis in _SAMPLES]))
+    sizes, outer = _of_config(config, len(devices))
+    return make_mesh(sizes, across_slices=outer, devices=devices)
+
+
+def sizes_of_config(config: Mapping, count: int) -> dict[str, int]:
+    """Devices along each axis of a training run on `count` of them, over all slices.
+
+    Args:
+        config: reads `mesh`: sizes by axis, of which `fsdp` may be -1, what the others leave, and
+            `context` 0, the fewest that share a sample; `mesh.across_slices`; and
+            `train.batch_size` and `accumulate`.
+        count: how many there are.
+
+    Raises:
+        UserError: the sizes do not make that number, or the samples do not divide over data and
+            fsdp.
+    """
+    sizes, outer = _of_config(config, count)
+    return {axis: sizes[axis] * outer[axis] for axis in AXES}
+
+
+def _of_config(config: Mapping, count: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Sizes within a slice and across them."""
+    train, outer = config["train"], _outer(config["mesh"]["across_slices"])
+    sizes, slices = {axis: config["mesh"][axis] for axis in AXES}, math.prod(outer.values())
+    samples = train["batch_size"] // train["accumulate"]
     if sizes["context"] == 0:
-        sizes["context"] = _fewest(sizes, samples, len(devices) // slices, slices)
-    mesh = make_mesh(sizes, across_slices=outer, devices=devices)
-    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+        sizes["context"] = _fewest(sizes, samples, count // slices, slices)
+    sizes = _filled(sizes, count, slices)
+    groups = slices * sizes["data"] * sizes["fsdp"]
     if samples % groups:
         raise UserError(
-            f"train.batch_size={config['train']['batch_size']} in accumulate="
-            f"{config['train']['accumulate']} parts is {samples} samples at once, which do not "
-            f"divide over data x fsdp = {groups} groups of devices; change one of them, or let "
-            "more devices share a sample: a larger mesh.context"
+            f"train.batch_size={train['batch_size']} in accumulate={train['accumulate']} parts is "
+            f"{samples} samples at once, which do not divide over data x fsdp = {groups} groups of "
+            "devices; change one of them, or let more devices share a sample: a larger mesh.context"
         )
-    return mesh
+    return sizes, outer
 
 
 def mesh_to_generate() -> Mesh | None:
@@ -156,6 +171,16 @@ def _arranged(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
         return np.array(devices).reshape(shape)
 
 
+def _outer(given: Mapping[str, int]) -> dict[str, int]:
+    outer = _sizes(given, "mesh.across_slices")
+    if outer["context"] * outer["tensor"] > 1 or min(outer.values()) < 1:
+        raise UserError(
+            f"mesh.across_slices is {dict(given)}; only data and fsdp may go over the network "
+            "between slices, in sizes from 1: keep context and tensor in the mesh of a slice"
+        )
+    return outer
+
+
 def _sizes(given: Mapping[str, int], name: str) -> dict[str, int]:
     strange = [axis for axis in given if axis not in AXES]
     if strange:
@@ -166,14 +191,15 @@ def _sizes(given: Mapping[str, int], name: str) -> dict[str, int]:
 def _filled(sizes: dict[str, int], count: int, slices: int) -> dict[str, int]:
     told = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
-    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    known = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or known < 1:
         raise UserError(f"mesh is {told}; expected sizes from 1, and at most one -1")
     rest, left = divmod(count, known * slices)
     if left or rest < 1 or (rest > 1 and not free):
         over = f" in {slices} slices" if slices > 1 else ""
+        known = f"{known} devices" + (" or a multiple of them" if free else "")
         raise UserError(
-            f"mesh is {told}, {known} devices or a multiple of them, and there are {count}{over}; "
+            f"mesh is {told}, {known}, and there are {count}{over}; "
             "give sizes whose product is the number of devices, or -1 for one of them"
         )
     return sizes | {free[0]: rest} if free else sizes
@@ -379,7 +405,7 @@ def pad_tokens(x: jax.Array) -> jax.Array:
 
 
 def _size(names: tuple[str, ...], axes: Mapping[str, int]) -> int:
-    return int(np.prod([axes[name] for name in names]))
+    return math.prod(axes[name] for name in names)
 
 
 def axes_in_context() -> dict[str, int]:

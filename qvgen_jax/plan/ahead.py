@@ -127,15 +127,12 @@ def lower_step(config: Mapping, target: Target, sizes: Mapping[str, int]) -> Any
     Raises:
         UserError: see `qvgen_jax.sharding`.
     """
-    from functools import partial
-
     import jax
 
     from kernels.target import building_for
     from qvgen_jax import sharding
     from qvgen_jax.plan.shapes import arguments, read_run, scheduler_of
-    from qvgen_jax.training.loop import make_recipe
-    from qvgen_jax.training.step import train_step
+    from qvgen_jax.training.loop import compile_step, make_recipe
 
     run = read_run(config)
     mesh = sharding.make_mesh(sizes, devices=devices(target))
@@ -144,11 +141,7 @@ def lower_step(config: Mapping, target: Target, sizes: Mapping[str, int]) -> Any
     )
     with building_for(target.chip), jax.set_mesh(mesh):
         state, *rest = arguments(run, mesh)
-        step = jax.jit(
-            partial(train_step, recipe=recipe),
-            donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
-        )
+        step = compile_step(recipe, jax.tree.map(lambda x: x.sharding, state))
         return step.lower(state, *rest)
 
 

@@ -16,11 +16,11 @@ from qvgen_jax.models.linears import attended, linears
 from qvgen_jax.plan import ahead
 from qvgen_jax.plan.collectives import Collective
 from qvgen_jax.plan.memory import Memory, estimate
-from qvgen_jax.plan.meshes import mesh_sizes
 from qvgen_jax.plan.pace import Pace, pace
 from qvgen_jax.plan.shapes import Run, read_run
 from qvgen_jax.plan.target import Target
 from qvgen_jax.plan.traffic import estimated, kernel_sizes
+from qvgen_jax.sharding import sizes_of_config
 from qvgen_jax.training.check import check_config
 from qvgen_jax.training.operations import step_work
 from qvgen_jax.training.student import quant_config
@@ -80,7 +80,9 @@ class Plan(NamedTuple):
     @property
     def exchange(self) -> str:
         """How self-attention goes over `context`."""
-        return exchange(self.run.model.num_attention_heads, self.sizes)
+        return exchange(
+            self.run.model.num_attention_heads, self.sizes["context"], self.sizes["tensor"]
+        )
 
 
 def make_plan(config: Mapping, target: Target, *, compiler: bool = True) -> Plan:
@@ -96,7 +98,7 @@ def make_plan(config: Mapping, target: Target, *, compiler: bool = True) -> Plan
     """
     check_config(config)
     run = read_run(config)
-    sizes = mesh_sizes(config, target.devices)
+    sizes = sizes_of_config(config, target.devices)
     memory = estimate(run, sizes)
     compiled = None
     if compiler and target.here:

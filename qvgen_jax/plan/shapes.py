@@ -22,6 +22,7 @@ from qvgen_jax.models.published import PUBLISHED, transformer_config
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.training.calibrate import unmeasured
 from qvgen_jax.training.loop import initial_state
+from qvgen_jax.training.student import as_held
 
 _PUBLISHED_FACTORS = (4, 8)
 
@@ -100,10 +101,8 @@ def arguments(run: Run, mesh: Mesh | AbstractMesh) -> tuple[dict, dict, dict, An
     Raises:
         UserError: a parameter does not divide over the mesh.
     """
-    teacher = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(run.config["compute_dtype"])),
-        abstract_params(run.model),
-    )
+    dtype = jnp.dtype(run.config["compute_dtype"])
+    teacher = jax.eval_shape(lambda x: as_held(x, dtype), abstract_params(run.model))
     state = jax.eval_shape(
         lambda params: initial_state(run.config, run.model, params, unmeasured(run.model, params)),
         teacher,

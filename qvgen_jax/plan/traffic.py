@@ -60,7 +60,7 @@ def _add_tokens(run, sizes, add, dtype: str, width: int, again: bool) -> None:
     whole = samples * run.block_tokens * model.dim * width / tensor
     # Teacher, student, recomputed; the backward pass moves as much the other way.
     passes = model.num_layers * (3 + again)
-    if exchange(model.num_attention_heads, {"context": context, "tensor": tensor}) == "keys":
+    if exchange(model.num_attention_heads, context, tensor) == "keys":
         add("all-gather", dtype, context, 2 * passes, 2 * passes * whole * (context - 1) / context)
     else:
         moved = whole / context * (context - 1) / context

@@ -7,10 +7,10 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.models.remat import POLICIES
 from qvgen_jax.plan import ahead
 from qvgen_jax.plan.memory import estimate
-from qvgen_jax.plan.meshes import mesh_sizes
 from qvgen_jax.plan.plan import SPARE, Plan
 from qvgen_jax.plan.shapes import read_run
 from qvgen_jax.plan.target import Target
+from qvgen_jax.sharding import sizes_of_config
 
 _TIMES = (2, 4, 8, 16, 32, 64)
 _MOST_CHIPS = 4096
@@ -96,4 +96,4 @@ def _larger(config: Mapping, target: Target) -> Iterator[tuple[str, Mapping, Tar
 
 
 def _need(config: Mapping, target: Target) -> int:
-    return estimate(read_run(config), mesh_sizes(config, target.devices)).peak
+    return estimate(read_run(config), sizes_of_config(config, target.devices)).peak

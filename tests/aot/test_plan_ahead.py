@@ -7,9 +7,9 @@ pytest.importorskip("libtpu", reason="libtpu is not installed: jax[tpu]")
 from configs import read_config
 from qvgen_jax.plan import ahead
 from qvgen_jax.plan.memory import estimate
-from qvgen_jax.plan.meshes import mesh_sizes
 from qvgen_jax.plan.shapes import read_run
 from qvgen_jax.plan.target import parse_target
+from qvgen_jax.sharding import sizes_of_config
 
 
 def compiled(name: str, target: str, **train) -> tuple:
@@ -17,7 +17,7 @@ def compiled(name: str, target: str, **train) -> tuple:
     config = read_config(f"configs/{name}.py").to_dict()
     config["train"] |= train
     chips = parse_target(target)
-    sizes = mesh_sizes(config, chips.devices)
+    sizes = sizes_of_config(config, chips.devices)
     found = ahead.compile_step(config, chips, sizes)
     assert isinstance(found, ahead.Compiled), found
     return found, estimate(read_run(config), sizes)
@@ -56,6 +56,6 @@ def test_what_a_compiler_refuses_is_a_reason_and_no_crash():
     config = read_config("configs/tiny_w4a4.py").to_dict()
     config["train"] |= {"batch_size": 2**17}
     target = parse_target("v5e:2x2")
-    found = ahead.compile_step(config, target, mesh_sizes(config, target.devices))
+    found = ahead.compile_step(config, target, sizes_of_config(config, target.devices))
     assert isinstance(found, ahead.Refused)
     assert "memory" in found.reason
