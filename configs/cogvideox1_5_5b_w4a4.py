@@ -86,6 +86,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.log_spectrum = True
     config.train.checkpoint_every = 100
     config.train.keep_checkpoints = 2
+    config.train.profile_steps = 0  # So many are traced once the run is warm, to WORKDIR/profile.
     config.train.wandb_project = ""
 
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 0, "tensor": 1})

@@ -21,6 +21,7 @@ _POSITIVE = (
 # What 0 leaves out.
 _OPTIONAL = {
     "sample.count": "pairs of videos",
+    "train.profile_steps": "trace",
     "evaluate.videos": "judging",
     "evaluate.drift_videos": "drift",
 }

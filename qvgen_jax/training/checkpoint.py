@@ -18,6 +18,7 @@ from qvgen_jax.errors import UserError
 _FIXED = ("model", "compute_dtype", "data", "quant", "train", "seed", "vae_train", "flow")
 _FREE_KEYS = (
     "log_every",
+    "profile_steps",
     "log_spectrum",
     "checkpoint_every",
     "checkpoint_seconds",

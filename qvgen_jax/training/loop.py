@@ -1,6 +1,5 @@
 """The training run: from a config and a workdir to the trained student's state."""
 
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,8 @@ from qvgen_jax.training.check import check_config, check_unguided
 from qvgen_jax.training.feed import feed
 from qvgen_jax.training.metrics import MetricWriter, Silent, metric_writer
 from qvgen_jax.training.optimizer import make_optimizer
+from qvgen_jax.training.pace import Pace, work_of
+from qvgen_jax.training.profile import Profile
 from qvgen_jax.training.state import create_state, enter_step, has_branch
 from qvgen_jax.training.step import Recipe, train_step
 from qvgen_jax.training.student import (
@@ -127,28 +128,15 @@ def compile_step(recipe: Recipe, places: dict | None = None) -> Callable:
     return jax.jit(partial(train_step, recipe=recipe), donate_argnums=0, **how)
 
 
-def log_line(metrics: Mapping, params: Mapping, spectrum: bool, steps_per_second: float) -> dict:
+def log_line(metrics: Mapping, params: Mapping, spectrum: bool, speed: Mapping) -> dict:
     """What is written about a step: plain floats, and what the branch's spectrum is if asked."""
     line = {name: float(value) for name, value in metrics.items()}
     if spectrum:
         line["small_singular_share"] = float(_small_share(params))
-    return {**line, "steps_per_second": round(steps_per_second, 3)}
+    return {**line, **speed}
 
 
 _small_share = jax.jit(small_singular_share)
-
-
-class _Pace:
-    """Steps per second since the last `restart`; the first answer includes compiling."""
-
-    def __init__(self, step: int):
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self._step, self._time = step, time.perf_counter()
-
-    def __call__(self, step: int) -> float:
-        return (step - self._step) / (time.perf_counter() - self._time)
 
 
 def run_steps(
@@ -176,8 +164,11 @@ def run_steps(
         writer = metric_writer(
             workdir, int(state["step"]), train["steps"], train["wandb_project"], "train"
         )
-        with writer:
-            state = _steps(config, state, model, scheduler, teacher, dataset, writer, manager, mesh)
+        profile = Profile(workdir / "profile", int(state["step"]), train["profile_steps"])
+        with writer, profile:
+            state = _steps(
+                config, state, model, scheduler, teacher, dataset, writer, profile, manager, mesh
+            )
         decay, moments = rank_decay(config), config["quant"]["branch_moments"]
         return sharding.place(enter_step(state, train["steps"], decay, moments), mesh)
 
@@ -190,6 +181,7 @@ def _steps(
     teacher: dict,
     dataset: EncodedDataset,
     writer: MetricWriter | Silent,
+    profile: Profile,
     manager: ocp.CheckpointManager,
     mesh: Mesh | None,
 ) -> dict:
@@ -200,8 +192,9 @@ def _steps(
         empty_text, seed = jax.device_put((empty_text, seed), sharding.whole(mesh))
     data = feed(dataset, config, start, mesh)
     compiled: dict[bool, Callable] = {}
-    pace = _Pace(start)
+    pace = Pace(start, work_of(config, model, dataset[0]["latent_mean"].shape))
     for step in range(start, train["steps"]):
+        profile.before(step)
         entered = enter_step(state, step, decay, config["quant"]["branch_moments"])
         if entered is not state:  # A boundary: what was refactored goes back to its place.
             state = sharding.place(entered, mesh)
@@ -215,8 +208,8 @@ def _steps(
         writer.advance(done)
         if done % train["log_every"] == 0 or done == train["steps"]:
             jax.block_until_ready(metrics)
-            rate, spectrum = pace(done), branch and train["log_spectrum"]
-            writer.write(step, log_line(metrics, state["params"], spectrum, rate))
+            speed, spectrum = pace(done), branch and train["log_spectrum"]
+            writer.write(step, log_line(metrics, state["params"], spectrum, speed))
             pace.restart(done)  # What logging takes, its SVDs above all, is no step's.
         if done % train["checkpoint_every"] == 0 or done == train["steps"]:
             checkpoint.save(manager, state)

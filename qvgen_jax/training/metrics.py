@@ -110,6 +110,8 @@ class MetricWriter:
         note = " ".join(f"{name} {form.format(scalars[name])}" for name, form in known.items())
         if "steps_per_second" in scalars:
             note += f" {scalars['steps_per_second']:.2f} steps/s"
+        if "mfu" in scalars:
+            note += f" MFU {100 * scalars['mfu']:.0f} %"
         self._progress.update(self._task, note=note)
         if not self._progress.console.is_terminal:
             print(f"step {step}/{self._total} {note}", flush=True)
