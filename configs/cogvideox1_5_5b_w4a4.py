@@ -10,7 +10,8 @@ them), and so is the size of the clips, the model's own. The rest is the recipe 
 Not run here. Expected (paper, VBench): near BF16.
 
 Hardware of ours: none yet. Float32 weights, gradients and moments of 5.57 B parameters are 89 GB
-before activations, so it takes sharding over several chips, which is not there yet.
+before activations: `--job plan --target v5p:2x2x4` says what a device holds, and docs/pods.md how
+to start it.
 """
 
 from ml_collections import ConfigDict

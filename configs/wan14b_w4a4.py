@@ -9,7 +9,8 @@ phase length: those three are ours (batch 64, hence 4000 steps for 16 epochs; de
 them). The rest is the recipe of the 1.3B. Not run here. Expected (paper, VBench): near BF16.
 
 Hardware of ours: none yet. Float32 weights, gradients and moments of 14.3 B parameters are 229 GB
-before activations, so it takes sharding over several chips, which is not there yet.
+before activations: `--job plan --target v5p:4x4x4` says what a device holds, and docs/pods.md how
+to start it. The step was compiled for 64 v5p and for 256 v6e, and fits.
 """
 
 from ml_collections import ConfigDict
