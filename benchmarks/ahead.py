@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 from configs import read_config
 from qvgen_jax.errors import UserError
+from qvgen_jax.mesh import sizes_of_config
 from qvgen_jax.plan import ahead
 from qvgen_jax.plan.memory import Memory, estimate
 from qvgen_jax.plan.shapes import read_run
 from qvgen_jax.plan.target import parse_target
-from qvgen_jax.sharding import sizes_of_config
 
 RESULTS = Path(__file__).with_name("results") / "ahead.json"
 BEGIN, END = "<!-- ahead: begin -->", "<!-- ahead: end -->"

@@ -50,7 +50,7 @@ def load(
         dtype: float32 (default) or bfloat16: in which the transformer and the text encoder hold
             their matrices and compute. The VAE is always float32.
         mesh: devices to spread the videos of a batch over; every device holds all parameters, but
-            for what `shardings` cuts. A mesh of `qvgen_jax.sharding.make_mesh` cuts the parameters
+            for what `shardings` cuts. A mesh of `qvgen_jax.mesh.make_mesh` cuts the parameters
             by its own rules and computes each video on all devices of its `fsdp`, `context` and
             `tensor` axes together: tokens and attention's heads apart, weights gathered layer by
             layer as codes, the VAE's rows of pixels apart. With `data` 2 the two branches of

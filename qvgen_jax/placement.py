@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from qvgen_jax.errors import UserError
-from qvgen_jax.sharding import AXES, layout, shard
+from qvgen_jax.mesh import AXES
+from qvgen_jax.sharding import layout, shard
 
 Shardings = Sharding | Mapping[str, Any] | Callable[[dict], Any] | None
 """One sharding for all parameters; or a nested dict like theirs, where one sharding may stand for a

@@ -20,6 +20,7 @@ from kernels.quantize_tokens import quantize_tokens
 from qvgen_jax import sharding
 from qvgen_jax.diffusion.cogvideox_dpm import CogVideoXDPMConfig
 from qvgen_jax.errors import UserError
+from qvgen_jax.mesh import AXES, make_mesh, mesh_of_config
 from qvgen_jax.models import abstract_params, cogvideox, quantizable, wan
 from qvgen_jax.models.cogvideox_config import CogVideoXConfig
 from qvgen_jax.models.wan import WanConfig
@@ -62,7 +63,7 @@ ALONE = [{"data": 8}, {"fsdp": 8}, {"context": 8}, {"tensor": 4, "data": 2}]
 # Four heads go over two of context, and not over eight; so both ways of attention are here.
 PAIRS = [
     {first: 2 if second == "tensor" else 4, second: 4 if second == "tensor" else 2}
-    for first, second in itertools.combinations(sharding.AXES, 2)
+    for first, second in itertools.combinations(AXES, 2)
 ]
 BATCH = 8
 TINY = Path(__file__).parents[1] / "assets" / "tiny_wan"
@@ -146,7 +147,7 @@ def named(sizes: dict) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_do_not_depend_on_the_mesh(networks, family, sizes):
     network, (loss, gradients) = networks(family, "float64")
-    (found, others), text = network.run(sharding.make_mesh(sizes))
+    (found, others), text = network.run(make_mesh(sizes))
     assert found == pytest.approx(loss, rel=1e-9)
 
     def check(path, gradient, other):
@@ -164,7 +165,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(networks, family, sizes):
 def test_codes_differ_in_float32_only_beside_a_rounding_boundary(family, monkeypatch):
     """Of the teacher's activations: there a code that differs moves nothing behind it."""
     network = Network(family, "float32")
-    mesh = sharding.make_mesh({"data": 2, "context": 2, "tensor": 2})
+    mesh = make_mesh({"data": 2, "context": 2, "tensor": 2})
     here, there = (codes_seen(network, each, monkeypatch) for each in (None, mesh))
     assert set(here) == set(there)
     assert len(here) == {"wan": 27, "cogvideox": 22}[family]
@@ -214,7 +215,7 @@ def test_a_run_over_a_mesh_is_the_run_of_one_device(tmp_path):
         "mesh": {"data": 1, "fsdp": 2, "context": 0, "tensor": 1, "across_slices": {}},
     }
     train64(config, WAN, tmp_path / "alone", None)
-    mesh = sharding.mesh_of_config(config)
+    mesh = mesh_of_config(config)
     assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "context": 4, "tensor": 1}
     spread = train64(config, WAN, tmp_path / "spread", mesh)
     kernel = spread["params"]["blocks"]["ffn"]["up"]["kernel"]
@@ -223,7 +224,7 @@ def test_a_run_over_a_mesh_is_the_run_of_one_device(tmp_path):
     losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("alone", "spread")]
     np.testing.assert_allclose(*losses, rtol=1e-9)
     # Where it stands, another mesh reads it.
-    again = train64(config, WAN, tmp_path / "spread", sharding.make_mesh({"data": 2, "fsdp": 4}))
+    again = train64(config, WAN, tmp_path / "spread", make_mesh({"data": 2, "fsdp": 4}))
     assert int(again["step"]) == config["train"]["steps"]
     jax.tree.map(np.testing.assert_array_equal, again["params"], spread["params"])
 
@@ -235,7 +236,7 @@ def metrics(workdir) -> list[dict]:
 def sizes(batch: int = 8, accumulate: int = 1, **mesh) -> dict:
     mesh = {"data": 1, "fsdp": -1, "context": 0, "tensor": 1, "across_slices": {}} | mesh
     train = {"batch_size": batch, "accumulate": accumulate}
-    return dict(sharding.mesh_of_config({"mesh": mesh, "train": train}).shape)
+    return dict(mesh_of_config({"mesh": mesh, "train": train}).shape)
 
 
 def test_the_default_mesh_gives_every_sample_as_few_devices_as_it_can():
@@ -266,7 +267,7 @@ def test_a_mesh_that_does_not_fit_is_told(mesh, message):
 
 
 def test_parameters_that_do_not_divide_or_have_no_rule_are_told():
-    mesh = sharding.make_mesh({"fsdp": 8})
+    mesh = make_mesh({"fsdp": 8})
     with pytest.raises(UserError, match=r"proj_out.kernel \[60, 4\] .* has 8 devices; .*=6 or an"):
         sharding.parameter_sharding("proj_out.kernel", (60, 4), mesh)
     with pytest.raises(UserError, match=r"no rule .* blocks.attn3.kernel .* qvgen_jax/sharding.py"):
@@ -309,7 +310,7 @@ def test_one_video_is_computed_by_all_devices_together(folders, kind, sizes):
         request = {"prompts": "a red star moving up slowly", "steps": 2, "seeds": 5}
         alone = qvgen_jax.load(folders[kind])
         latents = alone.sample_latents(**request)
-        pipe = qvgen_jax.load(folders[kind], mesh=sharding.make_mesh(sizes))
+        pipe = qvgen_jax.load(folders[kind], mesh=make_mesh(sizes))
         leaf = pipe.transformer.states[0]["blocks"]["ffn"]["up"]
         leaf = leaf["codes" if kind == "export" else "kernel"]
         assert leaf.addressable_shards[0].data.size < leaf.size

@@ -18,8 +18,8 @@ from qvgen_jax import hosts  # noqa: E402
 
 hosts.join()
 
-from qvgen_jax import sharding  # noqa: E402
 from qvgen_jax.errors import LostProcess  # noqa: E402
+from qvgen_jax.mesh import mesh_of_config  # noqa: E402
 from qvgen_jax.training import loop  # noqa: E402
 from tests.training.float64_run import train64  # noqa: E402
 from tests.training.test_run import CONFIG, MODEL  # noqa: E402
@@ -46,7 +46,7 @@ def run(workdir: Path, steps: int, end: str, at: int) -> None:
         return enter(state, step, *others)
 
     loop.enter_step = ending
-    train64(config, MODEL, workdir, sharding.mesh_of_config(config))
+    train64(config, MODEL, workdir, mesh_of_config(config))
 
 
 if __name__ == "__main__":

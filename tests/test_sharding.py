@@ -9,9 +9,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from qvgen_jax.mesh import AXES
 from qvgen_jax.models import abstract_params
 from qvgen_jax.models.published import PUBLISHED
-from qvgen_jax.sharding import AXES, parameter_sharding, spec_of
+from qvgen_jax.sharding import parameter_sharding, spec_of
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from qvgen_jax.data.moving_shapes import caption, held_out_prompts
 from qvgen_jax.data.video import write_video
 from qvgen_jax.errors import UserError
+from qvgen_jax.mesh import mesh_to_generate
 from qvgen_jax.pipeline import Pipeline, load
-from qvgen_jax.sharding import mesh_to_generate
 
 
 def read_prompts(source: str, count: int) -> list[str]:

@@ -130,12 +130,12 @@ def lower_step(config: Mapping, target: Target, sizes: Mapping[str, int]) -> Any
     import jax
 
     from kernels.target import building_for
-    from qvgen_jax import sharding
+    from qvgen_jax.mesh import make_mesh
     from qvgen_jax.plan.shapes import arguments, read_run, scheduler_of
     from qvgen_jax.training.loop import compile_step, make_recipe
 
     run = read_run(config)
-    mesh = sharding.make_mesh(sizes, devices=devices(target))
+    mesh = make_mesh(sizes, devices=devices(target))
     recipe = make_recipe(
         config, run.model, scheduler_of(run.model), branch=config["quant"]["rank"] > 0
     )

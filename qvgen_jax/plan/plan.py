@@ -10,6 +10,7 @@ from kernels.attention_call import AttentionCall
 from kernels.explain import Row, explain
 from kernels.operands import Product
 from qvgen_jax.errors import UserError
+from qvgen_jax.mesh import sizes_of_config
 from qvgen_jax.models import quantizable
 from qvgen_jax.models.attention import exchange
 from qvgen_jax.models.linears import attended, linears
@@ -20,7 +21,6 @@ from qvgen_jax.plan.pace import Pace, pace
 from qvgen_jax.plan.shapes import Run, read_run
 from qvgen_jax.plan.target import Target
 from qvgen_jax.plan.traffic import estimated, kernel_sizes
-from qvgen_jax.sharding import sizes_of_config
 from qvgen_jax.training.check import check_config
 from qvgen_jax.training.operations import step_work
 from qvgen_jax.training.student import quant_config

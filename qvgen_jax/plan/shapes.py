@@ -16,6 +16,7 @@ from qvgen_jax.diffusion.cogvideox_dpm import CogVideoXDPMConfig
 from qvgen_jax.diffusion.schedulers import Scheduler
 from qvgen_jax.diffusion.unipc import UniPCConfig
 from qvgen_jax.errors import UserError
+from qvgen_jax.mesh import AXES
 from qvgen_jax.models import TransformerConfig, abstract_params
 from qvgen_jax.models.linears import video_tokens
 from qvgen_jax.models.published import PUBLISHED, transformer_config
@@ -88,8 +89,8 @@ def scheduler_of(model: TransformerConfig) -> Scheduler:
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     """A mesh of no devices, for shapes on each of them."""
-    shape = tuple(sizes[axis] for axis in sharding.AXES)
-    return AbstractMesh(shape, sharding.AXES, (AxisType.Auto,) * len(shape))
+    shape = tuple(sizes[axis] for axis in AXES)
+    return AbstractMesh(shape, AXES, (AxisType.Auto,) * len(shape))
 
 
 def arguments(run: Run, mesh: Mesh | AbstractMesh) -> tuple[dict, dict, dict, Any, Any]:

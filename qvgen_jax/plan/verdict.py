@@ -4,13 +4,13 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 
 from qvgen_jax.errors import UserError
+from qvgen_jax.mesh import sizes_of_config
 from qvgen_jax.models.remat import POLICIES
 from qvgen_jax.plan import ahead
 from qvgen_jax.plan.memory import estimate
 from qvgen_jax.plan.plan import SPARE, Plan
 from qvgen_jax.plan.shapes import read_run
 from qvgen_jax.plan.target import Target
-from qvgen_jax.sharding import sizes_of_config
 
 _TIMES = (2, 4, 8, 16, 32, 64)
 _MOST_CHIPS = 4096

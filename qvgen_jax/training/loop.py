@@ -15,6 +15,7 @@ from qvgen_jax.data.prepare import check_source, ensure_encoded
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.diffusion.schedulers import Scheduler
 from qvgen_jax.errors import UserError
+from qvgen_jax.mesh import mesh_of_config, told
 from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.pipeline import Pipeline, load
 from qvgen_jax.placement import Shardings
@@ -251,7 +252,7 @@ def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
     """
     check_config(config)
     checkpoint.compare_workdir(workdir, config)
-    mesh = sharding.mesh_of_config(config)
+    mesh = mesh_of_config(config)
     check_source(config, workdir)
     pipe = load_model(config, over_mesh(mesh))
     model, teacher = pipe.transformer.config, pipe.transformer.states[0]
@@ -260,7 +261,7 @@ def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
     if hosts.is_first():
         print(describe_layers(model, quant_config(config["quant"], model)), flush=True)
         if mesh is not None:
-            print(sharding.told(mesh), flush=True)
+            print(told(mesh), flush=True)
     encoded = ensure_encoded(config, workdir, pipe)
     # Only now: a typo in the model's or the data's path must not mark the workdir as another run's.
     checkpoint.claim_workdir(workdir, config)
@@ -286,7 +287,7 @@ def finished_state(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
                 f"{workdir} has {stands}, needed is the end of training, step {steps}; run the "
                 "same command with --job train first"
             )
-        mesh = sharding.mesh_of_config(config)
+        mesh = mesh_of_config(config)
         pipe = load_model(config, over_mesh(mesh))
         check_unguided(config, pipe.defaults["steps"])
         model, teacher = pipe.transformer.config, pipe.transformer.states[0]

@@ -5,11 +5,11 @@ import pytest
 pytest.importorskip("libtpu", reason="libtpu is not installed: jax[tpu]")
 
 from configs import read_config
+from qvgen_jax.mesh import sizes_of_config
 from qvgen_jax.plan import ahead
 from qvgen_jax.plan.memory import estimate
 from qvgen_jax.plan.shapes import read_run
 from qvgen_jax.plan.target import parse_target
-from qvgen_jax.sharding import sizes_of_config
 
 
 def compiled(name: str, target: str, **train) -> tuple:

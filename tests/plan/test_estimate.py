@@ -4,6 +4,7 @@ import pytest
 
 from configs import read_config
 from qvgen_jax.errors import UserError
+from qvgen_jax.mesh import sizes_of_config
 from qvgen_jax.plan.collectives import Collective
 from qvgen_jax.plan.memory import estimate
 from qvgen_jax.plan.pace import SHARE_OF_LINKS, UTILISATION, pace
@@ -12,7 +13,6 @@ from qvgen_jax.plan.shapes import read_run
 from qvgen_jax.plan.target import parse_target
 from qvgen_jax.plan.traffic import estimated, kernel_sizes
 from qvgen_jax.plan.verdict import verdict
-from qvgen_jax.sharding import sizes_of_config
 
 ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
 
@@ -36,12 +36,13 @@ def test_weights_gradients_and_moments_are_what_the_parameters_weigh():
     assert whole.gradients == whole.master
     assert whole.moments == pytest.approx(2 * whole.master, rel=1e-3)
     # Bfloat16 but for norms, biases and the timestep's path.
-    assert 2 * every < whole.teacher < 2.02 * every
+    assert 2 * every < whole.teacher < 2.03 * every
 
 
 def test_fsdp_cuts_what_lasts_and_data_copies_it():
     whole, cut, copied = of({}), of({"fsdp": 16}), of({"data": 16})
-    assert cut.teacher == pytest.approx(whole.teacher / 16, rel=0.02)
+    # Vectors are whole on every device.
+    assert cut.teacher == pytest.approx(whole.teacher / 16, rel=0.03)
     for part in ("master", "moments", "gradients"):
         # One side of a branch goes over `tensor` alone, so that a little more than a part is left.
         assert 1 < 16 * getattr(cut, part) / getattr(whole, part) < 1.4
