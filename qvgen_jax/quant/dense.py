@@ -164,8 +164,7 @@ class QuantDense(_TokenQuantizer):
             None if self.zero_point is None else self.zero_point[...],
             self.weight_levels[...],
         )
-        codes = gathered(quantize_weight(*weight), path)
-        integers = QuantizedWeight(codes, *jax.lax.stop_gradient(weight[1:]))
+        integers = self._everywhere(quantize_weight(*weight), *jax.lax.stop_gradient(weight[1:]))
         y = codes_matmul(
             values, fake_quantize_weight(*weight), tokens, integers, self.product_dtype
         )
@@ -178,6 +177,19 @@ class QuantDense(_TokenQuantizer):
             branch = LowRank(left, right, ctx.gate)
             y = y + applied(values, branch).astype(y.dtype)
         return y.astype(self.dtype)
+
+    def _everywhere(
+        self, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, levels: jax.Array
+    ) -> QuantizedWeight:
+        """The integers as products need them.
+
+        All of them, so that the backward pass finds nothing to cut again: it would gather what the
+        codes stand for, twice the bytes.
+        """
+        scale = gathered(scale, f"{self.name}.scale")
+        if zero_point is not None:
+            zero_point = gathered(zero_point, f"{self.name}.zero_point")
+        return QuantizedWeight(gathered(codes, f"{self.name}.kernel"), scale, zero_point, levels)
 
 
 def _zero_points(config: QuantConfig, out_features: int) -> nnx.Param | None:

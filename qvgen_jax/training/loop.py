@@ -148,8 +148,13 @@ def run_steps(
     teacher: dict,
     dataset: EncodedDataset,
     mesh: Mesh | None = None,
-) -> dict:
-    """Train from wherever the workdir stands to `train.steps`; the final state, at rank 0."""
+) -> tuple[dict, dict]:
+    """Train from wherever the workdir stands to `train.steps`.
+
+    Returns:
+        The final state, at rank 0, and the teacher as the steps held it, see `as_held`: what it
+        gave up of the one that came in is deleted.
+    """
     train = config["train"]
     # Leaving the block, also by an interruption, waits until the last save is complete.
     with (
@@ -171,7 +176,8 @@ def run_steps(
                 config, state, model, scheduler, teacher, dataset, writer, profile, manager, mesh
             )
         decay, moments = rank_decay(config), config["quant"]["branch_moments"]
-        return sharding.place(enter_step(state, train["steps"], decay, moments), mesh)
+        state = sharding.place(enter_step(state, train["steps"], decay, moments), mesh)
+    return state, teacher
 
 
 def _steps(
@@ -267,7 +273,14 @@ def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
     checkpoint.claim_workdir(workdir, config)
     hosts.barrier("workdir claimed")
     dataset = EncodedDataset(encoded, config["data"]["max_length"])
-    return pipe, run_steps(config, workdir, model, pipe.scheduler, teacher, dataset, mesh)
+    state, teacher = run_steps(config, workdir, model, pipe.scheduler, teacher, dataset, mesh)
+    return _holding(config, pipe, teacher), state
+
+
+def _holding(config: Mapping, pipe: Pipeline, teacher: dict) -> Pipeline:
+    """The pipeline with the teacher as training held it, computing in the same type."""
+    dtype = jnp.dtype(config["compute_dtype"])
+    return pipe.with_transformer(teacher_definition(pipe.transformer.config, dtype), teacher)
 
 
 def finished_state(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
@@ -292,4 +305,5 @@ def finished_state(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
         check_unguided(config, pipe.defaults["steps"])
         model, teacher = pipe.transformer.config, pipe.transformer.states[0]
         state = newest_state(config, model, teacher, manager, mesh)
+    pipe = _holding(config, pipe, as_held(teacher, jnp.dtype(config["compute_dtype"])))
     return pipe, enter_step(state, steps, rank_decay(config), config["quant"]["branch_moments"])

@@ -46,4 +46,4 @@ def train64(config: dict, model, workdir: Path, mesh) -> dict:
     teacher = jax.tree.map(lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape)), like)
     teacher = sharding.place(teacher, mesh)
     with masters_in_float64():
-        return loop.run_steps(config, workdir, model, SCHEDULER, teacher, Clips64(), mesh)
+        return loop.run_steps(config, workdir, model, SCHEDULER, teacher, Clips64(), mesh)[0]

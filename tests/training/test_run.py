@@ -140,7 +140,7 @@ def lines(workdir) -> list[dict]:
 def uninterrupted(teacher, tmp_path_factory):
     if "run" not in _WHOLE:
         workdir = tmp_path_factory.mktemp("whole")
-        state = loop.run_steps(CONFIG, workdir, MODEL, SCHEDULER, teacher, Clips())
+        state, _ = loop.run_steps(CONFIG, workdir, MODEL, SCHEDULER, teacher, Clips())
         _WHOLE["run"] = state, lines(workdir)
         _WHOLE["programs"] = [step._cache_size() for step in _COMPILED.values()]
     return _WHOLE["run"]
@@ -166,7 +166,7 @@ def test_a_run_stopped_at_any_step_ends_bit_equal(
     with pytest.raises(Interrupted):
         loop.run_steps(CONFIG, tmp_path, MODEL, SCHEDULER, teacher, Clips())
     monkeypatch.setattr(loop, "enter_step", enter)
-    state = loop.run_steps(CONFIG, tmp_path, MODEL, SCHEDULER, teacher, Clips())
+    state, _ = loop.run_steps(CONFIG, tmp_path, MODEL, SCHEDULER, teacher, Clips())
 
     whole, whole_lines = uninterrupted
     jax.tree.map(np.testing.assert_array_equal, state, whole)
