@@ -40,7 +40,10 @@ class QuantContext(NamedTuple):
 
 
 class Dense(nnx.Module):
-    """`y = x @ kernel + bias` in full precision: `x [..., in]` to `[..., out]`."""
+    """`y = x @ kernel + bias` in full precision: `x [..., in]` to `[..., out]`.
+
+    Over a run's mesh its kernel lies as `qvgen_jax.sharding` says of its name, if it is `cut`.
+    """
 
     def __init__(
         self,
@@ -51,16 +54,19 @@ class Dense(nnx.Module):
         key: jax.Array,
         dtype: jnp.dtype = jnp.float32,
         use_bias: bool = True,
+        cut: bool = True,
     ):
         bound = in_features**-0.5
         shape = (in_features, out_features)
         self.kernel = nnx.Param(jax.random.uniform(key, shape, jnp.float32, -bound, bound))
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if use_bias else None
-        self.name, self.dtype = name, dtype
+        self.name, self.dtype, self.cut = name, dtype, cut
 
     def __call__(self, x: jax.Array, ctx: QuantContext = QuantContext()) -> jax.Array:
-        path = f"{self.name}.kernel"
-        kernel = gathered(cut(self.kernel[...], path).astype(self.dtype), path)
+        path, kernel = f"{self.name}.kernel", self.kernel[...]
+        if self.cut:
+            kernel = gathered(cut(kernel, path).astype(self.dtype), path)
+        kernel = kernel.astype(self.dtype)
         y = rows_matmul(x.astype(self.dtype), kernel)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
