@@ -1,14 +1,16 @@
-"""The one command: pretrain, encode, train, generate, evaluate, export, compare recipes.
+"""The one command: plan, pretrain, encode, train, generate, evaluate, export, compare recipes.
 
     python main.py --config configs/tiny_w4a4.py
     python main.py --config configs/tiny_w4a4.py --config.train.steps=300 --workdir runs/longer
     python main.py --config configs/tiny_w4a4.py --job generate --prompt "a red star moving up ..."
+    python main.py --config configs/wan14b_w4a4.py --job plan --target v5p:4x4x4
     python main.py --config configs/study_tiny.py --job study --workdir studies/recipe
 
 The same command again continues an interrupted run. Exit code 2 means that something given to the
 program was wrong; the message says what, and nothing was lost.
 """
 
+import os
 import re
 import shlex
 import sys
@@ -17,15 +19,18 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from qvgen_jax.errors import UserError
+from qvgen_jax.errors import LostProcess, UserError
 
-JOBS = ("train", "pretrain", "encode", "generate", "evaluate", "export", "study")
+JOBS = ("train", "pretrain", "encode", "generate", "evaluate", "export", "study", "plan")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, file.py[:argument]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; runs/<config name> if absent")
 _JOB = flags.DEFINE_enum("job", "train", JOBS, "what to do")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be repeated")
 _SEED = flags.DEFINE_integer("seed", 0, "generate: the seed of the noise", lower_bound=0)
+_TARGET = flags.DEFINE_string("target", "", "plan: chips such as v5p:4x4x4 or h200:8; else these")
+_COMPILE = flags.DEFINE_bool("compile", True, "plan: ask the target's compiler, if it is installed")
+_PLAN_JSON = flags.DEFINE_string("plan_json", None, "plan: a file to write it to as JSON too")
 
 
 def parse(argv: list[str]) -> ConfigDict:
@@ -71,6 +76,9 @@ def default_workdir(config_file: str) -> Path:
 
 def run(job: str, config: ConfigDict, workdir: Path) -> None:
     """Do one job. Imports are here so that a wrong flag is told at once."""
+    from qvgen_jax import hosts
+
+    hosts.join()
     if job == "pretrain":
         _pretrain(config, workdir)
         return
@@ -81,6 +89,11 @@ def run(job: str, config: ConfigDict, workdir: Path) -> None:
         raise UserError(
             f"--job {job} needs a config with a train section, not one of pretraining or a study"
         )
+    if job == "plan":
+        from qvgen_jax.plan.job import run_plan
+
+        print(run_plan(config.to_dict(), _TARGET.value, _COMPILE.value, _PLAN_JSON.value))
+        return
     plain = {**config.to_dict(), "command": f"python {shlex.join(sys.argv)}"}
     if job == "encode":
         _encode(plain, workdir)
@@ -143,6 +156,7 @@ def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
     from qvgen_jax.data.prepare import check_held_out
     from qvgen_jax.evaluation.finish import compare_and_report
     from qvgen_jax.evaluation.samples import read_prompts
+    from qvgen_jax.hosts import everywhere, is_alone, is_first
     from qvgen_jax.training.loop import finished_state, train
     from qvgen_jax.training.state import exported_params
     from qvgen_jax.training.student import quant_config
@@ -156,22 +170,33 @@ def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
     if job != "evaluate" or not (export / "model_index.json").is_file():
         model = pipe.transformer.config
         quant = quant_config(config["quant"], model)
-        export_pipeline(
-            config["model"],
-            export,
-            model,
-            exported_params(state),
-            quant,
-            generation={"unguided_steps": config["sample"]["unguided_steps"]},
-            levels=state["levels"],
-        )
-        print(f"export: {export}")
-    if job != "export":
+        params, levels = everywhere((exported_params(state), state["levels"]))
+        if is_first():
+            export_pipeline(
+                config["model"],
+                export,
+                model,
+                params,
+                quant,
+                generation={"unguided_steps": config["sample"]["unguided_steps"]},
+                levels=levels,
+            )
+            print(f"export: {export}")
+    if job != "export" and is_alone():
         print(f"report: {compare_and_report(config, workdir, pipe)}")
+    elif is_first():
+        print("no report over several processes: `--job evaluate` in one process makes it")
+
+
+def _lost(error: LostProcess) -> int:
+    """Print and leave at once: JAX's own shutdown would wait for the process that is gone."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(75)
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 done, 2 wrong input (one message on stderr), 130 interrupted."""
+    """Exit code: 0 done, 2 wrong input (one message on stderr), 75 another process of the run is
+    gone (start them all again), 130 interrupted."""
     try:
         config = parse(argv)
         file = config_flags.get_config_filename(flags.FLAGS["config"])
@@ -180,6 +205,14 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except LostProcess as error:
+        return _lost(error)
+    except RuntimeError as error:
+        from qvgen_jax import hosts
+
+        if (lost := hosts.told(error)) is None:
+            raise
+        return _lost(lost)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130

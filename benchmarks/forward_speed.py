@@ -44,7 +44,7 @@ def build(layers: int) -> tuple[diffusers.WanTransformer3DModel, WanConfig, dict
 def ours(config: WanConfig, params: dict, dtype: jnp.dtype, inputs: tuple) -> Callable[[], object]:
     """A call of our transformer that waits for its result."""
     model = nnx.eval_shape(
-        lambda: WanTransformer(config, key=jax.random.key(0), dtype=dtype, remat=False)
+        lambda: WanTransformer(config, key=jax.random.key(0), dtype=dtype, remat="none")
     )
     held = jax.tree.map(lambda x: jnp.asarray(x, dtype if x.ndim > 2 else jnp.float32), params)
     transformer = Transformer(config, nnx.split(model)[0], (held,))

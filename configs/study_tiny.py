@@ -139,7 +139,7 @@ def get_config(arg: str = "screening") -> ConfigDict:
         "train.steps": steps,
         "train.warmup_steps": steps // 20,
         "train.batch_size": 2 if smoke else 8,
-        "train.remat": False,  # Activations are small here: no need to compute them twice.
+        "train.remat": "none",  # Activations are small here: no need to compute them twice.
         "quant.product_dtype": "float32",  # As exact as the others for codes, and faster here.
         "train.log_every": 1 if smoke else 4,
         "train.log_spectrum": False,  # Only where a figure needs it.

@@ -82,12 +82,16 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.caption_dropout = 0.05
     config.train.truth_blend = 0.0  # a of l(t); 0: the teacher alone is the target.
     config.train.ema_decay = 0.0  # Of the exported weights, once the branch is gone; 0 is off.
-    config.train.remat = True
+    config.train.remat = "blocks"
     config.train.log_every = 20 if full else 5
     config.train.log_spectrum = True  # An SVD of every branch for each logged step.
     config.train.checkpoint_every = 100 if full else 50
     config.train.keep_checkpoints = 2
+    config.train.profile_steps = 0  # So many are traced once the run is warm, to WORKDIR/profile.
     config.train.wandb_project = ""
+
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 0, "tensor": 1})
+    config.mesh.across_slices = ConfigDict({"data": 1, "fsdp": 1})
 
     config.sample = ConfigDict()
     config.sample.prompts = "held_out"  # Or a text file with one prompt per line.

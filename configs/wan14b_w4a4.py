@@ -9,7 +9,8 @@ phase length: those three are ours (batch 64, hence 4000 steps for 16 epochs; de
 them). The rest is the recipe of the 1.3B. Not run here. Expected (paper, VBench): near BF16.
 
 Hardware of ours: none yet. Float32 weights, gradients and moments of 14.3 B parameters are 229 GB
-before activations, so it takes sharding over several chips, which is not there yet.
+before activations: `--job plan --target v5p:4x4x4` says what a device holds, and docs/pods.md how
+to start it. The step was compiled for 64 v5p and for 256 v6e, and fits.
 """
 
 from ml_collections import ConfigDict
@@ -81,12 +82,16 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.caption_dropout = 0.05
     config.train.truth_blend = 0.0
     config.train.ema_decay = 0.0
-    config.train.remat = True
+    config.train.remat = "blocks"
     config.train.log_every = 10
     config.train.log_spectrum = True
     config.train.checkpoint_every = 100
     config.train.keep_checkpoints = 2
+    config.train.profile_steps = 0  # So many are traced once the run is warm, to WORKDIR/profile.
     config.train.wandb_project = ""
+
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 0, "tensor": 1})
+    config.mesh.across_slices = ConfigDict({"data": 1, "fsdp": 1})
 
     config.sample = ConfigDict()
     config.sample.prompts = "assets/prompts.txt"

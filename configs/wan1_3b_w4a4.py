@@ -79,12 +79,16 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.caption_dropout = 0.05
     config.train.truth_blend = 0.0
     config.train.ema_decay = 0.0
-    config.train.remat = True
+    config.train.remat = "blocks"
     config.train.log_every = 10
     config.train.log_spectrum = True
     config.train.checkpoint_every = 100
     config.train.keep_checkpoints = 2
+    config.train.profile_steps = 0  # So many are traced once the run is warm, to WORKDIR/profile.
     config.train.wandb_project = ""
+
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 0, "tensor": 1})
+    config.mesh.across_slices = ConfigDict({"data": 1, "fsdp": 1})
 
     config.sample = ConfigDict()
     config.sample.prompts = "assets/prompts.txt"

@@ -176,7 +176,7 @@ def read_transformer(
         return _read_packed_transformer(folder, config, quant, dtype, shardings, kernels)
 
     def build() -> nnx.Module:
-        return build_transformer(config, key=jax.random.key(0), dtype=dtype, remat=False)
+        return build_transformer(config, key=jax.random.key(0), dtype=dtype, remat="none")
 
     def precision(path: tuple[str, ...]) -> jnp.dtype:
         return jnp.float32 if set(path) & set(_FLOAT32) else dtype

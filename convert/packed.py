@@ -128,7 +128,7 @@ def packed_definition(
             dense=dense,
             dtype=dtype,
             clip_mode=quant.clip_index,
-            remat=False,
+            remat="none",
             time_entries=quant.time_entries,
         )
     )

@@ -14,6 +14,7 @@ import jax
 from kernels import attention_cudnn, attention_splash, attention_tokamax, attention_xla
 from kernels.attention_call import AttentionCall
 from kernels.choose import say_once
+from kernels.target import target
 
 _BACKENDS = MappingProxyType(
     {
@@ -55,7 +56,7 @@ def attention(
         mask: bool, True where a key may be seen, broadcasts like `bias`.
         scale: `head_dim ** -0.5` if None.
         backend: a name, or several with commas between in the order to try them. None is what
-            QVGEN_ATTENTION says, else what suits the default device; where a backend refuses, the
+            QVGEN_ATTENTION says, else what suits `kernels.target`; where a backend refuses, the
             next one is taken, and the reason logged once.
 
     Returns:
@@ -65,7 +66,7 @@ def attention(
         NotImplementedError: none of the backends that were asked for takes the call.
         ValueError: an unknown backend, or arrays that do not belong together.
     """
-    order = _order(jax.default_backend(), backend)
+    order = _order(target().platform, backend)
     refusals = []
     for name in order:
         try:

@@ -5,6 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+KEPT = "attention"
+"""What attention's results are called in the policies of `jax.checkpoint`, see `kept_name`."""
+
+# Of a prompt. Attention to no more keys is cheaper to repeat than its result is to keep.
+_FEW_KEYS = 512
+
 
 class AttentionCall(NamedTuple):
     """What a backend needs to know of a call to take it or refuse.
@@ -34,6 +40,11 @@ class AttentionCall(NamedTuple):
             f"{self.batch} x {self.tokens} tokens to {self.keys}, {self.heads} heads of "
             f"{self.head_dim}, {jnp.dtype(self.dtype).name}{extra}"
         )
+
+
+def kept_name(keys: int) -> str | None:
+    """`KEPT` where repeating the attention to so many keys costs more than keeping its result."""
+    return KEPT if keys > _FEW_KEYS else None
 
 
 def call_of(

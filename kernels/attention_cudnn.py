@@ -1,10 +1,15 @@
 """Attention by cuDNN's fused kernel, on NVIDIA GPUs from Ampere on."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
 
-from kernels.attention_call import AttentionCall, call_of, refuse_bias_and_mask
+from kernels.attention_call import AttentionCall, call_of, kept_name, refuse_bias_and_mask
 
+# JAX's primitive that gives the result and what the backward pass needs of it; it names neither.
+_FORWARD = "dot_product_attention_fwd_wrapper"
 _WIDEST = 128  # Of Ampere and Ada; Hopper's goes to 256, which no model here has.
 
 
@@ -23,6 +28,11 @@ def check(call: AttentionCall) -> None:
         raise NotImplementedError(
             f"head_dim is {call.head_dim}; expected a multiple of 8, at most {_WIDEST}"
         )
+
+
+def is_kept(primitive: Primitive, *operands: jax.Array, **_: Any) -> bool:
+    """As a policy of `jax.checkpoint`: whether it is cuDNN's attention to more than a prompt."""
+    return primitive.name == _FORWARD and kept_name(operands[1].shape[1]) is not None
 
 
 def attention(

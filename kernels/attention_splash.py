@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from kernels.attention_call import AttentionCall, call_of, refuse_bias_and_mask
+from kernels.attention_call import AttentionCall, call_of, kept_name, refuse_bias_and_mask
 from kernels.partition import automatic_axes
 
 _LANES = 128
@@ -119,7 +119,7 @@ def _one_device(
         save_residuals=False,
         mask_value=kernels.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
-        residual_checkpoint_name=None,
+        residual_checkpoint_name=kept_name(key.shape[1]),
         mask_function=None,
         interpret=interpret,
     )

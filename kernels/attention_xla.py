@@ -2,8 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from kernels.attention_call import AttentionCall, call_of
+from kernels.attention_call import AttentionCall, call_of, kept_name
+from kernels.reference import wide_type
+from kernels.target import target
 
 # Logits held at once on a CPU: 64 MB in float32, about a last-level cache.
 _OF_ONE_HEAD = 2**24
@@ -35,16 +38,17 @@ def attention(
     bias or a mask, all heads go together, which also leaves batch and heads to be sharded.
 
     Args:
-        by_head: whether one head at a time; None chooses by the default device.
+        by_head: whether one head at a time; None chooses by `kernels.target`.
     """
     call = call_of(query, key, value, bias, mask)
     if by_head is None:
-        by_head = jax.default_backend() == "cpu" and not (call.bias or call.mask)
+        by_head = target().platform == "cpu" and not (call.bias or call.mask)
     if by_head and (call.bias or call.mask):
         raise ValueError("by_head=True with a bias or a mask; expected neither: leave it out")
     logits = call.tokens * call.keys
     heads = 1 if by_head else call.batch * call.heads
-    if heads * logits <= (_OF_ONE_HEAD // 16 if by_head else _OF_ALL_HEADS):
+    short = heads * logits <= (_OF_ONE_HEAD // 16 if by_head else _OF_ALL_HEADS)
+    if short and query.dtype != jnp.float64:  # Its softmax is float32, whatever the query is.
         return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask, scale=scale)
 
     held = _OF_ONE_HEAD if by_head else _OF_ALL_HEADS
@@ -57,7 +61,8 @@ def attention(
     else:
         rows = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
         y = jax.lax.map(lambda head: _in_chunks(*head, None, None, scale, size), rows)
-    return y.reshape(q.shape).transpose(0, 2, 1, 3)
+    y, name = y.reshape(q.shape).transpose(0, 2, 1, 3), kept_name(call.keys)
+    return checkpoint_name(y, name) if name else y
 
 
 def _in_chunks(
@@ -72,7 +77,8 @@ def _in_chunks(
     """`[..., tokens, head_dim]`, with the logits of `size` queries at a time."""
     dtype = query.dtype
     # The backward pass adds the chunks' gradients up in this type. XLA leaves nothing else of it.
-    key, value = key.astype(jnp.float32), value.astype(jnp.float32)
+    wide = wide_type(dtype)
+    key, value = key.astype(wide), value.astype(wide)
     leading = tuple(range(query.ndim - 2))
 
     @jax.checkpoint
@@ -81,9 +87,7 @@ def _in_chunks(
         k, v = key.astype(dtype), value.astype(dtype)
         # Not a product with k.T: XLA's CPU backend transposes, and then multiplies, in float32.
         last = ((query.ndim - 1,), (query.ndim - 1,))
-        logits = jax.lax.dot_general(
-            q, k, (last, (leading, leading)), preferred_element_type=jnp.float32
-        )
+        logits = jax.lax.dot_general(q, k, (last, (leading, leading)), preferred_element_type=wide)
         logits = logits * scale
         if bias is not None:
             logits = logits + (bias if of_bias is None else of_bias)
@@ -91,7 +95,7 @@ def _in_chunks(
             logits = jnp.where(mask if of_mask is None else of_mask, logits, _MASKED)
         weights = jnp.exp(logits - logits.max(-1, keepdims=True))
         total = weights.sum(-1, keepdims=True)
-        y = jnp.matmul(weights.astype(dtype), v, preferred_element_type=jnp.float32)
+        y = jnp.matmul(weights.astype(dtype), v, preferred_element_type=wide)
         return (y / total).astype(dtype)
 
     def cut(x: jax.Array | None) -> jax.Array | None:

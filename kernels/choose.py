@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
-import jax
-
 from kernels import xla
-from kernels.chips import Chip, chip_of
+from kernels.chips import Chip
 from kernels.operands import Product
+from kernels.target import target
 
 _LOG = logging.getLogger("kernels")
 
@@ -70,13 +69,13 @@ def choose(product: Product, chip: Chip | None = None, asked: str = "auto") -> C
 
     Args:
         product: its `rows` may be unknown.
-        chip: this machine's first device if None.
+        chip: `kernels.target` if None.
         asked: "auto", or a backend's name, which is then the first that is tried.
 
     Raises:
         ValueError: `asked` is no backend.
     """
-    chip = chip_of(jax.devices()[0]) if chip is None else chip
+    chip = target() if chip is None else chip
     order: Sequence[str] = candidates(chip)
     if asked != "auto":
         module_of(asked)

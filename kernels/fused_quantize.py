@@ -15,6 +15,7 @@ from kernels import triton_quantize
 from kernels.choose import say_once
 from kernels.partition import automatic_axes
 from kernels.quantize_tokens import QuantizedTokens, quantize_tokens
+from kernels.reference import at_least_float32
 
 GPU_BACKENDS = ("hopper", "triton")
 """Backends of products whose tokens the Triton quantizers make."""
@@ -25,7 +26,7 @@ Clips = Sequence[tuple[jax.Array, jax.Array]]
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
     """LayerNorm without parameters over the last axis; always in float32, returns float32."""
-    x = x.astype(jnp.float32)
+    x = at_least_float32(x)
     centred = x - x.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt(variance + eps)
@@ -60,7 +61,7 @@ class Normalized:
         """The tokens, `[batch, tokens, in]` in dtype."""
         y = layer_norm(self.x, self.eps)
         if self.weight is not None:
-            y = y * self.weight.astype(jnp.float32) + self.bias.astype(jnp.float32)
+            y = y * at_least_float32(self.weight) + at_least_float32(self.bias)
         if self.scale is not None:
             y = y * (1 + self.per_token(self.scale)) + self.per_token(self.shift)
         return y.astype(self.dtype)
@@ -134,9 +135,7 @@ def quantize_gelu(
 
 def gelu(x: jax.Array) -> jax.Array:
     """The tanh approximation, computed in float32 as PyTorch's kernels do, in x's dtype."""
-    return jax.nn.gelu(x.astype(jnp.promote_types(x.dtype, jnp.float32)), approximate=True).astype(
-        x.dtype
-    )
+    return jax.nn.gelu(at_least_float32(x), approximate=True).astype(x.dtype)
 
 
 def per_row(clip: jax.Array, x: jax.Array) -> jax.Array:

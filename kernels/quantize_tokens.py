@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.reference import dequantize, signed_offset
+from kernels.reference import dequantize, signed_offset, wide_type
 
 _SMALLEST_SCALE = 1e-9
+_LAST_BITS = 8  # Units in the last place (of float32 for bfloat16) that count as the same value.
 
 
 class QuantizedTokens(NamedTuple):
@@ -31,10 +32,9 @@ class QuantizedTokens(NamedTuple):
 def extreme(x: jax.Array, largest: bool) -> jax.Array:
     """The largest or smallest of every token `[..., in]`, as `[..., 1]`; ties share the gradient.
 
-    As `jnp.max` and `jnp.min`, but its gradient is finite whatever the compiler does. Theirs looks
-    for the value among x again and divides by how often it is there; where x is computed anew for
-    the backward pass (rematerialised, or fused elsewhere) its last bit may differ, and it is there
-    not once.
+    As `jnp.max` and `jnp.min`, but its gradient arrives whatever the compiler does. Theirs looks
+    for the value among x again and divides by how often it is there; where x is computed twice
+    (rematerialised, or in two fusions) its last bits may differ, and it is there not once.
     """
     return (jnp.max if largest else jnp.min)(x, axis=-1, keepdims=True)
 
@@ -51,8 +51,11 @@ extreme.defvjp(_extreme_forward, _extreme_backward)
 
 
 def share_among(x: jax.Array, value: jax.Array, cotangent: jax.Array) -> jax.Array:
-    """`cotangent [..., 1]` in equal parts where `x [..., in]` equals `value [..., 1]`, else 0."""
-    here = x == value
+    """`cotangent [..., 1]` in equal parts where `x [..., in]` is `value [..., 1]`, else 0.
+
+    But for the last bits, see `extreme`; an x that has none such gets zeros, and no NaN.
+    """
+    here = jnp.abs(x - value) <= _LAST_BITS * jnp.finfo(wide_type(x.dtype)).eps * jnp.abs(value)
     count = jnp.maximum(jnp.sum(here, axis=-1, keepdims=True, dtype=jnp.float32), 1)
     return jnp.where(here, cotangent / count, 0).astype(x.dtype)
 
@@ -103,7 +106,7 @@ def encode_tokens(
     levels = levels.astype(x.dtype)
     offset = signed_offset(levels)
     codes = jnp.clip(jnp.round(x / scale) + zero_point, 0, levels) - offset
-    row_sum = jnp.sum(codes, axis=-1, keepdims=True, dtype=jnp.promote_types(x.dtype, jnp.float32))
+    row_sum = jnp.sum(codes, axis=-1, keepdims=True, dtype=wide_type(x.dtype))
     return QuantizedTokens(codes.astype(jnp.int8), scale, zero_point - offset, row_sum)
 
 

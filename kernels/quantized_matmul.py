@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels import xla
-from kernels.chips import chip_of
 from kernels.choose import candidates, few_rows, module_of, say_once
 from kernels.fused_quantize import per_row, quantize_several
 from kernels.low_rank import LowRank, low_rank_hidden, low_rank_matmul
 from kernels.operands import Product, Weight
 from kernels.partition import over_rows
 from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens
+from kernels.reference import wide_type
+from kernels.target import target
 
 
 def quantized_matmul(
@@ -57,7 +58,7 @@ def quantized_matmul(
         y = _with_branch_inside(tokens, values, weight, low_rank, backend, layout, bits, out_dtype)
         if y is not None:
             return y
-        wide = jnp.promote_types(out_dtype, jnp.float32)
+        wide = wide_type(out_dtype)
         how = {"backend": backend, "layout": layout, "bits": bits, "product_dtype": product_dtype}
         y = quantized_matmul(tokens, weight, **how, out_dtype=wide)
         return (y + low_rank_matmul(values, low_rank).astype(wide)).astype(out_dtype)
@@ -189,7 +190,7 @@ def _attempt(
     if module is xla or few_rows(product):  # Few rows go to XLA by design: nothing to report.
         return None
     try:
-        here = chip_of(jax.devices()[0])
+        here = target()
         if backend not in candidates(here):
             raise NotImplementedError(f"it has no kernel for {here.name}")
         module.check(product)

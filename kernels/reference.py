@@ -4,6 +4,19 @@ import jax
 import jax.numpy as jnp
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x` in float32, where norms, softmax, scales and sums live; float64 stays what it is.
+
+    Programs are compared with each other in float64: there rounding does not hide a fault.
+    """
+    return x.astype(wide_type(x.dtype))
+
+
+def wide_type(dtype: jnp.dtype) -> jnp.dtype:
+    """float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def dequantize(codes: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
     """`scale * (codes - zero_point)`, in the scale's dtype; zero point signed like the codes."""
     return scale * (codes.astype(scale.dtype) - zero_point)

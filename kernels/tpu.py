@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.chips import Chip, chip_of
+from kernels.chips import Chip
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens
+from kernels.target import target
 from kernels.tpu_fused import quantize_strip, strip_scalars
 from kernels.tpu_tiles import LANES, STRIP, VMEM, Tile, round_up, tiles
 
@@ -64,7 +65,7 @@ def check(product: Product, chip: Chip | None = None) -> None:
 
     Args:
         product: its `rows` may be unknown.
-        chip: the first device's if None; only what holds for all TPUs is asked where that is none.
+        chip: `kernels.target` if None; only what holds for all TPUs is asked where that is none.
 
     Raises:
         NotImplementedError: bits outside 2..8, another output type, a chip without a kernel, sums
@@ -77,7 +78,7 @@ def check(product: Product, chip: Chip | None = None) -> None:
         raise NotImplementedError(
             f"out_dtype={jnp.dtype(product.out_dtype).name}; expected bfloat16 or float32"
         )
-    chip = chip_of(jax.devices()[0]) if chip is None else chip
+    chip = target() if chip is None else chip
     if chip.platform == "tpu":
         tiles(product, chip.name, dot_dtype(product, chip))
 
@@ -103,7 +104,7 @@ def quantized_matmul(
         out_dtype: bfloat16 or float32.
         interpret: run as plain JAX on any device; dots are int8 then, for want of int4 ones.
         tile: `kernels.tpu_tiles.tiles` chooses if None.
-        chip: what to compile for; the first device's if None.
+        chip: what to compile for; `kernels.target` if None.
         dtype: of the dot, `dot_dtype` chooses if None.
 
     Returns:
@@ -197,7 +198,7 @@ def _container_bits(codes: jax.Array) -> int:
 def _target(
     product: Product, chip: Chip | None, dtype: jnp.dtype | None, interpret: bool
 ) -> tuple[Chip, jnp.dtype]:
-    chip = chip_of(jax.devices()[0]) if chip is None else chip
+    chip = target() if chip is None else chip
     check(product, chip)
     if dtype is None:
         dtype = jnp.int8 if interpret else dot_dtype(product, chip)

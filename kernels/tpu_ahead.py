@@ -17,7 +17,7 @@ from typing import NamedTuple
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 """Of each chip, the smallest that libtpu knows."""
 
-_ALONE = {
+ALONE = {
     "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -25,6 +25,7 @@ _ALONE = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }
+"""Environment of a process in which libtpu compiles, beside others and without a TPU."""
 
 
 class Case(NamedTuple):
@@ -76,7 +77,7 @@ def compile_for(chip: str, cases: list[Case]) -> list[Compiled]:
         )
         done = subprocess.run(
             [sys.executable, "-m", "kernels.tpu_ahead", chip, folder, json.dumps(cases)],
-            env={**os.environ, **_ALONE, "LIBTPU_INIT_ARGS": flags},
+            env={**os.environ, **ALONE, "LIBTPU_INIT_ARGS": flags},
             cwd=Path(__file__).parents[1],
             capture_output=True,
             text=True,

@@ -1,4 +1,4 @@
-"""The one exception that a user should ever see without a traceback."""
+"""The exceptions that a user should see without a traceback."""
 
 
 class UserError(ValueError):
@@ -6,4 +6,11 @@ class UserError(ValueError):
 
     The message names the value, the expectation and the remedy. `main.py` prints it alone and
     exits with code 2; nothing has been lost.
+    """
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run is gone or never came; starting all of them again mends it.
+
+    `main.py` prints the message alone and exits with code 75, on which launchers try again.
     """

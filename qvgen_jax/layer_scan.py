@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels.target import target
+
 
 def layer_scan(body: Callable, init: Any, layers: Any) -> tuple[Any, Any]:
     """`jax.lax.scan(body, init, layers)`, the same values and gradients.
@@ -21,7 +23,7 @@ def layer_scan(body: Callable, init: Any, layers: Any) -> tuple[Any, Any]:
         layers: pytree of arrays `[length, ...]`.
     """
     leaves, tree = jax.tree.flatten(layers)
-    narrow = [jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16 for x in leaves]
+    narrow = [target().platform == "cpu" and x.dtype == jnp.bfloat16 for x in leaves]
 
     def step(carry: Any, row: tuple[jax.Array, list[jax.Array]]) -> tuple[Any, Any]:
         index, others = row[0], iter(row[1])

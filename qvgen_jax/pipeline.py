@@ -19,7 +19,15 @@ from qvgen_jax.diffusion.guidance import Guidance
 from qvgen_jax.diffusion.schedulers import Scheduler, make_schedule
 from qvgen_jax.errors import UserError
 from qvgen_jax.generation_config import WAN_DEFAULTS
-from qvgen_jax.placement import Shardings, automatic, for_models, placed, spread
+from qvgen_jax.placement import (
+    Shardings,
+    automatic,
+    for_models,
+    placed,
+    spread,
+    spread_rows_of_pixels,
+    together,
+)
 from qvgen_jax.request import check_request, latent_size, prompt_list, whole_number
 from qvgen_jax.text.tokenizer import WAN_PROMPTS, PromptRule, tokenize
 
@@ -42,7 +50,11 @@ def load(
         dtype: float32 (default) or bfloat16: in which the transformer and the text encoder hold
             their matrices and compute. The VAE is always float32.
         mesh: devices to spread the videos of a batch over; every device holds all parameters, but
-            for what `shardings` cuts.
+            for what `shardings` cuts. A mesh of `qvgen_jax.mesh.make_mesh` cuts the parameters
+            by its own rules and computes each video on all devices of its `fsdp`, `context` and
+            `tensor` axes together: tokens and attention's heads apart, weights gathered layer by
+            layer as codes, the VAE's rows of pixels apart. With `data` 2 the two branches of
+            guidance run side by side.
         shardings: where the transformer's parameters shall live: one `jax.sharding.Sharding` for
             all; or a nested dict of them like `qvgen_jax.models.abstract_params(config)`, where one
             may stand for a whole subtree; or a function from such a dict of shapes to either, which
@@ -200,6 +212,7 @@ class Pipeline:
         """uint8 frames `[batch, f, h, w, 3]` of normalised latents, `batch_size` at a time."""
 
         def run(latents: jax.Array) -> np.ndarray:
+            latents = spread_rows_of_pixels(latents, self.mesh)
             return to_uint8(self.to_video(latents, tiling))
 
         return self._in_batches(run, {"latents": jnp.asarray(latents)}, batch_size)
@@ -323,7 +336,7 @@ class Pipeline:
         batch_size: int | None,
     ) -> np.ndarray:
         """Runs over equal batches, the last one filled up: one compilation, one arithmetic."""
-        devices = 1 if self.mesh is None else self.mesh.size
+        devices = together(self.mesh)
         size = devices if batch_size is None else whole_number(batch_size, "batch_size")
         if size % devices:
             raise UserError(f"batch_size is {size}, expected a multiple of the {devices} devices")

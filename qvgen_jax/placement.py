@@ -1,7 +1,9 @@
 """Where a pipeline's arrays live: whole on every device of a mesh, or in the caller's shardings."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +11,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from qvgen_jax.errors import UserError
+from qvgen_jax.mesh import AXES
+from qvgen_jax.sharding import layout, shard
 
 Shardings = Sharding | Mapping[str, Any] | Callable[[dict], Any] | None
 """One sharding for all parameters; or a nested dict like theirs, where one sharding may stand for a
@@ -29,6 +33,8 @@ def for_models(shardings: Shardings, mesh: Mesh | None) -> Shardings:
         A function for `with_shardings`. It raises a UserError if the shardings are not all of the
         same devices, the mesh's if there is one.
     """
+    if shardings is None and mesh is not None and mesh.axis_names == AXES:
+        shardings = partial(shard, mesh=mesh)
     if shardings is None:
         return None if mesh is None else NamedSharding(mesh, PartitionSpec())
     devices = set() if mesh is None else {tuple(mesh.devices.flat)}
@@ -216,8 +222,35 @@ def run_where(function: Callable, states: Any, *arguments: Any) -> Any:
         return function(*arguments)
 
 
+def together(mesh: Mesh | None) -> int:
+    """How many videos at once give every device something to do; batches are multiples of it.
+
+    One per device; over a run's mesh all of them share one.
+    """
+    return 1 if mesh is None or mesh.axis_names == AXES else mesh.size
+
+
 def spread(array: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Rows of the batch over all devices."""
+    """Rows of the batch over all devices, or as `qvgen_jax.sharding.layout` says."""
     if mesh is None:
         return array
-    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    axes = mesh.axis_names
+    if axes == AXES:
+        axes, _ = layout(len(array), mesh.shape)
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(axes)))
+
+
+def spread_rows_of_pixels(latents: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Latents `[batch, frames, height, width, channels]` for the VAE: also cut along their height.
+
+    Over a run's mesh alone; XLA exchanges the rows at the seams. As many of the axes as divide it.
+    """
+    if mesh is None or mesh.axis_names != AXES:
+        return spread(latents, mesh)
+    samples, left = layout(len(latents), mesh.shape)
+    over: tuple[str, ...] = ()
+    for axis in left:
+        parts = math.prod(mesh.shape[name] for name in (*over, axis))
+        if latents.shape[2] % parts == 0:
+            over = (*over, axis)
+    return jax.device_put(latents, NamedSharding(mesh, PartitionSpec(samples, None, over)))

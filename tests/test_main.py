@@ -58,6 +58,10 @@ def test_wrong_arguments_get_one_line_and_exit_code_2(arguments, message):
         (("--job", "export"), "has no checkpoint"),
         (("--job", "generate"), "needs --prompt"),
         (("--job", "pretrain"), "configs/tiny_pretrain.py"),
+        (("--job", "plan", "--target", "v9:2x2"), "no chip 'v9' is known"),
+        (("--job", "plan", "--target", "h200:3"), "samples"),
+        (("--job", "plan", "--target", "h200:1", "--nocompile", "--plan_json", "no/p"), "no/p"),
+        (("--config.train.remat=all",), "expected one of none, blocks, attention, offload"),
     ],
 )
 def test_wrong_values_are_told_before_anything_is_computed(arguments, message, tmp_path):

@@ -81,8 +81,7 @@ def batches(
     batch_size: int,
     start_step: int = 0,
     captions: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     threads: int = 4,
 ) -> Iterator[dict[str, Any]]:
     """Batches for ever, from `start_step` on; every epoch is a new shuffle of all clips.
@@ -93,32 +92,29 @@ def batches(
         batch_size: samples per step over all processes.
         start_step: the step whose batch comes first.
         captions: whether batches hold the captions too, which `jax.jit` does not take.
-        process_index, process_count: which share of every batch this process gets.
+        rows: which of every batch are wanted here, in this order; all if None. Only they are read.
         threads: read ahead with this many; one batch each is kept ready.
 
     Returns:
-        An iterator of dicts, `b = batch_size / process_count`: `latent_mean`, `latent_logvar`
+        An iterator of dicts, b as many as rows: `latent_mean`, `latent_logvar`
         float32 `[b, f, h, w, c]`; `text_embeds` `[b, max_length, dim]`, zero behind the tokens;
         `sample_index` int32 `[b]`, the sample's number since step 0 over all processes,
         `step * batch_size + i`, never twice the same; with `captions` also `caption`, strings.
 
     Raises:
-        ValueError: `batch_size` is not a positive multiple of `process_count`.
+        ValueError: `batch_size` is not positive.
     """
-    if batch_size <= 0 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size is {batch_size}, expected a positive multiple of the {process_count} "
-            "processes"
-        )
+    if batch_size <= 0:
+        raise ValueError(f"batch_size is {batch_size}, expected a positive number")
+    rows = range(batch_size) if rows is None else rows
+    samples = (
+        grain.MapDataset.source(dataset).shuffle(seed=seed).repeat(None).map_with_index(_numbered)
+    )
     stream = (
-        grain.MapDataset.source(dataset)
-        .shuffle(seed=seed)
-        .repeat(None)
-        .map_with_index(_numbered)
-        .slice(slice(start_step * batch_size + process_index, None, process_count))
-        .batch(
-            batch_size // process_count, batch_fn=partial(_collate, dataset.max_length, captions)
-        )
+        grain.MapDataset.range(len(samples) // batch_size * len(rows))
+        .slice(slice(start_step * len(rows), None))
+        .map(lambda n: samples[n // len(rows) * batch_size + rows[n % len(rows)]])
+        .batch(len(rows), batch_fn=partial(_collate, dataset.max_length, captions))
     )
     return iter(stream.to_iter_dataset(grain.ReadOptions(threads, threads)))
 

@@ -40,13 +40,18 @@ def denoise(noisy: jax.Array, velocity: jax.Array, sigma: jax.Array) -> jax.Arra
     return noisy - _per_sample(sigma, noisy) * velocity
 
 
-def sample_sigmas(key: jax.Array, shape: tuple[int, ...] = (), shift: float = 1.0) -> jax.Array:
-    """Noise levels for training, float32 `shape`: uniform on 1/1000, 2/1000, ... 1, then shifted.
+def sample_sigmas(
+    key: jax.Array,
+    shape: tuple[int, ...] = (),
+    shift: float = 1.0,
+    dtype: jnp.dtype = jnp.float32,
+) -> jax.Array:
+    """Noise levels for training, `shape`: uniform on 1/1000, 2/1000, ... 1, then shifted.
 
     Wan was trained, and QVGen trains, on the integer timesteps 1 to 1000; zero is left out.
     """
     steps = jax.random.randint(key, shape, 1, NUM_TRAIN_TIMESTEPS + 1)
-    return shift_sigma(steps.astype(jnp.float32) / NUM_TRAIN_TIMESTEPS, shift)
+    return shift_sigma(steps.astype(dtype) / NUM_TRAIN_TIMESTEPS, shift)
 
 
 def to_timesteps(sigma: jax.Array) -> jax.Array:

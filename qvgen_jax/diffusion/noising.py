@@ -41,7 +41,7 @@ def training_noise(scheduler: Scheduler, train: Mapping) -> Noising:
 
 def _flow_noise(shift: float) -> Noising:
     def noising(key: jax.Array, clean: jax.Array, noise: jax.Array) -> tuple:
-        sigma = flow.sample_sigmas(key, (), shift)
+        sigma = flow.sample_sigmas(key, (), shift, clean.dtype)
         noisy, velocity = flow.add_noise(clean, noise, sigma), flow.velocity_target(clean, noise)
         return noisy, flow.to_timesteps(sigma), velocity
 

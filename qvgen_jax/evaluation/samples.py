@@ -9,6 +9,7 @@ from pathlib import Path
 from qvgen_jax.data.moving_shapes import caption, held_out_prompts
 from qvgen_jax.data.video import write_video
 from qvgen_jax.errors import UserError
+from qvgen_jax.mesh import mesh_to_generate
 from qvgen_jax.pipeline import Pipeline, load
 
 
@@ -79,6 +80,7 @@ def generate_files(config: Mapping, workdir: Path, prompts: Sequence[str], seed:
     print(f"generating with {source}", flush=True)
     pipe = load(
         source,
+        mesh=mesh_to_generate(),
         text_weights=config["text_weights"],
         free_text_encoder=True,
         kernels=config["kernels"],

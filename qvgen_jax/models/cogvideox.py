@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels.reference import wide_type
 from qvgen_jax.errors import UserError
 from qvgen_jax.layer_scan import layer_scan
 from qvgen_jax.models.cogvideox_block import CogVideoXBlock
@@ -24,9 +25,12 @@ from qvgen_jax.models.layers import (
     timestep_embedding,
     unpatchify,
 )
+from qvgen_jax.models.remat import recomputed
+from qvgen_jax.models.rope import pad_table
 from qvgen_jax.quant import clips
 from qvgen_jax.quant.dense import Dense, QuantContext
 from qvgen_jax.quant.time_table import nearest_entry
+from qvgen_jax.sharding import over_tokens, pad_tokens
 
 TEXT_ONLY = ("patch_embed.text_proj",)
 """Linears that see only the prompt: nothing in them depends on the timestep."""
@@ -119,9 +123,11 @@ class OutputNorm(nnx.Module):
     be written to memory for it.
     """
 
-    def __init__(self, config: CogVideoXConfig, *, key: jax.Array, dense: Callable):
+    def __init__(
+        self, config: CogVideoXConfig, *, key: jax.Array, dense: Callable, dtype: jnp.dtype
+    ):
         features = (config.time_embed_dim, 2 * config.dim)
-        self.linear = dense("norm_out.linear", *features, key=key, dtype=jnp.float32)
+        self.linear = dense("norm_out.linear", *features, key=key, dtype=wide_type(dtype))
         self.norm = LayerNorm(config.dim, eps=config.norm_eps)
 
     def __call__(self, x: jax.Array, condition: jax.Array, ctx: QuantContext) -> jax.Array:
@@ -138,7 +144,7 @@ class CogVideoXTransformer(nnx.Module):
         dense: factory of the quantizable linears, with the signature of `Dense`.
         dtype: in which matrix products and activations are computed; parameters keep their own.
         clip_mode: how a timestep chooses its learned clip pair, see `quant.clips.clip_index`.
-        remat: recompute each block in the backward pass instead of keeping its activations.
+        remat: what the backward pass keeps, see `qvgen_jax.models.remat`.
         time_entries: of a time table, see `quant.time_table`; its timesteps are then parameters,
             and each sample reads the entry nearest to its own.
     """
@@ -151,7 +157,7 @@ class CogVideoXTransformer(nnx.Module):
         dense: Callable = Dense,
         dtype: jnp.dtype = jnp.float32,
         clip_mode: str = "bucket",
-        remat: bool = True,
+        remat: str = "blocks",
         time_entries: int | None = None,
     ):
         keys = jax.random.split(key, 5)
@@ -164,7 +170,7 @@ class CogVideoXTransformer(nnx.Module):
             jax.nn.silu,
             key=keys[1],
             dense=dense,
-            dtype=jnp.float32,
+            dtype=wide_type(dtype),
         )
 
         def make_block(key: jax.Array) -> CogVideoXBlock:
@@ -173,7 +179,7 @@ class CogVideoXTransformer(nnx.Module):
 
         self.blocks = jax.vmap(make_block)(jax.random.split(keys[2], config.num_layers))
         self.norm_final = LayerNorm(dim, eps=config.norm_eps)
-        self.norm_out = OutputNorm(config, key=keys[3], dense=dense)
+        self.norm_out = OutputNorm(config, key=keys[3], dense=dense, dtype=dtype)
         patch = config.patch_size
         features = patch[0] * patch[1] * patch[2] * config.out_channels
         self.proj_out = dense("proj_out", dim, features, key=keys[4], dtype=dtype)
@@ -219,15 +225,15 @@ class CogVideoXTransformer(nnx.Module):
         text, video = self.patch_embed(latents, text_embeds, ctx)
         video, rotary = self._place(video, grid, text_tokens)
         x = jnp.concatenate([text, video], axis=1)
+        tokens, x = x.shape[1], over_tokens(pad_tokens(x))
+        rotary = pad_table(rotary, x.shape[1])
 
         def body(x: jax.Array, block: CogVideoXBlock) -> tuple[jax.Array, None]:
-            return block(x, condition, text_tokens, rotary, ctx), None
+            return over_tokens(block(x, condition, text_tokens, rotary, tokens, ctx)), None
 
-        if self.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
-        x, _ = layer_scan(body, x, self.blocks)
+        x, _ = layer_scan(recomputed(body, self.remat), x, self.blocks)
 
-        x = self.norm_out(self.norm_final(x[:, text_tokens:]), condition, ctx)
+        x = self.norm_out(self.norm_final(x[:, text_tokens:tokens]), condition, ctx)
         x = self.proj_out(x.astype(self.dtype), ctx)
         return unpatchify(x, grid, config.patch_size, channels_first=True).astype(latents.dtype)
 

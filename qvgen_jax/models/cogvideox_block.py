@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels.attention import attention
 from kernels.fused_quantize import Normalized
+from kernels.reference import wide_type
+from qvgen_jax.models.attention import attention
 from qvgen_jax.models.layers import FeedForward, LayerNorm
 from qvgen_jax.models.rope import rotate
 from qvgen_jax.quant.apply import apply_normalized
@@ -29,7 +30,7 @@ class ModulatedNorm(nnx.Module):
         dtype: jnp.dtype,
     ):
         # One row per sample: float32 costs nothing here.
-        self.linear = dense(f"{name}.linear", time_dim, 6 * dim, key=key, dtype=jnp.float32)
+        self.linear = dense(f"{name}.linear", time_dim, 6 * dim, key=key, dtype=wide_type(dtype))
         self.norm = LayerNorm(dim, eps=eps)
         self.dtype = dtype
 
@@ -74,14 +75,22 @@ class JointAttention(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, tokens: Normalized, ctx: QuantContext, rotary: tuple[jax.Array, jax.Array] | None
+        self,
+        tokens: Normalized,
+        ctx: QuantContext,
+        rotary: tuple[jax.Array, jax.Array] | None,
+        count: int,
     ) -> jax.Array:
-        """Tokens `[batch, tokens, dim]` look at themselves; `rotary` has a row for each."""
+        """Tokens `[batch, tokens, dim]` look at themselves; `rotary` has a row for each.
+
+        The first `count` of them are no padding.
+        """
         q, k, v = apply_normalized((self.to_q, self.to_k, self.to_v), tokens, ctx)
         q, k, v = self.norm_q(self._split(q)), self.norm_k(self._split(k)), self._split(v)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        y = attention(q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype))
+        q, k, v = (y.astype(self.dtype) for y in (q, k, v))
+        y = attention(q, k, v, tokens=count)
         return self.to_out(y.reshape(tokens.x.shape), ctx)
 
     def _split(self, x: jax.Array) -> jax.Array:
@@ -117,6 +126,7 @@ class CogVideoXBlock(nnx.Module):
         condition: jax.Array,
         text_tokens: int,
         rotary: tuple[jax.Array, jax.Array] | None,
+        count: int,
         ctx: QuantContext,
     ) -> jax.Array:
         """The block on `x [batch, text and video tokens, dim]`.
@@ -125,8 +135,9 @@ class CogVideoXBlock(nnx.Module):
             condition: float32 `[batch, time_dim]`, the activated embedding of the timestep.
             text_tokens: how many of the tokens are the prompt's, at their start.
             rotary: table with a row per token; None where positions were added to the tokens.
+            count: how many of x's tokens are no padding.
         """
         y, gate = self.norm1(x, condition, text_tokens, ctx)
-        x = (x + self.attn1(y, ctx, rotary) * gate).astype(self.dtype)
+        x = (x + self.attn1(y, ctx, rotary, count) * gate).astype(self.dtype)
         y, gate = self.norm2(x, condition, text_tokens, ctx)
         return (x + self.ffn(y, ctx) * gate).astype(self.dtype)

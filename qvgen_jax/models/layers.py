@@ -10,6 +10,7 @@ from flax import nnx
 
 from kernels.fused_quantize import Normalized, layer_norm
 from kernels.low_rank import rows_matmul
+from kernels.reference import at_least_float32
 from qvgen_jax.quant.apply import apply_normalized, apply_to_gelu
 from qvgen_jax.quant.dense import QuantContext
 
@@ -24,7 +25,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         scale, bias = self.scale[...], self.bias[...]
-        return layer_norm(x, self.eps) * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+        return layer_norm(x, self.eps) * at_least_float32(scale) + at_least_float32(bias)
 
     def tokens(self, x: jax.Array, dtype: jnp.dtype, **modulation) -> Normalized:
         """`self(x)`, to be computed where it is read; scale, shift and such as of `Normalized`."""
@@ -40,9 +41,9 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
+        x = at_least_float32(x)
         variance = jnp.square(x).mean(-1, keepdims=True)
-        return x * jax.lax.rsqrt(variance + self.eps) * self.scale[...].astype(jnp.float32)
+        return x * jax.lax.rsqrt(variance + self.eps) * at_least_float32(self.scale[...])
 
 
 class TwoLinears(nnx.Module):
@@ -104,7 +105,7 @@ def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
     half = dim // 2
     # float32 as in PyTorch: at t = 1000 the last bit of a frequency is visible in the angle.
     exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000)) / np.float32(half)
-    angles = timesteps.astype(jnp.float32)[:, None] * np.exp(exponents)
+    angles = at_least_float32(timesteps)[:, None] * np.exp(exponents)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

@@ -1,8 +1,9 @@
 """Rotary positions over frames, rows and columns."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from kernels.reference import at_least_float32
 
 
 def rotary_table(
@@ -47,9 +48,19 @@ def axial_table(
     return cos.astype(np.float32), sin.astype(np.float32)
 
 
+def pad_table(
+    table: tuple[np.ndarray, np.ndarray] | None, tokens: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The table with rows of zeros behind, for so many tokens; None stays None."""
+    if table is None:
+        return None
+    cos, sin = (np.pad(part, ((0, tokens - len(part)), (0, 0), (0, 0))) for part in table)
+    return cos, sin
+
+
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate `x [batch, tokens, heads, head_dim]` by its position, in float32."""
     cos, sin = table
-    x = x.astype(jnp.float32)
+    x = at_least_float32(x)
     swapped = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
     return x * cos + swapped * sin

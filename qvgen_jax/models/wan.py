@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels.fused_quantize import Normalized, gelu
+from kernels.reference import at_least_float32, wide_type
 from qvgen_jax.config_fields import Even, Positive, check_fields
 from qvgen_jax.errors import UserError
 from qvgen_jax.layer_scan import layer_scan
@@ -19,12 +20,14 @@ from qvgen_jax.models.layers import (
     timestep_embedding,
     unpatchify,
 )
-from qvgen_jax.models.rope import rotary_table
+from qvgen_jax.models.remat import recomputed
+from qvgen_jax.models.rope import pad_table, rotary_table
 from qvgen_jax.models.wan_block import WanBlock
 from qvgen_jax.quant import clips
 from qvgen_jax.quant.apply import apply_normalized
 from qvgen_jax.quant.dense import Dense, QuantContext
 from qvgen_jax.quant.time_table import nearest_entry
+from qvgen_jax.sharding import over_tokens, pad_tokens
 
 TEXT_ONLY = (
     "condition_embedder.text_embedder.linear_1",
@@ -164,11 +167,16 @@ class ConditionEmbedder(nnx.Module):
     def __init__(self, config: WanConfig, *, key: jax.Array, dense: Callable, dtype: jnp.dtype):
         root, keys, dim = "condition_embedder", jax.random.split(key, 3), config.dim
         # The timestep's path has one row per sample: float32 costs nothing there.
-        time = {"dense": dense, "dtype": jnp.float32}
+        wide = wide_type(dtype)
         self.time_embedder = TwoLinears(
-            f"{root}.time_embedder", (config.freq_dim, dim), jax.nn.silu, key=keys[0], **time
+            f"{root}.time_embedder",
+            (config.freq_dim, dim),
+            jax.nn.silu,
+            key=keys[0],
+            dense=dense,
+            dtype=wide,
         )
-        self.time_proj = dense(f"{root}.time_proj", dim, 6 * dim, key=keys[1], dtype=jnp.float32)
+        self.time_proj = dense(f"{root}.time_proj", dim, 6 * dim, key=keys[1], dtype=wide)
         self.text_embedder = TwoLinears(
             f"{root}.text_embedder",
             (config.text_dim, dim),
@@ -197,8 +205,8 @@ class WanTransformer(nnx.Module):
         dense: factory of the quantizable linears, with the signature of `Dense`.
         dtype: in which matrix products and activations are computed; parameters keep their own.
         clip_mode: how a timestep chooses its learned clip pair, see `quant.clips.clip_index`.
-        remat: recompute each block in the backward pass instead of keeping its activations. On CPU
-            it is faster too: the stacked activations are fresh pages at every step.
+        remat: what the backward pass keeps, see `qvgen_jax.models.remat`. On CPU recomputing a
+            block is faster too: the stacked activations are fresh pages at every step.
         time_entries: of a time table, see `quant.time_table`; its timesteps are then parameters,
             and each sample reads the entry nearest to its own.
     """
@@ -211,7 +219,7 @@ class WanTransformer(nnx.Module):
         dense: Callable = Dense,
         dtype: jnp.dtype = jnp.float32,
         clip_mode: str = "bucket",
-        remat: bool = True,
+        remat: str = "blocks",
         time_entries: int | None = None,
     ):
         keys = jax.random.split(key, 5)
@@ -270,20 +278,19 @@ class WanTransformer(nnx.Module):
         ctx = QuantContext(clip_index, gate, time_index)
         x = self.patch_embedding(patchify(latents, config.patch_size))
         embedding, modulation, text = self.condition_embedder(timesteps, text_embeds, ctx)
-        rotary = rotary_table(grid, config.attention_head_dim)
+        tokens, x = x.shape[1], over_tokens(pad_tokens(x))
+        rotary = pad_table(rotary_table(grid, config.attention_head_dim), x.shape[1])
 
         def body(x: jax.Array, block: WanBlock) -> tuple[jax.Array, None]:
-            return block(x, text, modulation, rotary, ctx), None
+            return over_tokens(block(x, text, modulation, rotary, tokens, ctx)), None
 
-        if self.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
-        x, _ = layer_scan(body, x, self.blocks)
+        x, _ = layer_scan(recomputed(body, self.remat), x, self.blocks)
 
-        table = self.scale_shift_table[...].astype(jnp.float32) + embedding[:, None]
+        table = at_least_float32(self.scale_shift_table[...]) + embedding[:, None]
         shift, scale = jnp.split(table, 2, axis=1)
-        tokens = Normalized(x, config.eps, self.dtype, scale=scale, shift=shift)
-        (x,) = apply_normalized([self.proj_out], tokens, ctx)
-        return unpatchify(x, grid, config.patch_size).astype(latents.dtype)
+        last = Normalized(x, config.eps, self.dtype, scale=scale, shift=shift)
+        (x,) = apply_normalized([self.proj_out], last, ctx)
+        return unpatchify(x[:, :tokens], grid, config.patch_size).astype(latents.dtype)
 
     def _grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         patch, limit = self.config.patch_size, self.config.rope_max_seq_len

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels.attention import attention
 from kernels.fused_quantize import Normalized
+from kernels.reference import at_least_float32
+from qvgen_jax.models.attention import attention
 from qvgen_jax.models.layers import FeedForward, LayerNorm, RMSNorm
 from qvgen_jax.models.rope import rotate
 from qvgen_jax.quant.apply import apply_each, apply_normalized
@@ -45,8 +46,12 @@ class WanAttention(nnx.Module):
         *,
         context: jax.Array | None = None,
         rotary: tuple[jax.Array, jax.Array] | None = None,
+        count: int | None = None,
     ) -> jax.Array:
-        """Tokens `[batch, tokens, dim]` look at `context [batch, keys, dim]`, or at themselves."""
+        """Tokens `[batch, tokens, dim]` look at `context [batch, keys, dim]`, or at themselves.
+
+        Then `count` says how many of them are no padding, and `rotary` where they are.
+        """
         if context is None:
             q, k, v = apply_normalized((self.to_q, self.to_k, self.to_v), tokens, ctx)
         else:
@@ -55,7 +60,8 @@ class WanAttention(nnx.Module):
         q, k, v = self._split(self.norm_q(q)), self._split(self.norm_k(k)), self._split(v)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        y = attention(q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype))
+        q, k, v = (y.astype(self.dtype) for y in (q, k, v))
+        y = attention(q, k, v, tokens=count)
         return self.to_out(y.reshape(tokens.x.shape), ctx)
 
     def _split(self, x: jax.Array) -> jax.Array:
@@ -93,6 +99,7 @@ class WanBlock(nnx.Module):
         text: jax.Array,
         modulation: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
+        count: int,
         ctx: QuantContext,
     ) -> jax.Array:
         """The block on `x [batch, tokens, dim]`.
@@ -101,12 +108,13 @@ class WanBlock(nnx.Module):
             text: `[batch, text tokens, dim]`; unmasked, as padding is attended in Wan.
             modulation: float32 `[batch, 6, dim]`: shift, scale, gate of attention, then of the ffn.
             rotary: table of `rotary_table`.
+            count: how many of x's tokens are no padding.
         """
-        table = self.scale_shift_table[...].astype(jnp.float32) + modulation
+        table = at_least_float32(self.scale_shift_table[...]) + modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = jnp.split(table, 6, axis=1)
 
         y = Normalized(x, self.eps, self.dtype, scale=scale, shift=shift)
-        x = (x + self.attn1(y, ctx, rotary=rotary) * gate).astype(self.dtype)
+        x = (x + self.attn1(y, ctx, rotary=rotary, count=count) * gate).astype(self.dtype)
         x = x + self.attn2(self.norm2.tokens(x, self.dtype), ctx, context=text)
         y = Normalized(x, self.eps, self.dtype, scale=ffn_scale, shift=ffn_shift)
         return (x + self.ffn(y, ctx) * ffn_gate).astype(self.dtype)

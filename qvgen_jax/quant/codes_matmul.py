@@ -6,10 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.low_rank import kernel_gradient
 from kernels.operands import Weight
 from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens
 from kernels.quantized_matmul import quantized_matmul
-from kernels.reference import signed_offset
+from kernels.reference import signed_offset, wide_type
 from kernels.xla import wide_dtype
 from qvgen_jax.quant.weights import dequantize_weight
 
@@ -84,10 +85,9 @@ def _backward(product_dtype, residuals, cotangent):
     cotangent = cotangent.astype(compute)
     values = dequantize_tokens(tokens).astype(compute)
     kernel = dequantize_weight(*weight).astype(compute)
-    accumulate = jnp.promote_types(compute, jnp.float32)
+    accumulate = wide_type(compute)
     d_values = jnp.matmul(cotangent, kernel.T, preferred_element_type=accumulate)
-    rows, columns = values.reshape(-1, values.shape[-1]), cotangent.reshape(-1, kernel.shape[1])
-    d_kernel = jnp.matmul(rows.T, columns, preferred_element_type=accumulate)
+    d_kernel = kernel_gradient(values, cotangent)
     return d_values.astype(compute), d_kernel.astype(like_kernel.dtype), None, None
 
 

@@ -14,6 +14,7 @@ from kernels.low_rank import LowRank, low_rank_matmul, rows_matmul
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens, quantize_tokens
 from kernels.quantized_matmul import quantize_and_matmul, quantized_matmul
+from kernels.reference import wide_type
 from kernels.xla import wide_dtype
 from qvgen_jax.quant.codes_matmul import QuantizedWeight, codes_matmul, signed_zero_point
 from qvgen_jax.quant.config import QuantConfig
@@ -21,6 +22,7 @@ from qvgen_jax.quant.rotation import rotate
 from qvgen_jax.quant.smoothing import smooth_tokens
 from qvgen_jax.quant.tokens import clip_multipliers, fake_quantize_tokens, initial_clips
 from qvgen_jax.quant.weights import fake_quantize_weight, quantize_weight
+from qvgen_jax.sharding import cut, gathered
 
 
 class QuantContext(NamedTuple):
@@ -38,7 +40,10 @@ class QuantContext(NamedTuple):
 
 
 class Dense(nnx.Module):
-    """`y = x @ kernel + bias` in full precision: `x [..., in]` to `[..., out]`."""
+    """`y = x @ kernel + bias` in full precision: `x [..., in]` to `[..., out]`.
+
+    Over a run's mesh its kernel lies as `qvgen_jax.sharding` says of its name, if it is `cut`.
+    """
 
     def __init__(
         self,
@@ -49,16 +54,20 @@ class Dense(nnx.Module):
         key: jax.Array,
         dtype: jnp.dtype = jnp.float32,
         use_bias: bool = True,
+        cut: bool = True,
     ):
-        del name  # A dense factory chooses by name; the plain layer has no choice to make.
         bound = in_features**-0.5
         shape = (in_features, out_features)
         self.kernel = nnx.Param(jax.random.uniform(key, shape, jnp.float32, -bound, bound))
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if use_bias else None
-        self.dtype = dtype
+        self.name, self.dtype, self.cut = name, dtype, cut
 
     def __call__(self, x: jax.Array, ctx: QuantContext = QuantContext()) -> jax.Array:
-        y = rows_matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        path, kernel = f"{self.name}.kernel", self.kernel[...]
+        if self.cut:
+            kernel = gathered(cut(kernel, path).astype(self.dtype), path)
+        kernel = kernel.astype(self.dtype)
+        y = rows_matmul(x.astype(self.dtype), kernel)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         return y.astype(self.dtype)
@@ -104,12 +113,8 @@ class _TokenQuantizer(nnx.Module):
             "levels": self.act_levels[...],
             "include_zero": self.include_zero,
             "clip_ratio": self.clip_ratio,
-            "range_dtype": x.dtype if self.range_dtype == "tensor" else _at_least_float32(x.dtype),
+            "range_dtype": x.dtype if self.range_dtype == "tensor" else wide_type(x.dtype),
         }
-
-
-def _at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 class QuantDense(_TokenQuantizer):
@@ -132,6 +137,7 @@ class QuantDense(_TokenQuantizer):
         use_bias: bool = True,
     ):
         super().__init__(config, name, in_features, dtype)
+        self.name = name
         plain = Dense(name, in_features, out_features, key=key, dtype=dtype, use_bias=use_bias)
         self.kernel, self.bias = plain.kernel, plain.bias
         self.scale = nnx.Param(jnp.ones((out_features,), jnp.float32))
@@ -156,13 +162,15 @@ class QuantDense(_TokenQuantizer):
             x = self._prepare(x)
             values, tokens = fake_quantize_tokens(x, **self.clip_arguments(x, ctx))
         values = values.astype(self.dtype)
+        # Over a mesh each device quantizes its slice of the master, and codes are what travels.
+        path = f"{self.name}.kernel"
         weight = (
-            self.kernel[...],
+            cut(self.kernel[...], path),
             self.scale[...],
             None if self.zero_point is None else self.zero_point[...],
             self.weight_levels[...],
         )
-        integers = QuantizedWeight(quantize_weight(*weight), *jax.lax.stop_gradient(weight[1:]))
+        integers = self._everywhere(quantize_weight(*weight), *jax.lax.stop_gradient(weight[1:]))
         y = codes_matmul(
             values, fake_quantize_weight(*weight), tokens, integers, self.product_dtype
         )
@@ -170,9 +178,24 @@ class QuantDense(_TokenQuantizer):
             y = y + self.bias[...].astype(y.dtype)
         if ctx.gate is not None and hasattr(self, "L"):
             applied = low_rank_matmul if self.branch_space == "tokens" else branch_in_weights
-            branch = LowRank(self.L[...], self.R[...], ctx.gate)
+            left = gathered(cut(self.L[...], f"{self.name}.L"), f"{self.name}.L")
+            right = gathered(cut(self.R[...], f"{self.name}.R"), f"{self.name}.R")
+            branch = LowRank(left, right, ctx.gate)
             y = y + applied(values, branch).astype(y.dtype)
         return y.astype(self.dtype)
+
+    def _everywhere(
+        self, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, levels: jax.Array
+    ) -> QuantizedWeight:
+        """The integers as products need them.
+
+        All of them, so that the backward pass finds nothing to cut again: it would gather what the
+        codes stand for, twice the bytes.
+        """
+        scale = gathered(scale, f"{self.name}.scale")
+        if zero_point is not None:
+            zero_point = gathered(zero_point, f"{self.name}.zero_point")
+        return QuantizedWeight(gathered(codes, f"{self.name}.kernel"), scale, zero_point, levels)
 
 
 def _zero_points(config: QuantConfig, out_features: int) -> nnx.Param | None:
@@ -215,6 +238,7 @@ class PackedDense(_TokenQuantizer):
     ):
         del key  # Nothing is drawn: the values are loaded.
         super().__init__(config, name, in_features, dtype)
+        self.name = name
         self.bits, self.in_features = config.bits_of(name), in_features
         product = Product(None, in_features, out_features, *self.bits, jnp.dtype(dtype))
         self.backend, reason, self.layout = choose(product, chip, backend)
@@ -265,7 +289,8 @@ class PackedDense(_TokenQuantizer):
         wide = wide_dtype(self.product_dtype)
         zero_point = signed_zero_point(given, self.weight_levels[...], wide)
         bias = None if self.bias is None else self.bias[...]
-        return Weight(self.codes[...], self.scale[...], zero_point, self.code_sum[...], bias)
+        codes = gathered(self.codes[...], f"{self.name}.codes")
+        return Weight(codes, self.scale[...], zero_point, self.code_sum[...], bias)
 
 
 def dense_factory(config: QuantConfig, form: str, **packed: Any) -> Callable[..., nnx.Module]:

@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from kernels.reference import at_least_float32
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.low_rank import initial_branch
 from qvgen_jax.quant.named import layer_at, with_layer
@@ -34,7 +35,7 @@ def _prepare(
         if config.smoothing:
             kernel = layer_at(teacher, name)["kernel"]
             factors = smooth_factors(_maxima(activations, name), kernel, config.smoothing)
-            node = {**node, "kernel": _wide(node["kernel"]) * factors[..., None]}
+            node = {**node, "kernel": at_least_float32(node["kernel"]) * factors[..., None]}
         if block > 1:
             node = {**node, "kernel": rotate_kernel(node["kernel"], block)}
         params = with_layer(params, name, node)
@@ -49,7 +50,7 @@ def _prepare(
 
 def _fold(node: dict, factors: jax.Array | None, block: int) -> dict:
     """A linear whose outputs are smoothed and rotated."""
-    outputs = {leaf: _wide(node[leaf]) for leaf in ("kernel", "bias") if leaf in node}
+    outputs = {leaf: at_least_float32(node[leaf]) for leaf in ("kernel", "bias") if leaf in node}
     if factors is not None:
         divided = {"kernel": factors[..., None, :], "bias": factors}
         outputs = {leaf: array / divided[leaf] for leaf, array in outputs.items()}
@@ -63,10 +64,6 @@ def _maxima(activations: Mapping[str, jax.Array] | None, name: str) -> jax.Array
             "qvgen_jax.training.calibrate.activation_maxima measures them"
         )
     return activations[name]
-
-
-def _wide(array: jax.Array) -> jax.Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def _quantize_kernel(kernel: jax.Array, levels: jax.Array, rank: int, symmetric: bool) -> dict:

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.reference import at_least_float32, wide_type
+
 # A longer block spreads further (an outlier at 30 sigma: 49 % of error without, 15 % at 128, 13 %
 # at 256, 12 % at 512) but costs more: up to 256 the product takes about as long as reading and
 # writing the tokens does, where a bfloat16 matrix unit and the memory are balanced as in an H200.
@@ -48,14 +50,13 @@ def rotate(x: jax.Array, block: int) -> jax.Array:
     if block == 1:
         return x
     # Signs are exact in every dtype, 1 / sqrt(block) is not: it multiplies the float32 sum.
-    wide = jnp.promote_types(x.dtype, jnp.float32)
     y = jnp.matmul(
         x.reshape(-1, block),
         jnp.asarray(_signs(block), x.dtype),
         precision="highest",
-        preferred_element_type=wide,
+        preferred_element_type=wide_type(x.dtype),
     )
-    return (y * jnp.asarray(block**-0.5, wide)).reshape(x.shape).astype(x.dtype)
+    return (y * jnp.asarray(block**-0.5, y.dtype)).reshape(x.shape).astype(x.dtype)
 
 
 def _forward(x, block):
@@ -74,7 +75,7 @@ rotate.defvjp(_forward, _backward)
 @functools.partial(jax.jit, static_argnames="block")
 def rotate_kernel(kernel: jax.Array, block: int) -> jax.Array:
     """`Q^T W` over the input axis: `kernel [..., in, out]` to float32 (or float64) of its shape."""
-    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    kernel = at_least_float32(kernel)
     if block == 1:
         return kernel
     *stack, fan_in, fan_out = kernel.shape

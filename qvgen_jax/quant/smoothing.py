@@ -8,6 +8,8 @@ factors themselves are not.
 import jax
 import jax.numpy as jnp
 
+from kernels.reference import at_least_float32
+
 # Channels that are next to silent count as this share of the loudest, so that no factor is extreme.
 _QUIETEST = 1e-3
 _SMALLEST = 1e-12
@@ -39,5 +41,4 @@ def _loud(maxima: jax.Array) -> jax.Array:
 
 def smooth_tokens(x: jax.Array, factors: jax.Array) -> jax.Array:
     """`x [..., in]` with each channel divided by its factor `[in]`, in the dtype of `x`."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return (x.astype(wide) / factors).astype(x.dtype)
+    return (at_least_float32(x) / factors).astype(x.dtype)

@@ -96,6 +96,9 @@ def fake_quantize_tokens(
     Returns:
         values `[batch, ..., in]` in x's dtype, and the tokens (without gradient).
     """
+    # One array for all that reads it. Where the compiler computes x twice, in two fusions, the last
+    # bits differ, and the gradient of a minimum that is looked for in the other one is lost.
+    x = jax.lax.optimization_barrier(x)
     wide = x.astype(range_dtype)
     scale, zero_point = token_range(
         wide, lower, upper, levels, include_zero=include_zero, clip_ratio=clip_ratio

@@ -14,7 +14,7 @@ from configs import read_config
 from qvgen_jax.errors import UserError
 from qvgen_jax.study.operations import EQUAL_OPERATIONS, equal_steps
 
-# Keys that change where things lie or what is written about a run, not its numbers.
+# Keys that change where things lie, what is kept or what is written about a run, not its numbers.
 _FREE = (
     "command",
     "data.encoded",
@@ -26,6 +26,7 @@ _FREE = (
     "train.keep_checkpoints",
     "train.log_every",
     "train.log_spectrum",
+    "train.remat",
     "train.wandb_project",
 )
 
@@ -183,7 +184,7 @@ def differences(recorded: Mapping[str, Any], cell: Cell) -> list[str]:
     """
     now = relevant(cell.config)
     found = []
-    for key in sorted(set(recorded) | set(now)):
+    for key in sorted((set(recorded) | set(now)) - set(_FREE)):
         if key not in recorded:
             if key in cell.overrides:
                 found.append(f"{key}: new, {now[key]!r} here")

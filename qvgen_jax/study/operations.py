@@ -1,7 +1,6 @@
-"""How many multiply-adds a training step takes, from the shapes of the network's matrices.
+"""How many multiply-adds a run takes, for comparisons at equal cost.
 
-For comparisons at equal cost: without the low-rank branch a step is cheaper, so that more of them
-fit. Norms, softmax and the quantizers' element-wise work are left out.
+Without the low-rank branch a step is cheaper, so that more of them fit.
 """
 
 import json
@@ -11,37 +10,19 @@ from pathlib import Path
 from qvgen_jax.autoencoders.wan import WanVAEConfig
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import config_from_json, quantizable
-from qvgen_jax.models.linears import linears, video_tokens
+from qvgen_jax.models.linears import video_tokens
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.training.loop import rank_decay
+from qvgen_jax.training.operations import forward_products, step_work
 from qvgen_jax.training.student import quant_config
 
 EQUAL_OPERATIONS = "equal_operations"
 """What a grid writes for `train.steps`: as many as cost what the default costs."""
 
 
-def _products(
-    model: WanConfig, tokens: int, text_tokens: int, rank: int, quantized: Collection[str] = ()
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Multiply-adds of one sample's forward, without and in the low-rank branches, by name."""
-    dense, branch = {}, {}
-    for linear in linears(model, tokens, text_tokens):
-        rows = linear.rows * linear.count
-        dense[linear.name] = rows * linear.inner * linear.columns
-        if linear.name in quantized:
-            branch[linear.name] = rows * rank * (linear.inner + linear.columns)
-    # The patch embedding, a convolution.
-    patch = model.patch_size[0] * model.patch_size[1] * model.patch_size[2]
-    dense["patch_embedding"] = tokens * patch * model.in_channels * model.dim
-    # Logits and weighted sum, over the tokens themselves and over the text.
-    attended = 2 * tokens * (tokens + text_tokens)
-    dense["blocks.attention"] = model.num_layers * attended * model.dim
-    return dense, branch
-
-
 def forward_operations(model: WanConfig, tokens: int, text_tokens: int) -> int:
     """Multiply-adds of one sample's forward in full precision."""
-    return sum(_products(model, tokens, text_tokens, 0)[0].values())
+    return sum(product.count for product in forward_products(model, tokens, text_tokens))
 
 
 def step_operations(
@@ -50,26 +31,12 @@ def step_operations(
     text_tokens: int,
     rank: int,
     batch_size: int,
-    remat: bool,
+    remat: str,
     quantized: Collection[str],
 ) -> int:
-    """Multiply-adds of a training step.
-
-    The teacher's forward, the student's, and its backward at twice that; with `remat` the blocks'
-    forward once more.
-
-    Args:
-        tokens: of the video, of one sample.
-        text_tokens: of the prompt.
-        rank: columns of the branch in memory, 0 without one: a closed gate still costs its product.
-            Applied to the tokens.
-        quantized: names of the linears that have a branch.
-    """
-    dense, branch = _products(model, tokens, text_tokens, rank, quantized)
-    total = sum(dense.values())
-    for name, count in [*dense.items(), *branch.items()]:
-        total += count * (4 if remat and name.startswith("blocks.") else 3)
-    return batch_size * total
+    """Multiply-adds of a training step; arguments of `qvgen_jax.training.operations.step_work`."""
+    work = step_work(model, tokens, text_tokens, rank, remat, quantized)
+    return batch_size * sum(work.values())
 
 
 def run_operations(config: Mapping) -> tuple[int, int]:

@@ -205,7 +205,7 @@ class T5Encoder(nnx.Module):
             dense = partial(Int8Dense, dtype=dtype)
             self.token_embedding = Int8Embedding(*shape)
         else:
-            dense = partial(Dense, dtype=dtype, use_bias=False)
+            dense = partial(Dense, dtype=dtype, use_bias=False, cut=False)
             self.token_embedding = nnx.Param(jax.random.normal(keys[0], shape, jnp.float32))
 
         def make_block(key: jax.Array) -> T5Block:

@@ -9,14 +9,16 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from qvgen_jax.data.dataset import EncodedDataset, batches
+from qvgen_jax.data.dataset import EncodedDataset
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.diffusion.schedulers import Scheduler
 from qvgen_jax.models import TransformerConfig, build_transformer, quantizable
 from qvgen_jax.quant.calibration import Probe, observing
 from qvgen_jax.quant.named import layer_at
-from qvgen_jax.training.step import fill_patches, noisy_inputs, sample_keys
+from qvgen_jax.training.feed import feed
+from qvgen_jax.training.step import fill_patches, in_parts, noisy_inputs, sample_keys
 from qvgen_jax.training.student import quant_config
 
 BATCHES = 4
@@ -28,6 +30,7 @@ def activation_maxima(
     scheduler: Scheduler,
     teacher: dict,
     dataset: EncodedDataset,
+    mesh: Mesh | None = None,
 ) -> dict[str, jax.Array] | None:
     """The teacher's largest activations over what the first steps of the run will train on.
 
@@ -41,7 +44,7 @@ def activation_maxima(
     names, dtype = quant.quantized(quantizable(model)), jnp.dtype(config["compute_dtype"])
     network = nnx.eval_shape(
         lambda: build_transformer(
-            model, key=jax.random.key(0), dense=observing(names), dtype=dtype, remat=True
+            model, key=jax.random.key(0), dense=observing(names), dtype=dtype, remat="blocks"
         )
     )
     graphdef, _, probes = nnx.split(network, nnx.Param, Probe)
@@ -64,10 +67,10 @@ def activation_maxima(
 
         # As many samples at once as a training step holds.
         seen = (inputs["latents"], inputs["timesteps"], inputs["text_embeds"])
-        parts = jax.tree.map(lambda x: x.reshape(train["accumulate"], -1, *x.shape[1:]), seen)
+        parts = jax.tree.map(lambda x: in_parts(x, train["accumulate"]), seen)
         return jax.tree.map(lambda x: x.max(0), jax.lax.map(of_part, parts))
 
-    data = batches(dataset, seed=config["seed"], batch_size=train["batch_size"])
+    data = feed(dataset, config, mesh=mesh)
     found = [measure(teacher, next(data), jnp.int32(step)) for step in range(BATCHES)]
     maxima = jax.tree.map(lambda *each: jnp.max(jnp.stack(each), axis=0), *found)
     return {name: layer_at(maxima, name)["probe"] for name in names}

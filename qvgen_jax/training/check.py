@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from kernels.choose import BACKENDS
 from qvgen_jax.errors import UserError
+from qvgen_jax.models.remat import POLICIES
 from qvgen_jax.quant.schedule import phase_steps_for
 
 _POSITIVE = (
@@ -20,6 +21,7 @@ _POSITIVE = (
 # What 0 leaves out.
 _OPTIONAL = {
     "sample.count": "pairs of videos",
+    "train.profile_steps": "trace",
     "evaluate.videos": "judging",
     "evaluate.drift_videos": "drift",
 }
@@ -34,6 +36,7 @@ _CHOICES = {
     "quant.decay_shape": ("cosine", "linear", "abrupt"),
     "quant.include_zero": ("", "yes", "no"),
     "quant.rotation": ("none", "hadamard"),
+    "train.remat": POLICIES,
     "train.schedule": ("cosine", "constant_tail"),
 }
 # What a number must reach, and stay below.

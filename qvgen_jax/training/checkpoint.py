@@ -11,16 +11,19 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from qvgen_jax import hosts
 from qvgen_jax.errors import UserError
 
 # Sections of a config that decide what the run computes; the others may change between calls.
 _FIXED = ("model", "compute_dtype", "data", "quant", "train", "seed", "vae_train", "flow")
 _FREE_KEYS = (
     "log_every",
+    "profile_steps",
     "log_spectrum",
     "checkpoint_every",
     "checkpoint_seconds",
     "keep_checkpoints",
+    "remat",
     "table_steps",  # Of the export alone.
 )
 
@@ -113,6 +116,8 @@ def claim_workdir(workdir: Path, config: Mapping) -> None:
         UserError: see `compare_workdir`.
     """
     compare_workdir(workdir, config)
+    if not hosts.is_first():
+        return  # The first process writes for all.
     workdir.mkdir(parents=True, exist_ok=True)
     record = workdir / "config.json"
     partial = record.with_suffix(".tmp")

@@ -1,6 +1,5 @@
 """The training run: from a config and a workdir to the trained student's state."""
 
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -8,12 +7,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
-from qvgen_jax.data.dataset import EncodedDataset, batches
+from qvgen_jax import hosts, sharding
+from qvgen_jax.data.dataset import EncodedDataset
 from qvgen_jax.data.prepare import check_source, ensure_encoded
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.diffusion.schedulers import Scheduler
 from qvgen_jax.errors import UserError
+from qvgen_jax.mesh import mesh_of_config, told
 from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.pipeline import Pipeline, load
 from qvgen_jax.placement import Shardings
@@ -23,11 +25,15 @@ from qvgen_jax.quant.schedule import RankDecay, phase_steps_for
 from qvgen_jax.training import checkpoint
 from qvgen_jax.training.calibrate import activation_maxima, unmeasured
 from qvgen_jax.training.check import check_config, check_unguided
-from qvgen_jax.training.metrics import MetricWriter
+from qvgen_jax.training.feed import feed
+from qvgen_jax.training.metrics import MetricWriter, Silent, metric_writer
 from qvgen_jax.training.optimizer import make_optimizer
+from qvgen_jax.training.pace import Pace, work_of
+from qvgen_jax.training.profile import Profile
 from qvgen_jax.training.state import create_state, enter_step, has_branch
 from qvgen_jax.training.step import Recipe, train_step
 from qvgen_jax.training.student import (
+    as_held,
     describe_layers,
     quant_config,
     student_definition,
@@ -71,59 +77,67 @@ def initial_state(
     model: TransformerConfig,
     teacher: dict,
     activations: Mapping[str, jax.Array] | None = None,
+    mesh: Mesh | None = None,
 ) -> dict:
     """The student at step 0: the teacher's weights, searched scales, and Phi as their error.
 
-    `activations` are what `activation_maxima` measures; needed where the run smooths.
+    `activations` are what `activation_maxima` measures; needed where the run smooths. Over a mesh
+    every layer is searched where its slices lie, one after the other.
     """
     quant = quant_config(config["quant"], model)
     params, levels = quantize_params(teacher, quantizable(model), quant, activations)
     if config["quant"]["decay_order"] == "largest":
         params = on_every_branch(params, lambda left, right: reverse(left, right, quant.rank))
     optimizer = make_optimizer(config["train"], tail_start(config))
-    return create_state(params, levels, optimizer, average=config["train"]["ema_decay"] > 0)
+    average = config["train"]["ema_decay"] > 0
+
+    def create(params: dict, levels: dict) -> dict:
+        return create_state(params, levels, optimizer, average=average)
+
+    if mesh is None:
+        return create(params, levels)
+    params, levels = sharding.place(params, mesh), sharding.place(levels, mesh)
+    places = sharding.shard(jax.eval_shape(create, params, levels), mesh)
+    return jax.jit(create, out_shardings=places)(params, levels)
 
 
 def newest_state(
-    config: Mapping, model: TransformerConfig, teacher: dict, manager: ocp.CheckpointManager
+    config: Mapping,
+    model: TransformerConfig,
+    teacher: dict,
+    manager: ocp.CheckpointManager,
+    mesh: Mesh | None = None,
 ) -> dict | None:
-    """The newest checkpoint's state; None where there is no checkpoint yet."""
+    """The newest checkpoint's state, each host's slices of it; None where there is none yet."""
     step = manager.latest_step()
     if step is None:
         return None
     like = jax.eval_shape(lambda: initial_state(config, model, teacher, unmeasured(model, teacher)))
     if not has_branch(rank_decay(config), step):
         like = {**like, "params": drop_branch(like["params"]), "opt": drop_branch(like["opt"])}
-    return checkpoint.restore(manager, step, like)
+    return checkpoint.restore(manager, step, sharding.described(like, mesh))
 
 
-def compile_step(recipe: Recipe) -> Callable:
-    """The jitted update; its first argument's buffers are reused."""
-    return jax.jit(partial(train_step, recipe=recipe), donate_argnums=0)
+def compile_step(recipe: Recipe, places: dict | None = None) -> Callable:
+    """The jitted update; its first argument's buffers are reused.
+
+    Args:
+        recipe: of the run.
+        places: where the new state's arrays shall lie; None leaves it to the compiler.
+    """
+    how = {} if places is None else {"out_shardings": (places, None)}
+    return jax.jit(partial(train_step, recipe=recipe), donate_argnums=0, **how)
 
 
-def log_line(metrics: Mapping, params: Mapping, spectrum: bool, steps_per_second: float) -> dict:
+def log_line(metrics: Mapping, params: Mapping, spectrum: bool, speed: Mapping) -> dict:
     """What is written about a step: plain floats, and what the branch's spectrum is if asked."""
     line = {name: float(value) for name, value in metrics.items()}
     if spectrum:
         line["small_singular_share"] = float(_small_share(params))
-    return {**line, "steps_per_second": round(steps_per_second, 3)}
+    return {**line, **speed}
 
 
 _small_share = jax.jit(small_singular_share)
-
-
-class _Pace:
-    """Steps per second since the last `restart`; the first answer includes compiling."""
-
-    def __init__(self, step: int):
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self._step, self._time = step, time.perf_counter()
-
-    def __call__(self, step: int) -> float:
-        return (step - self._step) / (time.perf_counter() - self._time)
 
 
 def run_steps(
@@ -133,22 +147,37 @@ def run_steps(
     scheduler: Scheduler,
     teacher: dict,
     dataset: EncodedDataset,
-) -> dict:
-    """Train from wherever the workdir stands to `train.steps`; the final state, at rank 0."""
+    mesh: Mesh | None = None,
+) -> tuple[dict, dict]:
+    """Train from wherever the workdir stands to `train.steps`.
+
+    Returns:
+        The final state, at rank 0, and the teacher as the steps held it, see `as_held`: what it
+        gave up of the one that came in is deleted.
+    """
     train = config["train"]
     # Leaving the block, also by an interruption, waits until the last save is complete.
-    with checkpoint.open_checkpoints(workdir, train["keep_checkpoints"]) as manager:
-        state = newest_state(config, model, teacher, manager)
+    with (
+        sharding.under(mesh),
+        checkpoint.open_checkpoints(workdir, train["keep_checkpoints"]) as manager,
+    ):
+        state = newest_state(config, model, teacher, manager, mesh)
         if state is None:
-            activations = activation_maxima(config, model, scheduler, teacher, dataset)
-            state = checkpoint.committed(initial_state(config, model, teacher, activations))
-        writer = MetricWriter(
+            activations = activation_maxima(config, model, scheduler, teacher, dataset, mesh)
+            state = initial_state(config, model, teacher, activations, mesh)
+            state = checkpoint.committed(state)
+        teacher = as_held(teacher, jnp.dtype(config["compute_dtype"]))
+        writer = metric_writer(
             workdir, int(state["step"]), train["steps"], train["wandb_project"], "train"
         )
-        with writer:
-            state = _steps(config, state, model, scheduler, teacher, dataset, writer, manager)
-    decay, moments = rank_decay(config), config["quant"]["branch_moments"]
-    return enter_step(state, train["steps"], decay, moments)
+        profile = Profile(workdir / "profile", int(state["step"]), train["profile_steps"])
+        with writer, profile:
+            state = _steps(
+                config, state, model, scheduler, teacher, dataset, writer, profile, manager, mesh
+            )
+        decay, moments = rank_decay(config), config["quant"]["branch_moments"]
+        state = sharding.place(enter_step(state, train["steps"], decay, moments), mesh)
+    return state, teacher
 
 
 def _steps(
@@ -158,27 +187,36 @@ def _steps(
     scheduler: Scheduler,
     teacher: dict,
     dataset: EncodedDataset,
-    writer: MetricWriter,
+    writer: MetricWriter | Silent,
+    profile: Profile,
     manager: ocp.CheckpointManager,
+    mesh: Mesh | None,
 ) -> dict:
     """From the state's step to the last."""
     train, decay, start = config["train"], rank_decay(config), int(state["step"])
     empty_text, seed = jnp.asarray(dataset.empty_text_embeds), jnp.int32(config["seed"])
-    data = batches(dataset, seed=config["seed"], batch_size=train["batch_size"], start_step=start)
+    if mesh is not None:
+        empty_text, seed = jax.device_put((empty_text, seed), sharding.whole(mesh))
+    data = feed(dataset, config, start, mesh)
     compiled: dict[bool, Callable] = {}
-    pace = _Pace(start)
+    pace = Pace(start, work_of(config, model, dataset[0]["latent_mean"].shape))
     for step in range(start, train["steps"]):
-        state = enter_step(state, step, decay, config["quant"]["branch_moments"])
+        profile.before(step)
+        entered = enter_step(state, step, decay, config["quant"]["branch_moments"])
+        if entered is not state:  # A boundary: what was refactored goes back to its place.
+            state = sharding.place(entered, mesh)
         branch = has_branch(decay, step + 1)
         if branch not in compiled:
-            compiled[branch] = compile_step(make_recipe(config, model, scheduler, branch=branch))
+            recipe = make_recipe(config, model, scheduler, branch=branch)
+            places = None if mesh is None else sharding.shard(state, mesh)
+            compiled[branch] = compile_step(recipe, places)
         state, metrics = compiled[branch](state, next(data), teacher, empty_text, seed)
         done = step + 1
         writer.advance(done)
         if done % train["log_every"] == 0 or done == train["steps"]:
             jax.block_until_ready(metrics)
-            rate, spectrum = pace(done), branch and train["log_spectrum"]
-            writer.write(step, log_line(metrics, state["params"], spectrum, rate))
+            speed, spectrum = pace(done), branch and train["log_spectrum"]
+            writer.write(step, log_line(metrics, state["params"], spectrum, speed))
             pace.restart(done)  # What logging takes, its SVDs above all, is no step's.
         if done % train["checkpoint_every"] == 0 or done == train["steps"]:
             checkpoint.save(manager, state)
@@ -200,13 +238,17 @@ def load_model(config: Mapping, shardings: Shardings = None) -> Pipeline:
     )
 
 
-def train(config: Mapping, workdir: Path, shardings: Shardings = None) -> tuple[Pipeline, dict]:
+def over_mesh(mesh: Mesh | None) -> Shardings:
+    """The teacher's shardings, for `load_model`."""
+    return None if mesh is None else partial(sharding.shard, mesh=mesh)
+
+
+def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
     """Train the student of `config` in `workdir`, or continue, or find it done.
 
     Args:
         config: plain dicts.
         workdir: where the run lives.
-        shardings: of the teacher's parameters; the compiler places the student's after them.
 
     Returns:
         The teacher's pipeline and the student's final state, without a branch.
@@ -216,22 +258,32 @@ def train(config: Mapping, workdir: Path, shardings: Shardings = None) -> tuple[
     """
     check_config(config)
     checkpoint.compare_workdir(workdir, config)
+    mesh = mesh_of_config(config)
     check_source(config, workdir)
-    pipe = load_model(config, shardings)
+    pipe = load_model(config, over_mesh(mesh))
     model, teacher = pipe.transformer.config, pipe.transformer.states[0]
     check_unguided(config, pipe.defaults["steps"])
     training_noise(pipe.scheduler, config["train"])  # A model of the other family: told now.
-    print(describe_layers(model, quant_config(config["quant"], model)), flush=True)
+    if hosts.is_first():
+        print(describe_layers(model, quant_config(config["quant"], model)), flush=True)
+        if mesh is not None:
+            print(told(mesh), flush=True)
     encoded = ensure_encoded(config, workdir, pipe)
     # Only now: a typo in the model's or the data's path must not mark the workdir as another run's.
     checkpoint.claim_workdir(workdir, config)
+    hosts.barrier("workdir claimed")
     dataset = EncodedDataset(encoded, config["data"]["max_length"])
-    return pipe, run_steps(config, workdir, model, pipe.scheduler, teacher, dataset)
+    state, teacher = run_steps(config, workdir, model, pipe.scheduler, teacher, dataset, mesh)
+    return _holding(config, pipe, teacher), state
 
 
-def finished_state(
-    config: Mapping, workdir: Path, shardings: Shardings = None
-) -> tuple[Pipeline, dict]:
+def _holding(config: Mapping, pipe: Pipeline, teacher: dict) -> Pipeline:
+    """The pipeline with the teacher as training held it, computing in the same type."""
+    dtype = jnp.dtype(config["compute_dtype"])
+    return pipe.with_transformer(teacher_definition(pipe.transformer.config, dtype), teacher)
+
+
+def finished_state(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
     """As `train`, of a run that has ended.
 
     Raises:
@@ -248,8 +300,10 @@ def finished_state(
                 f"{workdir} has {stands}, needed is the end of training, step {steps}; run the "
                 "same command with --job train first"
             )
-        pipe = load_model(config, shardings)
+        mesh = mesh_of_config(config)
+        pipe = load_model(config, over_mesh(mesh))
         check_unguided(config, pipe.defaults["steps"])
         model, teacher = pipe.transformer.config, pipe.transformer.states[0]
-        state = newest_state(config, model, teacher, manager)
+        state = newest_state(config, model, teacher, manager, mesh)
+    pipe = _holding(config, pipe, as_held(teacher, jnp.dtype(config["compute_dtype"])))
     return pipe, enter_step(state, steps, rank_decay(config), config["quant"]["branch_moments"])

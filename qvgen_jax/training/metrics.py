@@ -7,6 +7,8 @@ from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qvgen_jax import hosts
+
 
 def _keep_before(path: Path, step: int) -> None:
     """Drop the lines at or after `step`: the resumed run writes them again, identically."""
@@ -23,6 +25,28 @@ def _keep_before(path: Path, step: int) -> None:
     partial = path.with_suffix(".tmp")
     partial.write_text("".join(kept))
     partial.replace(path)
+
+
+def metric_writer(workdir: Path, start: int, total: int, wandb_project: str, title: str):
+    """A `MetricWriter` on the first process of a run, `Silent` on the others."""
+    arguments = (workdir, start, total, wandb_project, title)
+    return MetricWriter(*arguments) if hosts.is_first() else Silent()
+
+
+class Silent:
+    """Takes what a `MetricWriter` takes, and says nothing."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing is open."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Nothing: the first process writes."""
+
+    def advance(self, step: int) -> None:
+        """Nothing: the first process has the bar."""
 
 
 class MetricWriter:
@@ -86,6 +110,8 @@ class MetricWriter:
         note = " ".join(f"{name} {form.format(scalars[name])}" for name, form in known.items())
         if "steps_per_second" in scalars:
             note += f" {scalars['steps_per_second']:.2f} steps/s"
+        if "mfu" in scalars:
+            note += f" MFU {100 * scalars['mfu']:.0f} %"
         self._progress.update(self._task, note=note)
         if not self._progress.console.is_terminal:
             print(f"step {step}/{self._total} {note}", flush=True)

@@ -74,7 +74,7 @@ class Networks:
         self.text_encoder = T5Config.from_json(_read(architecture / "text_encoder/config.json"))
         keys = jax.random.split(jax.random.key(seed))
         built = {
-            "transformer": WanTransformer(self.transformer, key=keys[0], dtype=dtype, remat=True),
+            "transformer": WanTransformer(self.transformer, key=keys[0], dtype=dtype),
             "text_encoder": T5Encoder(self.text_encoder, key=keys[1], dtype=dtype),
         }
         split = {name: nnx.split(network, nnx.Param) for name, network in built.items()}

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kernels.reference import at_least_float32
 from qvgen_jax.quant.low_rank import (
     change_of_basis,
     cut_tree,
@@ -28,7 +29,7 @@ def create_state(
 ) -> dict:
     """A state at step 0 from initialised (quantized) parameters, with `ema` if `average`."""
     # Copies: both clips start as one array, and a buffer can be donated only once.
-    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
+    params = jax.tree.map(lambda leaf: jnp.array(at_least_float32(leaf)), params)
     return {
         "params": params,
         "levels": levels,

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from kernels.reference import at_least_float32, wide_type
 from qvgen_jax.diffusion.noising import Noising
 from qvgen_jax.quant.low_rank import drop_branch
 from qvgen_jax.quant.schedule import RankDecay, fade_at, gate_at, rank_at
+from qvgen_jax.sharding import laid_out
 from qvgen_jax.training.optimizer import learning_rates
 
 
@@ -83,9 +85,9 @@ def noisy_inputs(
 
     def one(key: jax.Array, mean: jax.Array, logvar: jax.Array, text: jax.Array) -> dict:
         posterior, normal, time, caption = jax.random.split(key, 4)
-        spread = jnp.exp(0.5 * logvar) * jax.random.normal(posterior, mean.shape, jnp.float32)
+        spread = jnp.exp(0.5 * logvar) * jax.random.normal(posterior, mean.shape, mean.dtype)
         clean = mean + spread
-        noise = jax.random.normal(normal, mean.shape, jnp.float32)
+        noise = jax.random.normal(normal, mean.shape, mean.dtype)
         noisy, timestep, velocity = noising(time, clean, noise)
         dropped = jax.random.uniform(caption, (), jnp.float32) < caption_dropout
         return {
@@ -95,8 +97,7 @@ def noisy_inputs(
             "velocity": velocity,
         }
 
-    mean = batch["latent_mean"].astype(jnp.float32)
-    logvar = batch["latent_logvar"].astype(jnp.float32)
+    mean, logvar = (at_least_float32(batch[name]) for name in ("latent_mean", "latent_logvar"))
     return jax.vmap(one)(keys, mean, logvar, batch["text_embeds"])
 
 
@@ -110,9 +111,10 @@ def teacher_share(timesteps: jax.Array, blend: float) -> jax.Array:
         timesteps: `[b]`, 0 (clean) to 1000 (noise).
         blend: a; 0 leaves everything to the teacher.
     """
+    timesteps = at_least_float32(timesteps)
     if not blend:
-        return jnp.ones(timesteps.shape, jnp.float32)
-    return jnp.expm1(blend * timesteps.astype(jnp.float32) / 1000) / jnp.expm1(blend)
+        return jnp.ones_like(timesteps)
+    return jnp.expm1(blend * timesteps / 1000) / jnp.expm1(jnp.asarray(blend, timesteps.dtype))
 
 
 def distillation_loss(
@@ -127,8 +129,8 @@ def distillation_loss(
     teacher = nnx.merge(recipe.teacher, teacher_params)
     student = nnx.merge(recipe.student, params, levels)
     arguments = (inputs["latents"], inputs["timesteps"], inputs["text_embeds"])
-    target = jax.lax.stop_gradient(teacher(*arguments)).astype(jnp.float32)
-    prediction = student(*arguments, gate=gate).astype(jnp.float32)
+    target = at_least_float32(jax.lax.stop_gradient(teacher(*arguments)))
+    prediction = at_least_float32(student(*arguments, gate=gate))
     axes = tuple(range(1, prediction.ndim))
     loss = jnp.mean(jnp.square(prediction - target), axes)
     blend = recipe.train["truth_blend"]
@@ -152,16 +154,22 @@ def averaged(ema: dict, params: dict, step: jax.Array, recipe: Recipe) -> dict:
     return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, ema, drop_branch(params))
 
 
+def in_parts(x: jax.Array, parts: int) -> jax.Array:
+    """`[batch, ...]` as `[parts, batch / parts, ...]`; over a mesh, every device's own samples."""
+    return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
 def _accumulated(loss: Callable, params: dict, inputs: dict, parts: int) -> tuple:
     """Loss and gradient averaged over `parts` equal slices of the batch, one slice in memory."""
     if parts == 1:
         return jax.value_and_grad(loss)(params, inputs)
-    slices = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), inputs)
+    slices = jax.tree.map(lambda x: in_parts(x, parts), inputs)
 
     def add(total: tuple, part: dict) -> tuple:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, part)), None
 
-    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    loss_type = wide_type(inputs["latents"].dtype)
+    zeros = (jnp.zeros((), loss_type), laid_out(jax.tree.map(jnp.zeros_like, params)))
     total, _ = jax.lax.scan(add, zeros, slices)
     return jax.tree.map(lambda x: x / parts, total)
 

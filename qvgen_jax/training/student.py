@@ -19,6 +19,15 @@ from qvgen_jax.models import (
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, dense_factory
 
+# On the timestep's path.
+_COMPUTED_IN_FLOAT32 = {
+    "time_embedder",
+    "time_proj",
+    "time_embedding",
+    "norm1",
+    "norm2",
+    "norm_out",
+}
 _BEHAVIOURS = ("default", "released")
 _PASSED_ON = ("branch_space", "symmetric_weights", "rotation", "smoothing", "time_table")
 
@@ -76,9 +85,30 @@ def quant_config(quant: Mapping, model: TransformerConfig) -> QuantConfig:
 def teacher_definition(model: TransformerConfig, dtype: jnp.dtype) -> nnx.GraphDef:
     """The full-precision network described, nothing allocated."""
     teacher = nnx.eval_shape(
-        lambda: build_transformer(model, key=jax.random.key(0), dtype=dtype, remat=False)
+        lambda: build_transformer(model, key=jax.random.key(0), dtype=dtype, remat="none")
     )
     return nnx.split(teacher)[0]
+
+
+def as_held(teacher: dict, dtype: jnp.dtype) -> dict:
+    """The teacher's parameters as a step needs them: kernels in the type that they multiply in.
+
+    Half the memory in bfloat16, and the same predictions: its linears would narrow them anyway.
+    Those on the timestep's path compute in float32, and stay. An array that is narrowed is deleted,
+    one after the other: there is never a second teacher.
+    """
+
+    def one(path: tuple, leaf: jax.Array) -> jax.Array:
+        names = {part.key for part in path}
+        if path[-1].key != "kernel" or names & _COMPUTED_IN_FLOAT32 or leaf.dtype == dtype:
+            return leaf
+        narrow = leaf.astype(dtype)
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            narrow.block_until_ready()
+            leaf.delete()
+        return narrow
+
+    return jax.tree.map_with_path(one, teacher)
 
 
 def student_definition(
@@ -87,7 +117,7 @@ def student_definition(
     dtype: jnp.dtype,
     *,
     branch: bool,
-    remat: bool = False,
+    remat: str = "none",
 ) -> nnx.GraphDef:
     """The quantized network described; at rank 0 there is no `branch` any more."""
     quant = quant if branch else dataclasses.replace(quant, rank=0)

@@ -35,7 +35,7 @@ def metrics(workdir: Path) -> list[dict]:
     path = workdir / "metrics.jsonl"
     text = path.read_text() if path.is_file() else ""
     records = [json.loads(line) for line in text.split("\n")[:-1]]
-    return [{k: v for k, v in r.items() if k != "steps_per_second"} for r in records]
+    return [{k: v for k, v in r.items() if not k.endswith("_per_second")} for r in records]
 
 
 def verdict(workdir: Path) -> list[dict]:

@@ -45,7 +45,7 @@ def calls(monkeypatch):
     for name in kernels:
         monkeypatch.setattr(tpu, name, partial(interpreted, name))
     for module in (public, tpu):
-        monkeypatch.setattr(module, "chip_of", lambda device: V5E)
+        monkeypatch.setattr(module, "target", lambda: V5E)
     monkeypatch.setattr(choose, "_said", set())
     return made
 
@@ -196,7 +196,7 @@ def test_a_whole_model_on_the_chips_backend_is_the_one_on_xla(calls):
         dense = dense_factory(quant, "packed", backend=backend, chip=V5E)
         key = jax.random.key(0)
         built = nnx.eval_shape(
-            lambda: build_transformer(config, key=key, dense=dense, dtype=jnp.float32, remat=False)
+            lambda: build_transformer(config, key=key, dense=dense, dtype=jnp.float32, remat="none")
         )
         return nnx.split(built, nnx.Param, Levels)
 

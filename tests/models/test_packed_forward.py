@@ -66,7 +66,7 @@ def packed_model(fields, quant, dtype, backend="xla", chip=CHIPS["cpu"]):
     def graph(dense):
         built = nnx.eval_shape(
             lambda: build_transformer(
-                config, key=jax.random.key(0), dense=dense, dtype=dtype, remat=False
+                config, key=jax.random.key(0), dense=dense, dtype=dtype, remat="none"
             )
         )
         return nnx.split(built, nnx.Param, Levels)[0]

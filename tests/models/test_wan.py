@@ -93,7 +93,7 @@ def test_bfloat16_computes_the_same_velocity_up_to_its_rounding(golden, params):
 
 @pytest.mark.slow
 def test_recomputing_the_blocks_keeps_the_gradients(golden, params):
-    def gradients(remat: bool) -> dict:
+    def gradients(remat: str) -> dict:
         graph = nnx.graphdef(abstract(remat=remat))
 
         def loss(params):
@@ -101,7 +101,7 @@ def test_recomputing_the_blocks_keeps_the_gradients(golden, params):
 
         return jax.jit(jax.grad(loss))(jax.tree.map(jnp.asarray, params))
 
-    kept, recomputed = gradients(False), gradients(True)
+    kept, recomputed = gradients("none"), gradients("blocks")
     for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(recomputed), strict=True):
         scale = np.abs(a).max()
         assert scale > 0  # every parameter takes part

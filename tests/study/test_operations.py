@@ -42,16 +42,20 @@ def test_a_forward_counts_every_matrix_once_per_row():
 
 
 def test_a_step_is_the_teachers_forward_and_the_students_forward_and_backward():
-    plain = step_operations(MODEL, TOKENS, TEXT, rank=0, batch_size=3, remat=False, quantized=NAMES)
+    plain = step_operations(
+        MODEL, TOKENS, TEXT, rank=0, batch_size=3, remat="none", quantized=NAMES
+    )
     assert plain == 3 * 4 * (OUTSIDE + BLOCKS)
-    remat = step_operations(MODEL, TOKENS, TEXT, rank=0, batch_size=3, remat=True, quantized=NAMES)
+    remat = step_operations(
+        MODEL, TOKENS, TEXT, rank=0, batch_size=3, remat="blocks", quantized=NAMES
+    )
     assert remat - plain == 3 * BLOCKS
 
 
 def test_the_branch_costs_rank_times_both_sides_of_every_quantized_linear():
     def step(rank: int) -> int:
         return step_operations(
-            MODEL, TOKENS, TEXT, rank=rank, batch_size=1, remat=False, quantized=NAMES
+            MODEL, TOKENS, TEXT, rank=rank, batch_size=1, remat="none", quantized=NAMES
         )
 
     time = (4 + 10) + (10 + 10) + (10 + 60)

@@ -48,7 +48,7 @@ def by_hand(params: dict) -> dict[str, np.ndarray]:
             return super().__call__(x, *rest)
 
     network = nnx.eval_shape(
-        lambda: build_transformer(MODEL, key=jax.random.key(0), dense=Recorded, remat=False)
+        lambda: build_transformer(MODEL, key=jax.random.key(0), dense=Recorded, remat="none")
     )
     graphdef = nnx.split(network, nnx.Param)[0]
     data = batches(Clips(), seed=CONFIG["seed"], batch_size=CONFIG["train"]["batch_size"])
@@ -122,10 +122,10 @@ def test_a_smoothed_run_resumes_exactly_never_trains_its_factors_and_is_exported
     step = loop.compile_step(loop.make_recipe(SMOOTHED, MODEL, SCHEDULER, branch=False))
     device = jax.devices()[0]  # As a restored state is: one compilation for all.
     monkeypatch.setattr(
-        loop, "compile_step", lambda _: lambda state, *x: step(jax.device_put(state, device), *x)
+        loop, "compile_step", lambda *_: lambda state, *x: step(jax.device_put(state, device), *x)
     )
     run = (SMOOTHED, tmp_path / "whole", MODEL, SCHEDULER, teacher, Clips())
-    whole = loop.run_steps(*run)
+    whole, _ = loop.run_steps(*run)
     # Weight decay of a half would have shown.
     jax.tree.map(np.testing.assert_array_equal, whole["levels"], first["levels"])
     before, after = (s["params"]["blocks"]["ffn"]["down"]["kernel"] for s in (first, whole))
@@ -143,7 +143,7 @@ def test_a_smoothed_run_resumes_exactly_never_trains_its_factors_and_is_exported
     with pytest.raises(InterruptedError):
         loop.run_steps(*run)
     monkeypatch.setattr(loop, "enter_step", enter)
-    resumed = loop.run_steps(*run)
+    resumed, _ = loop.run_steps(*run)
     assert len(measured) == 2  # The checkpoint has what came of it.
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     exported_as_trained(whole, tmp_path)

@@ -67,7 +67,7 @@ def run(tmp_path_factory):
     teacher = load(values["model"])
     model, params = teacher.transformer.config, teacher.transformer.states[0]
     clips = Clips(model.in_channels, model.text_dim)
-    state = loop.run_steps(values, folder, model, teacher.scheduler, params, clips)
+    state, _ = loop.run_steps(values, folder, model, teacher.scheduler, params, clips)
     quant = quant_config(values["quant"], model)
     export_pipeline(values["model"], folder / "export", model, state["params"], quant)
     return teacher, state, folder / "export"

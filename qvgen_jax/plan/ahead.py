@@ -1,0 +1,198 @@
+"""The real training step, compiled for chips that are not here; nothing is allocated.
+
+For a TPU that takes libtpu, for a GPU jax's CUDA plugin; both are in the extra `aot`.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kernels.tpu_ahead import ALONE
+from qvgen_jax.errors import UserError
+from qvgen_jax.plan.collectives import Collective, collectives
+from qvgen_jax.plan.gpus import DESCRIBED, description
+from qvgen_jax.plan.target import Target, parse_target
+
+_PACKAGES = {"tpu": "libtpu", "gpu": "jax_cuda13_plugin"}
+_GPU = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # It would need the chip.
+}
+# The compilers allocate without end: an eighth less of their time with huge pages.
+_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+class Compiled(NamedTuple):
+    """What a compiler says of a step, of each device.
+
+    Attributes:
+        arguments: bytes of state, teacher and batch.
+        outputs: bytes of the new state and the metrics.
+        aliased: of them, what takes the place of arguments.
+        temporaries: bytes beyond both, with the gaps between them.
+        peak: bytes that are alive at once, without those gaps.
+        lower_seconds: that tracing took here.
+        seconds: that compiling took here.
+        collectives: what travels between devices in a step.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    peak: int
+    lower_seconds: float
+    seconds: float
+    collectives: tuple[Collective, ...]
+
+    @property
+    def laid_out(self) -> int:
+        """Bytes that the step takes of a device's memory."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+class Refused(NamedTuple):
+    """Why there is no compiled step."""
+
+    reason: str
+
+
+def compiler_for(target: Target) -> str | None:
+    """The package that compiles for the target; None if it is not installed, or cannot."""
+    if target.chip.platform == "gpu" and target.chip.name not in DESCRIBED:
+        return None
+    package = _PACKAGES.get(target.chip.platform)
+    if package and importlib.util.find_spec(package):
+        return package
+    return None
+
+
+def compile_step(
+    config: Mapping, target: Target, sizes: Mapping[str, int], timeout: float | None = None
+) -> Compiled | Refused:
+    """Lowers and compiles in a process of its own, which a compiler's settings and memory need.
+
+    Args:
+        config: of the run, plain dicts.
+        target: not this machine.
+        sizes: of the mesh's axes.
+        timeout: seconds after which to give up; never if None.
+
+    Returns:
+        What came of it, or the compiler's reason: as a rule that the step does not fit.
+
+    Raises:
+        UserError: no compiler for the target is installed.
+    """
+    if compiler_for(target) is None:
+        raise UserError(
+            f"no compiler for {target.chip.name} is installed here; pip install 'qvgen-jax[aot]' "
+            "has those for TPUs and GPUs"
+        )
+    environment = {**_PAGES, **(ALONE if target.chip.platform == "tpu" else _GPU)}
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answer = Path(folder, "asked.json"), Path(folder, "answer.json")
+        asked.write_text(json.dumps([config, target.name, dict(sizes)]))
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "qvgen_jax.plan.ahead", str(asked), str(answer)],
+                env={**os.environ, **environment},
+                cwd=Path(__file__).parents[2],
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            return Refused(f"the compiler had not ended after {timeout:.0f} s")
+        if not answer.is_file():
+            return Refused(f"the compiler's process died:\n{done.stderr[-3000:]}")
+        found = json.loads(answer.read_text())
+    if "reason" in found:
+        return Refused(found["reason"])
+    moved = tuple(Collective(*each) for each in found.pop("collectives"))
+    return Compiled(**found, collectives=moved)
+
+
+def lower_step(config: Mapping, target: Target, sizes: Mapping[str, int]) -> Any:
+    """The step of the phase with the branch, as `jax.stages.Lowered`.
+
+    Raises:
+        UserError: see `qvgen_jax.sharding`.
+    """
+    import jax
+
+    from kernels.target import building_for
+    from qvgen_jax.mesh import make_mesh
+    from qvgen_jax.plan.shapes import arguments, read_run, scheduler_of
+    from qvgen_jax.training.loop import compile_step, make_recipe
+
+    run = read_run(config)
+    mesh = make_mesh(sizes, devices=devices(target))
+    recipe = make_recipe(
+        config, run.model, scheduler_of(run.model), branch=config["quant"]["rank"] > 0
+    )
+    with building_for(target.chip), jax.set_mesh(mesh):
+        state, *rest = arguments(run, mesh)
+        step = compile_step(recipe, jax.tree.map(lambda x: x.sharding, state))
+        return step.lower(state, *rest)
+
+
+def devices(target: Target) -> Sequence[Any]:
+    """The target's; those that are not here can be compiled for and run nothing."""
+    import jax
+    from jax.experimental import topologies
+
+    if target.here:
+        return jax.devices()
+    if target.chip.platform == "tpu":
+        alone = {"chips_per_host_bounds": [1, 1, 1]} if target.chips == 1 else {}
+        described = topologies.get_topology_desc(platform="tpu", topology_name=target.name, **alone)
+        return described.devices
+    described = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=target.chip.name,
+        topology=f"1x1x{target.devices}",
+        target_config=description(target.chip),
+    )
+    return described.devices
+
+
+def measure(lowered: Any, lower_seconds: float = 0.0) -> Compiled:
+    """Compile, and read what the compiler knows of memory and of what travels."""
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    return Compiled(
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        lower_seconds=lower_seconds,
+        seconds=seconds,
+        collectives=tuple(collectives(compiled.as_text())),
+    )
+
+
+def _main(asked: str, answer: str) -> None:
+    config, name, sizes = json.loads(Path(asked).read_text())
+    start = time.perf_counter()
+    lowered = lower_step(config, parse_target(name), sizes)
+    try:
+        found = measure(lowered, time.perf_counter() - start)._asdict()
+    except Exception as reason:  # The compilers' refusals have no type of their own.
+        found = {"reason": f"{type(reason).__name__}: {reason}"}
+    Path(answer).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,155 @@
+"""Bytes on each device, by what they are for: arguments counted, temporaries estimated.
+
+What the step is given (weights, moments, teacher, batch) is known to the byte. What it makes on its
+way is estimated from a few sizes, with two factors that were fitted to compiled programs.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from qvgen_jax.models.wan import WanConfig
+from qvgen_jax.plan.shapes import Run, abstract_mesh, arguments
+from qvgen_jax.sharding import TOKEN_BLOCK
+
+
+class Memory(NamedTuple):
+    """Bytes of one device.
+
+    Attributes:
+        master: float32 weights, the quantizers' and the branch's parameters among them.
+        moments: Adam's two, and the rest of the optimizer's state.
+        average: of the weights, where the run keeps one.
+        teacher: its weights.
+        batch: latents and prompts.
+        gradients: float32, of all parameters at once: their norm is needed before any is applied.
+            Twice where they accumulate, the sum and a part's.
+        activations: kept from forward to backward pass, see `qvgen_jax.models.remat`.
+        temporaries: of the block that is being computed, and its weights, gathered.
+        host: of the activations what waits in the host's memory instead.
+    """
+
+    master: int
+    moments: int
+    average: int
+    teacher: int
+    batch: int
+    gradients: int
+    activations: int
+    temporaries: int
+    host: int = 0
+
+    @property
+    def arguments(self) -> int:
+        """What the step is given."""
+        return self.master + self.moments + self.average + self.teacher + self.batch
+
+    @property
+    def made(self) -> int:
+        """What the step makes on its way."""
+        return self.gradients + self.activations + self.temporaries
+
+    @property
+    def peak(self) -> int:
+        """All of it: the new state takes the old one's place."""
+        return self.arguments + self.made
+
+
+def estimate(run: Run, sizes: Mapping[str, int]) -> Memory:
+    """Of one device of a mesh with these sizes.
+
+    Raises:
+        UserError: a parameter does not divide over the mesh.
+    """
+    mesh = abstract_mesh(sizes)
+    state, batch, teacher, empty_text, _ = arguments(run, mesh)
+    kept, host = _kept(run, sizes)
+    return Memory(
+        master=stored(state["params"]),
+        moments=stored(state["opt"]) + stored(state["levels"]),
+        average=stored(state.get("ema", {})),
+        teacher=stored(teacher),
+        batch=stored(batch) + stored(empty_text),
+        gradients=stored(state["params"]) * (1 if run.config["train"]["accumulate"] == 1 else 2),
+        activations=kept,
+        temporaries=_working(run, sizes),
+        host=host,
+    )
+
+
+def stored(tree: Any) -> int:
+    """Bytes of the shards of `jax.ShapeDtypeStruct` leaves on one device.
+
+    Without the tiles that arrays on a TPU are padded to: a step's arguments lie packed there.
+    """
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _rows(run: Run, sizes: Mapping[str, int]) -> float:
+    """Tokens that a device holds of its samples at once."""
+    train, context = run.config["train"], sizes["context"]
+    samples = train["batch_size"] // train["accumulate"] / (sizes["data"] * sizes["fsdp"])
+    tokens = run.block_tokens
+    return samples * (_up(tokens, context * TOKEN_BLOCK) if context > 1 else tokens) / context
+
+
+def _kept(run: Run, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Bytes of activations on the device, and on the host."""
+    model, policy = run.model, run.config["train"]["remat"]
+    width = 2 if run.config["compute_dtype"] == "bfloat16" else 4
+    rows, layers = _rows(run, sizes), model.num_layers
+    inputs = layers * rows * model.dim * width
+    # The result, and in float32 the logarithm of each head's sum.
+    attended = layers * rows * (model.dim * width + 4 * model.num_attention_heads)
+    if policy == "none":
+        return int(layers * rows * sum(_everything(run, width))), 0
+    if policy == "offload":
+        return 0, int(inputs + attended)
+    return int(inputs + (attended if policy == "attention" else 0)), 0
+
+
+def _everything(run: Run, width: int) -> Iterator[float]:
+    """Bytes a token of what a block's backward pass reads where nothing is computed again."""
+    dim, hidden = run.model.dim, _hidden(run)
+    crossed = isinstance(run.model, WanConfig)
+    # Of each linear its input in floats and in codes; norms keep theirs in float32.
+    inputs = dim * (4 + 2 * crossed) + hidden
+    yield inputs * (width + 1)
+    yield 4 * dim * (2 + crossed)
+    # What attention keeps, GELU's input, and the residual stream.
+    yield width * (4 * dim * (1 + crossed) + hidden + 2 * dim)
+
+
+def _hidden(run: Run) -> int:
+    model = run.model
+    return model.ffn_dim if isinstance(model, WanConfig) else 4 * model.dim
+
+
+# Fitted to what libtpu 0.0.48 needs for the steps of Wan-14B on v6e:16x16 and Wan-1.3B on v5e:4x4:
+# arrays in the compute type, as wide as a block and its feed-forward, that the block at work holds
+# of its tokens; and bytes that it holds of each of its weights, gathered, in all their types and
+# with their gradients.
+_ARRAYS = 10.1
+_BYTES_A_WEIGHT = 13.5
+
+
+def _working(run: Run, sizes: Mapping[str, int]) -> int:
+    """Bytes of the block at work."""
+    width = 2 if run.config["compute_dtype"] == "bfloat16" else 4
+    dim, hidden = run.model.dim, _hidden(run)
+    crossed = isinstance(run.model, WanConfig)
+    tokens = _ARRAYS * _rows(run, sizes) * (dim + hidden) * width
+    weights = _BYTES_A_WEIGHT * dim * ((4 + 4 * crossed) * dim + 2 * hidden)
+    return int((tokens + (weights if _cut(sizes) else 0)) / sizes["tensor"])
+
+
+def _cut(sizes: Mapping[str, int]) -> bool:
+    """Whether weights are gathered at all."""
+    return sizes["fsdp"] > 1

@@ -1,0 +1,67 @@
+"""Bytes that arrive at each device in a step: an estimate, where no compiler counts them."""
+
+import math
+from collections.abc import Mapping
+
+from qvgen_jax.models import abstract_params, quantizable
+from qvgen_jax.models.attention import exchange
+from qvgen_jax.plan.collectives import Collective
+from qvgen_jax.plan.shapes import Run
+from qvgen_jax.quant.named import layer_at
+from qvgen_jax.training.student import quant_config
+
+
+def kernel_sizes(run: Run) -> tuple[int, int]:
+    """Elements of all the kernels that are quantized, and of all parameters of the teacher."""
+    import jax
+
+    params = abstract_params(run.model)
+    names = quant_config(run.config["quant"], run.model).quantized(quantizable(run.model))
+    quantized = sum(math.prod(layer_at(params, name)["kernel"].shape) for name in names)
+    return quantized, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def estimated(run: Run, sizes: Mapping[str, int]) -> list[Collective]:
+    """What a step has to move, without what a compiler may add or save."""
+    train = run.config["train"]
+    quantized, every = kernel_sizes(run)
+    quantized, every = quantized // sizes["tensor"], every // sizes["tensor"]
+    width = 2 if run.config["compute_dtype"] == "bfloat16" else 4
+    dtype = "bf16" if width == 2 else "f32"
+    times = train["accumulate"]
+    again = train["remat"] != "none"
+    found = []
+
+    def add(kind: str, dtype: str, devices: int, count: int, arriving: float) -> None:
+        if devices > 1:
+            found.append(Collective(kind, dtype, devices, count, int(arriving)))
+
+    fsdp, layers = sizes["fsdp"], run.model.num_layers
+    others = (fsdp - 1) / fsdp
+    passes = times * (2 if again else 1)
+    # Codes are one byte; the layers of a block are gathered one by one.
+    per_block = len([n for n in quantizable(run.model) if n.startswith("blocks.")])
+    add("all-gather", "s8", fsdp, passes * layers * per_block, passes * quantized * others)
+    add("all-gather", dtype, fsdp, times * layers * per_block, times * width * every * others)
+    add("reduce-scatter", "f32", fsdp, times * layers * per_block, times * 4 * every * others)
+    for axis in ("data", "context"):
+        size = sizes[axis]
+        share = 2 * (size - 1) / size
+        add("all-reduce", "f32", size, layers * per_block, share * 4 * every / fsdp)
+    _add_tokens(run, sizes, add, dtype, width, again)
+    return sorted(found, key=lambda c: -c.bytes)
+
+
+def _add_tokens(run, sizes, add, dtype: str, width: int, again: bool) -> None:
+    """Self-attention over the devices that share a sample."""
+    context, tensor = sizes["context"], sizes["tensor"]
+    train, model = run.config["train"], run.model
+    samples = train["batch_size"] / (sizes["data"] * sizes["fsdp"])
+    whole = samples * run.block_tokens * model.dim * width / tensor
+    # Teacher, student, recomputed; the backward pass moves as much the other way.
+    passes = model.num_layers * (3 + again)
+    if exchange(model.num_attention_heads, context, tensor) == "keys":
+        add("all-gather", dtype, context, 2 * passes, 2 * passes * whole * (context - 1) / context)
+    else:
+        moved = whole / context * (context - 1) / context
+        add("all-to-all", dtype, context, 4 * passes, 4 * passes * moved)

@@ -1,0 +1,65 @@
+"""How fast a run goes: steps and tokens a second, and the share of the chips' peak."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+
+from kernels.chips import chip_of
+from qvgen_jax.models import TransformerConfig, quantizable
+from qvgen_jax.training.operations import step_work
+from qvgen_jax.training.student import quant_config
+
+
+class Work(NamedTuple):
+    """What one step is.
+
+    Attributes:
+        tokens: of all its samples' videos.
+        operations: that teacher and student need, two for a multiply-add; what is recomputed is
+            not counted, as model FLOPs utilization is defined (PaLM, arXiv 2204.02311, appendix B).
+        peak: of all devices together, operations a second in bfloat16; 0 where it is not known.
+    """
+
+    tokens: int
+    operations: float
+    peak: float
+
+
+def work_of(config: Mapping, model: TransformerConfig, latents: Sequence[int]) -> Work:
+    """Of a run whose clips have latents `[frames, height, width, channels]`."""
+    patches = zip(latents[:3], model.patch_size, strict=True)
+    tokens = math.prod(-(-size // patch) for size, patch in patches)
+    train, quant = config["train"], quant_config(config["quant"], model)
+    text, names = config["data"]["max_length"], quant.quantized(quantizable(model))
+    each = step_work(model, tokens, text, quant.rank, "none", names)
+    devices = jax.devices()
+    return Work(
+        tokens * train["batch_size"],
+        2.0 * sum(each.values()) * train["batch_size"],
+        sum(chip_of(device).bf16 for device in devices) * 1e12,
+    )
+
+
+class Pace:
+    """Speed since the last `restart`; the first answer includes compiling."""
+
+    def __init__(self, step: int, work: Work):
+        self._work = work
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self._step, self._time = step, time.perf_counter()
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """`steps_per_second`, `tokens_per_second`, and `mfu` where the chips' peak is known."""
+        rate = (step - self._step) / (time.perf_counter() - self._time)
+        told = {
+            "steps_per_second": round(rate, 3),
+            "tokens_per_second": round(rate * self._work.tokens),
+        }
+        if self._work.peak:
+            told["mfu"] = round(rate * self._work.operations / self._work.peak, 4)
+        return told

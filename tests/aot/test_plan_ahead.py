@@ -1,0 +1,61 @@
+"""The real training step compiled for TPUs that are not here, and the plan's estimate beside it."""
+
+import pytest
+
+pytest.importorskip("libtpu", reason="libtpu is not installed: jax[tpu]")
+
+from configs import read_config
+from qvgen_jax.mesh import sizes_of_config
+from qvgen_jax.plan import ahead
+from qvgen_jax.plan.memory import estimate
+from qvgen_jax.plan.shapes import read_run
+from qvgen_jax.plan.target import parse_target
+
+
+def compiled(name: str, target: str, **train) -> tuple:
+    """What the compiler says of a step, and the estimate."""
+    config = read_config(f"configs/{name}.py").to_dict()
+    config["train"] |= train
+    chips = parse_target(target)
+    sizes = sizes_of_config(config, chips.devices)
+    found = ahead.compile_step(config, chips, sizes)
+    assert isinstance(found, ahead.Compiled), found
+    return found, estimate(read_run(config), sizes)
+
+
+def arriving(found: ahead.Compiled, *dtypes: str) -> int:
+    return sum(c.bytes for c in found.collectives if c.dtype in dtypes)
+
+
+@pytest.mark.parametrize("remat", ["blocks", "offload"])
+def test_the_tiny_step_compiles_for_four_chips_and_takes_what_the_plan_counts(remat):
+    found, guess = compiled("tiny_w4a4", "v5e:2x2", remat=remat)
+    # Arrays as small as these are padded to whole tiles.
+    assert guess.arguments < found.arguments < 1.5 * guess.arguments
+    assert found.aliased > 0.99 * (guess.master + guess.moments)  # Donated.
+    assert found.peak <= found.laid_out
+    assert arriving(found, "s8", "u8", "u32") > 0  # Codes travel.
+
+
+def test_the_tiny_step_compiles_for_a_node_of_gpus():
+    pytest.importorskip("jax_cuda13_plugin", reason="jax[cuda13] is not installed")
+    found, guess = compiled("tiny_w4a4", "h200:8")
+    assert found.arguments == pytest.approx(guess.arguments, rel=0.02)
+    assert arriving(found, "s8", "u8") > 0
+
+
+@pytest.mark.slow
+def test_the_step_of_a_published_model_takes_what_the_plan_estimates():
+    found, guess = compiled("wan1_3b_w4a4", "v5e:8x8")
+    assert found.arguments == pytest.approx(guess.arguments, rel=0.02)
+    assert found.temporaries == pytest.approx(guess.made, rel=0.35)
+    assert found.laid_out < 0.9 * parse_target("v5e:8x8").memory
+
+
+def test_what_a_compiler_refuses_is_a_reason_and_no_crash():
+    config = read_config("configs/tiny_w4a4.py").to_dict()
+    config["train"] |= {"batch_size": 2**17}
+    target = parse_target("v5e:2x2")
+    found = ahead.compile_step(config, target, sizes_of_config(config, target.devices))
+    assert isinstance(found, ahead.Refused)
+    assert "memory" in found.reason

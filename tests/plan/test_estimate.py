@@ -1,0 +1,137 @@
+"""Bytes, bytes moved and seconds of a plan, by hand."""
+
+import pytest
+
+from configs import read_config
+from qvgen_jax.errors import UserError
+from qvgen_jax.mesh import sizes_of_config
+from qvgen_jax.plan.collectives import Collective
+from qvgen_jax.plan.memory import estimate
+from qvgen_jax.plan.pace import SHARE_OF_LINKS, UTILISATION, pace
+from qvgen_jax.plan.plan import make_plan
+from qvgen_jax.plan.shapes import read_run
+from qvgen_jax.plan.target import parse_target
+from qvgen_jax.plan.traffic import estimated, kernel_sizes
+from qvgen_jax.plan.verdict import verdict
+
+ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
+
+
+def config(name="wan1_3b_w4a4", **sections):
+    found = read_config(f"configs/{name}.py").to_dict()
+    for section, values in sections.items():
+        found[section] = {**found.get(section, {}), **values}
+    return found
+
+
+def of(sizes, **sections):
+    return estimate(read_run(config(**sections)), {**ONE, **sizes})
+
+
+def test_weights_gradients_and_moments_are_what_the_parameters_weigh():
+    whole = of({})
+    every = kernel_sizes(read_run(config()))[1]
+    # Beside the teacher's parameters: branches of rank 32, scales, zero points and clips.
+    assert 4 * every < whole.master < 4.2 * every
+    assert whole.gradients == whole.master
+    assert whole.moments == pytest.approx(2 * whole.master, rel=1e-3)
+    # Bfloat16 but for norms, biases and the timestep's path.
+    assert 2 * every < whole.teacher < 2.03 * every
+
+
+def test_fsdp_cuts_what_lasts_and_data_copies_it():
+    whole, cut, copied = of({}), of({"fsdp": 16}), of({"data": 16})
+    # Vectors are whole on every device.
+    assert cut.teacher == pytest.approx(whole.teacher / 16, rel=0.03)
+    for part in ("master", "moments", "gradients"):
+        # One side of a branch goes over `tensor` alone, so that a little more than a part is left.
+        assert 1 < 16 * getattr(cut, part) / getattr(whole, part) < 1.4
+        assert getattr(copied, part) == getattr(whole, part)
+    assert cut.activations == copied.activations == whole.activations / 16
+
+
+def test_every_policy_keeps_what_it_says():
+    kept = {p: of({}, train={"remat": p}) for p in ("none", "attention", "blocks", "offload")}
+    sizes = [kept[p].activations for p in ("none", "attention", "blocks", "offload")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert kept["offload"].activations == 0
+    assert kept["offload"].host == kept["attention"].activations
+    samples, tokens, layers, dim, heads = 48, 20280, 30, 1536, 12
+    assert kept["blocks"].activations == samples * tokens * layers * dim * 2
+    more = kept["attention"].activations - kept["blocks"].activations
+    assert more == samples * tokens * layers * (dim * 2 + heads * 4)
+
+
+def test_context_pads_tokens_to_whole_blocks():
+    shared = of({"fsdp": 16, "context": 4})
+    padded = 40 * 4 * 128  # 20,280 and 200 behind them.
+    assert shared.activations == 3 * padded // 4 * 30 * 1536 * 2
+
+
+@pytest.mark.parametrize(
+    ("devices", "asked", "expected"),
+    [
+        (64, {}, (1, 16, 4, 1)),  # 48 samples divide by 16.
+        (16, {}, (1, 16, 1, 1)),
+        (64, {"data": 2, "fsdp": -1, "context": 0, "tensor": 2}, (2, 8, 2, 2)),
+        (8, {"data": 1, "fsdp": 4, "context": 0, "tensor": 1}, (1, 4, 2, 1)),
+    ],
+)
+def test_the_mesh_shares_a_sample_among_as_few_devices_as_it_can(devices, asked, expected):
+    assert tuple(sizes_of_config(config(mesh=asked), devices).values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("devices", "asked", "message"),
+    [
+        (8, {"fsdp": 3, "context": 1}, "3 devices, and there are 8"),
+        (32, {"fsdp": 32, "context": 1}, "48 samples .* do not divide over data x fsdp = 32"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_is_one_message(devices, asked, message):
+    with pytest.raises(UserError, match=message):
+        sizes_of_config(config(mesh={"data": 1, "tensor": 1} | asked), devices)
+
+
+def test_a_parameter_that_does_not_divide_is_named():
+    with pytest.raises(UserError, match="does not divide over the mesh"):
+        of({"fsdp": 7})
+
+
+def test_a_step_gathers_codes_twice_the_teacher_once_and_scatters_gradients():
+    run = read_run(config())
+    moved = {(c.kind, c.dtype): c.bytes for c in estimated(run, {**ONE, "fsdp": 16})}
+    quantized, every = kernel_sizes(run)
+    assert moved == {
+        ("all-gather", "s8"): 2 * quantized * 15 // 16,
+        ("all-gather", "bf16"): pytest.approx(2 * every * 15 / 16, abs=1),
+        ("reduce-scatter", "f32"): pytest.approx(4 * every * 15 / 16, abs=1),
+    }
+
+
+def test_a_step_takes_from_the_larger_to_the_sum_of_computing_and_moving():
+    target = parse_target("v5p:2x2x1")
+    moved = [Collective("all-gather", "s8", 4, 1, 600 * 10**9)]
+    found = pace(target, 4 * 459e12, moved)  # A second at the peak, and one at all links.
+    fast, slow = 1 / UTILISATION[1], 1 / UTILISATION[0]
+    assert found.computing == pytest.approx((fast, slow))
+    assert found.moving == pytest.approx((1 / SHARE_OF_LINKS[1], 1 / SHARE_OF_LINKS[0]))
+    assert found.fast == pytest.approx(fast)
+    assert found.slow == pytest.approx(slow + 1 / SHARE_OF_LINKS[0])
+
+
+def test_what_does_not_fit_is_told_with_changes_that_do():
+    plan = make_plan(config(), parse_target("v5e:4x4"), compiler=False)
+    assert plan.fits is False
+    text = verdict(plan)
+    assert text.startswith("does not fit: ")
+    changes = [line.strip() for line in text.splitlines()[1:]]
+    assert {line.partition("=")[0] for line in changes} >= {"--config.train.accumulate", "--target"}
+    name = next(x for x in changes if x.startswith("--target")).partition("=")[2].split(": ")[0]
+    assert make_plan(config(), parse_target(name), compiler=False).fits
+
+
+def test_what_fits_says_how_much_is_left_to_keep():
+    plan = make_plan(config("wan14b_w4a4"), parse_target("v5p:4x4x4"), compiler=False)
+    assert plan.fits
+    assert "There is room for --config.train.remat=attention" in verdict(plan)

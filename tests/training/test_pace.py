@@ -1,0 +1,39 @@
+"""What a step is counted as, its share of the peak, and traces of a few steps."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import read_config
+from qvgen_jax.models.published import PUBLISHED
+from qvgen_jax.training.pace import Pace, Work, work_of
+from qvgen_jax.training.profile import Profile
+
+
+def test_a_step_of_the_real_14b_by_hand():
+    config = read_config("configs/wan14b_w4a4.py").to_dict()
+    work = work_of(config, PUBLISHED[config["model"]], (13, 60, 104, 16))
+    assert work.tokens == 64 * 20280
+    # Four forwards' worth (teacher, student, twice for its gradients) of the weights that video
+    # tokens meet, six squares and the feed-forward's, and of two products of attention.
+    linears = 2 * 40 * (6 * 5120**2 + 2 * 5120 * 13824) * 20280
+    attention = 40 * 4 * 20280 * (20280 + 512) * 5120
+    assert work.operations == pytest.approx(4 * 64 * (linears + attention), rel=0.02)
+    assert work.peak == 0  # A CPU's is not known.
+
+
+def test_the_share_of_the_peak_is_told_where_it_is_known():
+    for peak, names in ((0, 2), (1e15, 3)):
+        pace = Pace(3, Work(tokens=1000, operations=1e12, peak=peak))
+        told = pace(5)
+        assert len(told) == names
+        assert told["tokens_per_second"] == pytest.approx(1000 * told["steps_per_second"], rel=0.01)
+
+
+@pytest.mark.parametrize(("count", "traced"), [(0, False), (1, True)])
+def test_a_trace_is_written_of_warm_steps_alone(tmp_path, count, traced):
+    with Profile(tmp_path, 7, count) as profile:
+        for step in range(7, 11):
+            profile.before(step)
+            jax.block_until_ready(jnp.ones(3) + step)
+    assert bool(list(tmp_path.rglob("*.xplane.pb"))) == traced
