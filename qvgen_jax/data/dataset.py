@@ -17,6 +17,9 @@ from qvgen_jax.data.encode import EMPTY_TEXT, FORMAT_VERSION, MANIFEST
 from qvgen_jax.data.records import unpack
 from qvgen_jax.errors import UserError
 
+_FOR_EVER = 2**32
+"""Steps. grain's own `repeat(None)` is as long as a length may be, and some lengths add one."""
+
 
 class EncodedDataset:
     """The clips of a folder that `encode.encode_folder` wrote, by index.
@@ -111,7 +114,7 @@ def batches(
         grain.MapDataset.source(dataset).shuffle(seed=seed).repeat(None).map_with_index(_numbered)
     )
     stream = (
-        grain.MapDataset.range(len(samples) // batch_size * len(rows))
+        grain.MapDataset.range(_FOR_EVER * len(rows))
         .slice(slice(start_step * len(rows), None))
         .map(lambda n: samples[n // len(rows) * batch_size + rows[n % len(rows)]])
         .batch(len(rows), batch_fn=partial(_collate, dataset.max_length, captions))

@@ -126,6 +126,12 @@ def test_two_processes_share_the_batch_that_one_would_get(encoded):
         batches(encoded, seed=4, batch_size=0)
 
 
+def test_a_batch_of_one_clip(encoded):  # grain's lengths overflowed.
+    stream = batches(encoded, seed=0, batch_size=1)
+    numbers = [batch["sample_index"].tolist() for batch in itertools.islice(stream, 3)]
+    assert numbers == [[0], [1], [2]]
+
+
 def test_a_batch_larger_than_the_data_set_wraps_around(encoded):
     batch = next(batches(encoded, seed=0, batch_size=10, captions=True))
     assert len(set(batch["caption"][:7])) == 7
