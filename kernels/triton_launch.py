@@ -8,11 +8,13 @@ interpreter instead, in numpy on the host; Triton decides that once, when it is 
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
+from packaging.requirements import Requirement
 
 # Newer versions of PTX, Triton's default, are refused by drivers and assemblers of CUDA 12.
 _PTX_VERSION = 87
@@ -73,8 +75,8 @@ def launch(
         capability: 80, 89, 90, ...; not needed to interpret.
 
     Raises:
-        NotImplementedError: jax-triton is not installed, or interpretation was not asked for before
-            triton was imported.
+        NotImplementedError: jax-triton is not installed or wants another triton, or interpretation
+            was not asked for before triton was imported.
     """
     if interpret:
         return _interpret(program, arguments, outputs, constants, grid)
@@ -83,6 +85,7 @@ def launch(
     except ImportError as error:  # Also where JAX was installed without CUDA.
         reason = str(error).split("\n")[0].split(". ")[0]
         raise NotImplementedError(f"jax-triton cannot be used: {reason}") from error
+    check_triton()
     if "backend_options" in inspect.signature(triton_call).parameters:
         options = {
             "out_type": list(outputs),
@@ -100,6 +103,22 @@ def launch(
         **options,
         **constants,
     )
+
+
+def check_triton() -> None:
+    """Refuses a triton that jax-triton imports but cannot use, such as one that torch pins.
+
+    Raises:
+        NotImplementedError: its version is none that jax-triton asks for.
+    """
+    found = metadata.version("triton")
+    for line in metadata.requires("jax-triton") or ():
+        wanted = Requirement(line)
+        if wanted.name == "triton" and not wanted.specifier.contains(found, prereleases=True):
+            raise NotImplementedError(
+                f"jax-triton {metadata.version('jax-triton')} needs {wanted}, and triton {found} "
+                f"is installed; pip install '{wanted}'"
+            )
 
 
 class _Buffer:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from kernels import triton_launch
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens
 from kernels.triton_matmul import aligned_half, check, layout, quantized_matmul, tile_for
@@ -72,6 +73,18 @@ def test_without_triton_or_a_gpu_the_caller_learns_why():
         quantized_matmul(tokens, weight, out_dtype=jnp.float32)
     with pytest.raises(NotImplementedError, match=reason):
         quantize_tokens(jnp.ones((1, 64)), one, one, jnp.float32(15))
+
+
+def test_a_triton_that_jax_triton_cannot_use_is_refused_with_the_remedy(monkeypatch):
+    installed = {"triton": "3.6.0", "jax-triton": "0.4.1"}
+    monkeypatch.setattr(triton_launch.metadata, "version", installed.get)
+    lines = ["jax>=0.11.0", "triton>=3.7", "pytest; extra == 'tests'"]
+    monkeypatch.setattr(triton_launch.metadata, "requires", {"jax-triton": lines}.get)
+    reason = r"0\.4\.1 needs triton>=3\.7, and triton 3\.6\.0 is .*; pip install 'triton>=3\.7'"
+    with pytest.raises(NotImplementedError, match=reason):
+        triton_launch.check_triton()
+    installed["triton"] = "3.9.0"
+    triton_launch.check_triton()
 
 
 def test_operands_that_do_not_go_together_are_named():
