@@ -84,7 +84,13 @@ def _plain(value: Any) -> Any:
 
 
 def collect(
-    cell: Cell, run: Path, command: str, code: Mapping, seconds: float, cpus: int | None
+    cell: Cell,
+    run: Path,
+    command: str,
+    code: Mapping,
+    seconds: float,
+    cpus: int | None,
+    device: str | None,
 ) -> dict:
     """The record of a finished run.
 
@@ -94,6 +100,7 @@ def collect(
         code: `code_state()` when its process began.
         seconds: of the whole process that finished it.
         cpus: how many it was pinned to; None for not pinned.
+        device: what it ran on, as JAX calls it.
 
     Raises:
         UserError: the run left no metrics.
@@ -112,6 +119,7 @@ def collect(
         "code": dict(code),
         "versions": _versions(),
         "cpus": cpus,
+        "device": device,
         "seconds": round(seconds, 1),
         "seconds_per_step": seconds_per_step(records),
         "curves": curves(records),

@@ -95,6 +95,21 @@ def environment_of(grid: Mapping) -> dict[str, str]:
     }
 
 
+def device_kind(environment: Mapping[str, str]) -> str | None:
+    """What cells run on, such as "cpu" or "NVIDIA H100 80GB HBM3"; None if JAX does not start.
+
+    Asked in a process of its own: this one takes no memory of a GPU.
+    """
+    found = subprocess.run(
+        [sys.executable, "-c", "import jax; print(jax.devices()[0].device_kind)"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return None if found.returncode else found.stdout.strip().splitlines()[-1]
+
+
 def cpu_groups(count: int) -> list[tuple[int, ...] | None]:
     """The CPUs of each of `count` processes; None where they cannot, or need not, be divided."""
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -165,6 +180,7 @@ def _run_cells(
         return outcome
     environment = environment_of(grid)
     make_ready(grid, cells, environment)
+    device = device_kind(environment)
     waiting, running = deque(missing), {}
     groups = cpu_groups(grid["parallel"])
     began = time.monotonic()
@@ -175,7 +191,7 @@ def _run_cells(
                 if waiting and slot not in running:
                     running[slot] = _start(grid, waiting.popleft(), environment, cpus)
             for slot in [s for s, run in running.items() if run.process.poll() is not None]:
-                _finish(grid, study, running.pop(slot), outcome)
+                _finish(grid, study, running.pop(slot), outcome, device)
                 _say_progress(outcome, len(cells), len(missing), time.monotonic() - began)
                 on_end()
             time.sleep(_POLL)
@@ -226,7 +242,9 @@ def _drop_other(folder: Path, cell: Cell) -> None:
         shutil.rmtree(folder)
 
 
-def _finish(grid: Mapping, study: Path, run: _Running, outcome: Outcome) -> None:
+def _finish(
+    grid: Mapping, study: Path, run: _Running, outcome: Outcome, device: str | None
+) -> None:
     """Record a cell whose process has ended."""
     cell, folder, code = run.cell, _folder(grid, run.cell), run.process.returncode
     failure = record.failure_path(study, cell)
@@ -236,7 +254,7 @@ def _finish(grid: Mapping, study: Path, run: _Running, outcome: Outcome) -> None
     found = None
     if code == 0:
         try:
-            found = record.collect(cell, folder, run.command, run.code, seconds, cpus)
+            found = record.collect(cell, folder, run.command, run.code, seconds, cpus, device)
         except UserError as error:
             lines.append(str(error))
     if found is None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from qvgen_jax.errors import UserError
@@ -119,6 +120,7 @@ def test_a_record_holds_command_curves_and_numbers_and_the_folder_is_gone(make):
     assert found["seconds_per_step"]["without_branch"] == 0.25
     assert found["code"] == {"commit": None, "dirty": None}  # Its folder is in no repository.
     assert found["cpus"] in (None, *range(1, 65))
+    assert found["device"] == jax.devices()[0].device_kind
     assert not (study.folder / "scratch/smoke/default/w4a4/0").exists()
 
     study.grid["keep_cells"] = True
