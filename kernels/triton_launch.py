@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from packaging.requirements import Requirement
 
+from kernels.target import target
+
 # Newer versions of PTX, Triton's default, are refused by drivers and assemblers of CUDA 12.
 _PTX_VERSION = 87
 _TRITON_NAMES = {"int8": "i8", "int32": "i32", "float32": "fp32", "bfloat16": "bf16"}
@@ -36,22 +38,21 @@ def triton_module(name: str) -> ModuleType:
 
 
 def compute_capability() -> int:
-    """Of JAX's first GPU: 80, 89, 90, ...
+    """Of `kernels.target`: 80, 89, 90, ...
 
     Raises:
-        NotImplementedError: JAX sees no CUDA device, or one before Ampere.
+        NotImplementedError: it is no NVIDIA GPU, or one before Ampere.
     """
-    try:
-        device = jax.devices("cuda")[0]
-    except RuntimeError as error:
-        raise NotImplementedError("Triton needs a CUDA device, and JAX sees none") from error
-    capability = int(float(device.compute_capability) * 10)
-    if capability < 80:
+    chip = target()
+    if chip.platform != "gpu" or chip.capability is None:
+        raise NotImplementedError("Triton needs a CUDA device, and JAX sees none")
+    if chip.capability < (8, 0):
+        version = ".".join(map(str, chip.capability))
         raise NotImplementedError(
-            f"{device.device_kind} has compute capability {device.compute_capability}; the Triton "
-            "kernels use 8-bit tensor-core instructions of 8.0 (Ampere) and later"
+            f"{chip.name} has compute capability {version}; the Triton kernels use 8-bit "
+            "tensor-core instructions of 8.0 (Ampere) and later"
         )
-    return capability
+    return 10 * chip.capability[0] + chip.capability[1]
 
 
 def launch(

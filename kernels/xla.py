@@ -4,6 +4,8 @@ Never a dot of int4: XLA makes an elementwise product of it on GPU and none at a
 through int8, for which all of them have a dot.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +13,7 @@ from kernels.chips import Chip
 from kernels.layouts import halves, unlay
 from kernels.operands import LONGEST_INT32_SUM, Product, Weight
 from kernels.quantize_tokens import QuantizedTokens
+from kernels.target import target
 
 # What each product accumulates in. Codes of up to 8 bits are exact in all of them.
 _ACCUMULATE = {
@@ -92,6 +95,8 @@ def _product_of_codes(
 
     inner = tokens.shape[-1]
     if layout != "rows_halved":
+        if _as_floats(tokens, codes) and product.name == "int8":
+            product = jnp.dtype(jnp.float32)
         codes = unlay(codes, inner, layout)
         if product.name != "int8" or inner <= LONGEST_INT32_SUM:
             return dot(tokens, codes)
@@ -103,3 +108,13 @@ def _product_of_codes(
     low, high = halves(codes)
     half = len(low)
     return dot(tokens[..., :half], low) + dot(tokens[..., half:], high[: inner - half])
+
+
+def _as_floats(tokens: jax.Array, codes: jax.Array) -> bool:
+    """Whether a GPU has to multiply int4 weights by one token in float32, which is as exact.
+
+    XLA makes a sum of products of such a dot, and its Triton emitter does not compile the way from
+    int4 to int32 there (jax 0.11.2). Exact up to 16384 inputs, beyond which no model goes.
+    """
+    one = math.prod(tokens.shape[:-1]) == 1
+    return one and codes.dtype == jnp.int4 and target().platform == "gpu"
