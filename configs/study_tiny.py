@@ -87,10 +87,15 @@ _SCREENING = {
     # The whole branch at once, late (QVGen, the ablation without decay).
     "abrupt_end": {"quant.decay_shape": "abrupt", "quant.decay_fraction": 0.9},
 }
+_TOGETHER = {"quant.rotation": "hadamard", "quant.smoothing": 0.5, "quant.time_table": True}
 _FINALS_ONLY = {
     # The last 4 of 25 steps without guidance, which amplifies errors (arXiv 2404.07724). It trains
     # as the default does: only videos can tell.
     "unguided_last": {"sample.unguided_steps": 4},
+    # What the screening found best, all at once; and the same without the branch, in as many
+    # operations: whether Phi adds anything to them (ours).
+    "together": _TOGETHER,
+    "together_plain": {**_TOGETHER, "quant.rank": 0, "train.steps": "equal_operations"},
 }
 
 
@@ -130,6 +135,8 @@ def get_config(arg: str = "screening") -> ConfigDict:
         "plain_qat_equal_ops",
         "truth_blend_5",
         "unguided_last",
+        "together",
+        "together_plain",
     )
     config.finalists.names = ()
     config.finalists.without = tuple(_FINALS_ONLY)
