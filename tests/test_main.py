@@ -59,7 +59,7 @@ def test_wrong_arguments_get_one_line_and_exit_code_2(arguments, message):
         (("--job", "generate"), "needs --prompt"),
         (("--job", "pretrain"), "configs/tiny_pretrain.py"),
         (("--job", "plan", "--target", "v9:2x2"), "no chip 'v9' is known"),
-        (("--job", "plan", "--target", "h200:3"), "samples"),
+        (("--job", "plan", "--target", "h200:3", "--config.mesh.context=1"), "samples"),
         (("--job", "plan", "--target", "h200:1", "--nocompile", "--plan_json", "no/p"), "no/p"),
         (("--config.train.remat=all",), "expected one of none, blocks, attention, offload"),
     ],

@@ -1,11 +1,14 @@
 """What a step is counted as, its share of the peak, and traces of a few steps."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from configs import read_config
 from qvgen_jax.models.published import PUBLISHED
+from qvgen_jax.training import pace as pace_module
 from qvgen_jax.training.pace import Pace, Work, work_of
 from qvgen_jax.training.profile import Profile
 
@@ -28,6 +31,18 @@ def test_the_share_of_the_peak_is_told_where_it_is_known():
         told = pace(5)
         assert len(told) == names
         assert told["tokens_per_second"] == pytest.approx(1000 * told["steps_per_second"], rel=0.01)
+
+
+def test_what_lies_between_steps_is_left_out(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(pace_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    pace = Pace(10, Work(tokens=1, operations=1.0, peak=0))
+    clock.now = 2.0
+    assert pace(14)["steps_per_second"] == 2
+    clock.now = 5.0  # Three seconds of logging.
+    pace.restart(14)
+    clock.now = 6.0
+    assert pace(18)["steps_per_second"] == 4
 
 
 @pytest.mark.parametrize(("count", "traced"), [(0, False), (1, True)])

@@ -1,7 +1,5 @@
 """What defines each option of the recipe that lives in the training step."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,6 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.quant.low_rank import refactor
 from qvgen_jax.quant.schedule import RankDecay
-from qvgen_jax.training import loop
 from qvgen_jax.training.optimizer import learning_rates
 from qvgen_jax.training.state import create_state, enter_step, exported_params
 from qvgen_jax.training.step import Recipe, averaged, teacher_share
@@ -136,18 +133,6 @@ def test_without_refactoring_columns_that_live_keep_their_moments():
         np.testing.assert_array_equal(moments["R"], after["params"]["a"]["R"])
     refactored = refactor(params["a"]["L"], params["a"]["R"], 2)[0]
     assert np.abs(refactored - after["params"]["a"]["L"]).max() > 0.1
-
-
-def test_pace_is_of_the_steps_and_not_of_what_is_logged_between_them(monkeypatch):
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    pace = loop._Pace(10)
-    clock.now = 2.0
-    assert pace(14) == 2
-    clock.now = 5.0  # Three seconds of logging.
-    pace.restart(14)
-    clock.now = 6.0
-    assert pace(18) == 4
 
 
 def test_bits_for_a_layer_in_full_precision_are_refused():
