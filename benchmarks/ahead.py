@@ -1,4 +1,4 @@
-"""The real training steps compiled for chips that are not here, beside what the plan estimates.
+"""Real training steps and inference compiled for chips that are not here, beside the estimates.
 
     python benchmarks/ahead.py                       # rows that are not there yet, minutes each
     python benchmarks/ahead.py --rows wan14b --again # those whose name has it, anew
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from configs import read_config
 from qvgen_jax.errors import UserError
-from qvgen_jax.mesh import sizes_of_config
+from qvgen_jax.mesh import sizes_of_config, sizes_to_generate
 from qvgen_jax.plan import ahead
 from qvgen_jax.plan.memory import Memory, estimate
 from qvgen_jax.plan.shapes import read_run
@@ -30,25 +30,28 @@ BEGIN, END = "<!-- ahead: begin -->", "<!-- ahead: end -->"
 
 
 class Row(NamedTuple):
-    """One step to compile.
+    """One program to compile.
 
     Attributes:
         config: the file's name without its ending.
         target: of `--target`.
         overrides: dotted keys of the config and their values.
         fitted: whether the estimate's factors were fitted to it.
+        program: "step", or "forward" of the packed model, for which there is no estimate.
     """
 
     config: str
     target: str
     overrides: Mapping[str, object] = {}
     fitted: bool = False
+    program: str = "step"
 
     @property
     def name(self) -> str:
         """Its key in the results."""
         changed = [f"{key.rpartition('.')[2]}={value}" for key, value in self.overrides.items()]
-        return " ".join([self.config, self.target, *changed])
+        inference = ["inference"] * (self.program == "forward")
+        return " ".join([self.config, *inference, self.target, *changed])
 
     def read(self) -> dict:
         """The config with the overrides, plain dicts."""
@@ -64,6 +67,12 @@ ROWS = (
     Row("wan14b_w4a4", "v6e:16x16", fitted=True),
     Row("wan1_3b_w4a4", "v5e:8x8"),
     Row("cogvideox2b_w4a4", "v5e:8x8"),
+    Row(
+        "wan14b_w4a4",
+        "v6e:2x2",
+        {"data.num_frames": 81, "data.height": 720, "data.width": 1280},
+        program="forward",
+    ),
 )
 
 
@@ -74,8 +83,11 @@ def compile_rows(rows: Sequence[Row], results: dict, again: bool) -> None:
             continue
         print(f"{row.name} ...", flush=True)
         config, target = row.read(), parse_target(row.target)
-        sizes = sizes_of_config(config, target.devices)
-        found = ahead.compile_step(config, target, sizes)
+        if row.program == "step":
+            sizes = sizes_of_config(config, target.devices)
+        else:
+            sizes = sizes_to_generate(target.devices)
+        found = ahead.compile_step(config, target, sizes, program=row.program)
         if isinstance(found, ahead.Compiled):
             found = found._replace(collectives=[c._asdict() for c in found.collectives])
         package = "libtpu" if target.chip.platform == "tpu" else "jax-cuda13-plugin"
@@ -93,17 +105,16 @@ HEAD = """\
 def line(row: Row, found: Mapping) -> str:
     """The row of the table: gigabytes of a device, and seconds."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items() if n > 1)
-    guess = estimated(row)
+    guess = estimated(row) if row.program == "step" else None
+    expected, made = (_gb(guess.arguments), _gb(guess.made)) if guess else ("", "")
     memory = parse_target(row.target).memory / 1e9
     if "reason" in found:
-        return f"| {row.name} | {mesh} | | {_gb(guess.arguments)} | | {_gb(guess.made)} | " + (
-            f"refused | {memory:.0f} | |"
-        )
+        return f"| {row.name} | {mesh} | | {expected} | | {made} | refused | {memory:.0f} | |"
     laid_out = found["arguments"] + found["outputs"] - found["aliased"] + found["temporaries"]
     fitted = " (fitted)" if row.fitted else ""
     return (
-        f"| {row.name} | {mesh} | {_gb(found['arguments'])} | {_gb(guess.arguments)} "
-        f"| {_gb(found['temporaries'])} | {_gb(guess.made)}{fitted} | {_gb(laid_out)} "
+        f"| {row.name} | {mesh} | {_gb(found['arguments'])} | {expected} "
+        f"| {_gb(found['temporaries'])} | {made}{fitted} | {_gb(laid_out)} "
         f"| {memory:.0f} | {found['seconds']:.0f} s |"
     )
 

@@ -103,7 +103,13 @@ def _of_config(config: Mapping, count: int) -> tuple[dict[str, int], dict[str, i
 def mesh_to_generate() -> Mesh | None:
     """All devices for one video; of an even number, half for either branch of guidance."""
     count = jax.device_count()
-    return None if count == 1 else make_mesh({"data": 2 - count % 2, "fsdp": -1})
+    return None if count == 1 else make_mesh(sizes_to_generate(count))
+
+
+def sizes_to_generate(count: int) -> dict[str, int]:
+    """Devices along each axis of `mesh_to_generate` on `count` of them."""
+    branches = 2 - count % 2
+    return {"data": branches, "fsdp": count // branches, "context": 1, "tensor": 1}
 
 
 def _fewest(sizes: Mapping[str, int], samples: int, devices: int, slices: int) -> int:

@@ -1,4 +1,6 @@
-"""The real training step, compiled for chips that are not here; nothing is allocated.
+"""The real training step, and low-bit inference, compiled for chips that are not here.
+
+Nothing is allocated.
 
 For a TPU that takes libtpu, for a GPU jax's CUDA plugin; both are in the extra `aot`.
 """
@@ -31,11 +33,11 @@ _PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Compiled(NamedTuple):
-    """What a compiler says of a step, of each device.
+    """What a compiler says of a program, of each device.
 
     Attributes:
-        arguments: bytes of state, teacher and batch.
-        outputs: bytes of the new state and the metrics.
+        arguments: bytes of a step's state, teacher and batch; of inference, the packed model's.
+        outputs: bytes of the new state and the metrics, or of the velocity.
         aliased: of them, what takes the place of arguments.
         temporaries: bytes beyond both, with the gaps between them.
         peak: bytes that are alive at once, without those gaps.
@@ -76,7 +78,12 @@ def compiler_for(target: Target) -> str | None:
 
 
 def compile_step(
-    config: Mapping, target: Target, sizes: Mapping[str, int], timeout: float | None = None
+    config: Mapping,
+    target: Target,
+    sizes: Mapping[str, int],
+    timeout: float | None = None,
+    *,
+    program: str = "step",
 ) -> Compiled | Refused:
     """Lowers and compiles in a process of its own, which a compiler's settings and memory need.
 
@@ -85,9 +92,10 @@ def compile_step(
         target: not this machine.
         sizes: of the mesh's axes.
         timeout: seconds after which to give up; never if None.
+        program: "step" of training, or "forward" of the packed model.
 
     Returns:
-        What came of it, or the compiler's reason: as a rule that the step does not fit.
+        What came of it, or the compiler's reason: as a rule that the program does not fit.
 
     Raises:
         UserError: no compiler for the target is installed.
@@ -100,7 +108,7 @@ def compile_step(
     environment = {**_PAGES, **(ALONE if target.chip.platform == "tpu" else _GPU)}
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder, "asked.json"), Path(folder, "answer.json")
-        asked.write_text(json.dumps([config, target.name, dict(sizes)]))
+        asked.write_text(json.dumps([config, target.name, dict(sizes), program]))
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "qvgen_jax.plan.ahead", str(asked), str(answer)],
@@ -145,6 +153,53 @@ def lower_step(config: Mapping, target: Target, sizes: Mapping[str, int]) -> Any
         return step.lower(state, *rest)
 
 
+def lower_forward(config: Mapping, target: Target, sizes: Mapping[str, int]) -> Any:
+    """One call of the packed transformer as sampling makes it, as `jax.stages.Lowered`.
+
+    One video of the config's size, with and without its prompt; weights as an export of the run
+    lies in memory, cut as `qvgen_jax.load` cuts them.
+
+    Raises:
+        UserError: see `qvgen_jax.sharding`.
+    """
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from convert.packed import packed_definition
+    from kernels.target import building_for
+    from qvgen_jax import sharding
+    from qvgen_jax.mesh import make_mesh
+    from qvgen_jax.plan.shapes import read_run, video_and_text
+    from qvgen_jax.training.student import quant_config
+
+    run = read_run(config)
+    mesh = make_mesh(sizes, devices=devices(target))
+    quant = quant_config({**config["quant"], "rank": 0}, run.model)
+    dtype = jnp.dtype(config["compute_dtype"])
+    packed = packed_definition(run.model, quant, dtype, chip=target.chip)
+    whole = sharding.whole(mesh)
+
+    def placed(x: Any, at: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
+
+    params = jax.tree.map(placed, packed.shapes, sharding.shard(packed.shapes, mesh))
+    levels = jax.tree.map(lambda x: placed(x, whole), packed.levels)
+    latents, text = (
+        jax.ShapeDtypeStruct((2, *shape), dtype, sharding=whole) for shape in video_and_text(run)
+    )
+    timesteps = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=whole)
+
+    def forward(params: dict, levels: dict, *inputs: jax.Array) -> jax.Array:
+        return nnx.merge(packed.graphdef, params, levels)(*inputs)
+
+    with building_for(target.chip), jax.set_mesh(mesh):
+        return jax.jit(forward).lower(params, levels, latents, timesteps, text)
+
+
+_PROGRAMS = {"step": lower_step, "forward": lower_forward}
+
+
 def devices(target: Target) -> Sequence[Any]:
     """The target's; those that are not here can be compiled for and run nothing."""
     import jax
@@ -184,9 +239,9 @@ def measure(lowered: Any, lower_seconds: float = 0.0) -> Compiled:
 
 
 def _main(asked: str, answer: str) -> None:
-    config, name, sizes = json.loads(Path(asked).read_text())
+    config, name, sizes, program = json.loads(Path(asked).read_text())
     start = time.perf_counter()
-    lowered = lower_step(config, parse_target(name), sizes)
+    lowered = _PROGRAMS[program](config, parse_target(name), sizes)
     try:
         found = measure(lowered, time.perf_counter() - start)._asdict()
     except Exception as reason:  # The compilers' refusals have no type of their own.

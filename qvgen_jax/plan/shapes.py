@@ -119,18 +119,23 @@ def arguments(run: Run, mesh: Mesh | AbstractMesh) -> tuple[dict, dict, dict, An
     )
 
 
-def _batch(run: Run) -> tuple[dict, jax.ShapeDtypeStruct]:
-    data, count = run.config["data"], run.config["train"]["batch_size"]
-    temporal, spatial = run.factors
+def video_and_text(run: Run) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """The shapes of one sample: latents `[frames, height, width, channels]`, text `[tokens, d]`."""
+    data, (temporal, spatial) = run.config["data"], run.factors
     latents = (
-        count,
         1 + (data["num_frames"] - 1) // temporal,
         data["height"] // spatial,
         data["width"] // spatial,
         run.model.in_channels,
     )
     width = run.model.text_dim if isinstance(run.model, WanConfig) else run.model.text_embed_dim
-    text = (data["max_length"], width)
+    return latents, (data["max_length"], width)
+
+
+def _batch(run: Run) -> tuple[dict, jax.ShapeDtypeStruct]:
+    count = run.config["train"]["batch_size"]
+    latents, text = video_and_text(run)
+    latents = (count, *latents)
     return {
         "latent_mean": jax.ShapeDtypeStruct(latents, jnp.float32),
         "latent_logvar": jax.ShapeDtypeStruct(latents, jnp.float32),
