@@ -55,7 +55,7 @@ $(VENV)/.ready-test: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@ $(VENV)/.ready-base
 
 $(VENV)/.ready-parity: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(install) '.[test,parity]'
+	$(install) '.[test,parity,buckets]'
 	touch $@ $(VENV)/.ready-base $(VENV)/.ready-test
 
 $(VENV)/.ready-aot: $(VENV)/bin/python pyproject.toml constraints.txt constraints-aot.txt

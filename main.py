@@ -24,7 +24,9 @@ from qvgen_jax.errors import LostProcess, UserError
 JOBS = ("train", "pretrain", "encode", "generate", "evaluate", "export", "study", "plan")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, file.py[:argument]")
-_WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; runs/<config name> if absent")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "where the run lives, a folder or gs://...; runs/<config name> if absent"
+)
 _JOB = flags.DEFINE_enum("job", "train", JOBS, "what to do")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be repeated")
 _SEED = flags.DEFINE_integer("seed", 0, "generate: the seed of the noise", lower_bound=0)
@@ -188,6 +190,14 @@ def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
         print("no report over several processes: `--job evaluate` in one process makes it")
 
 
+def _pushed(workdir: Path, *, last: bool = False) -> None:
+    """See `storage.push`."""
+    if _WORKDIR.value:
+        from qvgen_jax import storage
+
+        storage.push(workdir, last=last)
+
+
 def _lost(error: LostProcess) -> int:
     """Print and leave at once: JAX's own shutdown would wait for the process that is gone."""
     print(f"error: {error}", file=sys.stderr, flush=True)
@@ -200,8 +210,17 @@ def main(argv: list[str]) -> int:
     try:
         config = parse(argv)
         file = config_flags.get_config_filename(flags.FLAGS["config"])
-        workdir = Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(file)
-        run(_JOB.value, config, workdir)
+        workdir = default_workdir(file)
+        if _WORKDIR.value:
+            from qvgen_jax import storage  # Imports JAX: not for a wrong flag.
+
+            workdir = storage.workdir(_WORKDIR.value)
+        try:
+            run(_JOB.value, config, workdir)
+        except (UserError, KeyboardInterrupt):
+            _pushed(workdir)
+            raise
+        _pushed(workdir, last=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ from convert.packed import from_packed, packed_definition
 from convert.tables import table_for
 from convert.tensors import PICKLES, Tensors, pickle_refusal, read_json
 from convert.time_table import fold_names
+from qvgen_jax import storage
 from qvgen_jax.autoencoders.cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from qvgen_jax.autoencoders.wan import WanVAE, WanVAEConfig
 from qvgen_jax.components import VAE, TextEncoder, Transformer
@@ -88,11 +89,13 @@ def read_components(
 
 
 def find_folder(path: str | Path) -> Path:
-    """The folder itself, or the local copy of a hub repository, fetched if need be.
+    """The folder itself, or the local copy of a remote one or a hub repository, made if need be.
 
     Raises:
-        UserError: neither exists, or the hub cannot be reached.
+        UserError: neither exists, or the bucket or the hub cannot be reached.
     """
+    if storage.is_remote(path):
+        return storage.local(path)
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qvgen_jax import storage
 from qvgen_jax.data.encode import MANIFEST, encode_folder
 from qvgen_jax.errors import UserError
 
@@ -16,24 +17,31 @@ def check_source(config: Mapping, workdir: str | Path) -> None:
     """See that there are videos, or encoded clips, before a model is fetched for them.
 
     Raises:
-        UserError: `data.source` is empty or no folder, and nothing is encoded yet.
+        UserError: `data.source` is empty or no folder, and nothing is encoded yet; or clips are to
+            be encoded to an address.
     """
     data = config["data"]
     if (_encoded(config, workdir) / MANIFEST).is_file():
         return
+    if storage.is_remote(data["encoded"]):
+        raise UserError(
+            f"{data['encoded']} holds no finished encoding, and clips are encoded to folders: "
+            "leave config.data.encoded empty, so that they go where the run lives, or copy them "
+            "there"
+        )
     if not data["source"]:
         raise UserError(
             "config.data.source is empty: give the folder of your videos and their captions, "
             "--config.data.source=FOLDER"
         )
-    if not Path(data["source"]).is_dir():
+    if not storage.local(data["source"]).is_dir():
         raise UserError(
             f"data folder {data['source']} does not exist; give the folder of the videos"
         )
 
 
 def _encoded(config: Mapping, workdir: str | Path) -> Path:
-    return Path(config["data"]["encoded"] or Path(workdir) / "encoded")
+    return storage.local(config["data"]["encoded"] or Path(workdir) / "encoded")
 
 
 def ensure_encoded(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Path:
@@ -54,12 +62,13 @@ def ensure_encoded(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Pa
     data = config["data"]
     encoded = _encoded(config, workdir)
     size = {name: data[name] for name in ("num_frames", "height", "width", "max_length")}
-    if (encoded / MANIFEST).is_file() and not (data["source"] and Path(data["source"]).is_dir()):
+    source = storage.local(data["source"]) if data["source"] else None
+    if (encoded / MANIFEST).is_file() and not (source and source.is_dir()):
         _check_size(encoded, size)
         return encoded
     check_source(config, workdir)
     batch_size = data["encode_batch_size"]
-    manifest = encode_folder(pipe, data["source"], encoded, **size, batch_size=batch_size)
+    manifest = encode_folder(pipe, source, encoded, **size, batch_size=batch_size)
     refused = list(manifest["refused"].values())
     if refused and not data["skip_unusable"]:
         shown = "; ".join(refused[:3]) + ("; ..." if len(refused) > 3 else "")

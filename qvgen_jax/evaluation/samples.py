@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qvgen_jax import storage
 from qvgen_jax.data.moving_shapes import caption, held_out_prompts
 from qvgen_jax.data.video import write_video
 from qvgen_jax.errors import UserError
@@ -72,7 +73,7 @@ def generate_files(config: Mapping, workdir: Path, prompts: Sequence[str], seed:
         raise UserError('--job generate needs --prompt "..."; it may be repeated')
     export = workdir / "export"
     source = export if (export / "model_index.json").is_file() else config["model"]
-    if source != export and (workdir / "checkpoints").is_dir():
+    if source != export and storage.checkpoints(workdir).is_dir():
         raise UserError(
             f"{workdir} holds a run without an export: let it end (--job train), pack it "
             "(--job export), or give an empty --workdir to generate with the full-precision model"

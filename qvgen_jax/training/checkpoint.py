@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from qvgen_jax import hosts
+from qvgen_jax import hosts, storage
 from qvgen_jax.errors import UserError
 
 # Sections of a config that decide what the run computes; the others may change between calls.
@@ -29,11 +29,11 @@ _FREE_KEYS = (
 
 
 def open_checkpoints(workdir: Path, keep: int) -> ocp.CheckpointManager:
-    """The manager of `workdir/checkpoints`; the newest `keep` are kept."""
+    """The manager of a workdir's checkpoints, see `storage`; the newest `keep` are kept."""
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=True, enable_async_checkpointing=True
     )
-    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+    return ocp.CheckpointManager(storage.checkpoints(workdir), options=options)
 
 
 def save(manager: ocp.CheckpointManager, state: dict) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from qvgen_jax import hosts, sharding
+from qvgen_jax import hosts, sharding, storage
 from qvgen_jax.data.dataset import EncodedDataset
 from qvgen_jax.data.prepare import check_source, ensure_encoded
 from qvgen_jax.diffusion.noising import training_noise
@@ -172,9 +172,8 @@ def run_steps(
         )
         profile = Profile(workdir / "profile", int(state["step"]), train["profile_steps"])
         with writer, profile:
-            state = _steps(
-                config, state, model, scheduler, teacher, dataset, writer, profile, manager, mesh
-            )
+            arguments = (model, scheduler, teacher, dataset, writer, profile, manager, mesh)
+            state = _steps(config, workdir, state, *arguments)
         decay, moments = rank_decay(config), config["quant"]["branch_moments"]
         state = sharding.place(enter_step(state, train["steps"], decay, moments), mesh)
     return state, teacher
@@ -182,6 +181,7 @@ def run_steps(
 
 def _steps(
     config: Mapping,
+    workdir: Path,
     state: dict,
     model: TransformerConfig,
     scheduler: Scheduler,
@@ -220,6 +220,7 @@ def _steps(
             pace.restart(done)  # What logging takes, its SVDs above all, is no step's.
         if done % train["checkpoint_every"] == 0 or done == train["steps"]:
             checkpoint.save(manager, state)
+            storage.push(workdir)
     return state
 
 
