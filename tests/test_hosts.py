@@ -75,7 +75,7 @@ def assert_the_same(workdir: Path, count: int, steps: int, alone: list[float]) -
     np.testing.assert_allclose(losses(workdir), alone, rtol=1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_two_processes_train_as_one(alone, tmp_path):
     assert_the_same(tmp_path, 2, 2, alone(2))
 

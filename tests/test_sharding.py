@@ -42,7 +42,7 @@ def test_a_stacked_layer_keeps_its_first_axis_whole():
     "chosen",
     [
         pytest.param("wan and (alone-fsdp8 or beside)", marks=pytest.mark.slow),
-        pytest.param("cogvideox and context4-tensor2", marks=pytest.mark.slow),
+        pytest.param("cogvideox and context2-tensor4", marks=pytest.mark.slow),
         pytest.param("one_video or told or default_mesh or axes", marks=pytest.mark.slow),
         pytest.param("alone or pair or beside or run_over", marks=pytest.mark.by_hand),
     ],

@@ -140,8 +140,19 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
         storage.workdir("s3://runs/one")
 
 
+# Cloud Storage says of every object which generation it is; the emulator does not.
 EMULATOR = """
 import sys, time
+from gcp_storage_emulator.handlers import objects
+download = objects.download
+def told(request, response, storage, *arguments, **options):
+    download(request, response, storage, *arguments, **options)
+    names = request.params["bucket_name"], request.params["object_id"]
+    try:
+        response["x-goog-generation"] = storage.get_file_obj(*names)["generation"]
+    except Exception:
+        pass  # There is none, as was answered.
+objects.download = told
 from gcp_storage_emulator.server import create_server
 create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket="qvgen-runs").start()
 time.sleep(3600)

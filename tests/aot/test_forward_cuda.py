@@ -32,7 +32,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cuda_topology import h200
 
 
-@pytest.mark.parametrize("model", ["Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "zai-org/CogVideoX-2b"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        pytest.param("zai-org/CogVideoX-2b", marks=pytest.mark.slow),
+    ],
+)
 def test_one_layer_of_a_packed_model_compiles_with_its_kernels(model):
     device = SingleDeviceSharding(h200())
     config = dataclasses.replace(PUBLISHED[model], num_layers=1)

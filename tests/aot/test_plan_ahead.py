@@ -27,7 +27,7 @@ def arriving(found: ahead.Compiled, *dtypes: str) -> int:
     return sum(c.bytes for c in found.collectives if c.dtype in dtypes)
 
 
-@pytest.mark.parametrize("remat", ["blocks", "offload"])
+@pytest.mark.parametrize("remat", ["blocks", pytest.param("offload", marks=pytest.mark.slow)])
 def test_the_tiny_step_compiles_for_four_chips_and_takes_what_the_plan_counts(remat):
     found, guess = compiled("tiny_w4a4", "v5e:2x2", remat=remat)
     # Arrays as small as these are padded to whole tiles.
@@ -52,6 +52,7 @@ def test_the_step_of_a_published_model_takes_what_the_plan_estimates():
     assert found.laid_out < 0.9 * parse_target("v5e:8x8").memory
 
 
+@pytest.mark.slow
 def test_what_a_compiler_refuses_is_a_reason_and_no_crash():
     config = read_config("configs/tiny_w4a4.py").to_dict()
     config["train"] |= {"batch_size": 2**17}

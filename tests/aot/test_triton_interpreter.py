@@ -21,6 +21,7 @@ from kernels.low_rank import LowRank
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens
 from kernels.quantize_tokens import quantize_tokens as quantize_tokens_definition
+from kernels.target import building_for
 from kernels.triton_matmul import Tile, layout, quantized_matmul
 from kernels.triton_quantize import Clip, quantize_gelu, quantize_normalized, quantize_tokens
 from kernels.xla import quantized_matmul as definition
@@ -279,8 +280,8 @@ def publicly(function, *arguments, interpret, **options):
     with pytest.MonkeyPatch.context() as patch:
         for where, kernel in kernels:
             patch.setattr(where, kernel, partial(interpreted, getattr(where, kernel)))
-        patch.setattr(dispatch, "chip_of", lambda device: CHIPS["a100"])
-        found = function(*arguments, backend="triton", **options)
+        with building_for(CHIPS["a100"]):
+            found = function(*arguments, backend="triton", **options)
     assert launched == [function.__name__]
     assert not choose._said
     return to_numpy(found)
