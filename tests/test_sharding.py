@@ -38,6 +38,9 @@ def test_a_stacked_layer_keeps_its_first_axis_whole():
     assert spec_of("blocks.attn1.norm_q.scale") == (None,)
 
 
+PATIENT = [f"--xla_cpu_collective_{which}timeout_seconds=600" for which in ("", "call_terminate_")]
+
+
 @pytest.mark.parametrize(
     "chosen",
     [
@@ -49,14 +52,15 @@ def test_a_stacked_layer_keeps_its_first_axis_whole():
 )
 def test_over_eight_devices(chosen):
     """Every axis alone and in pairs takes half an hour of one core: by hand."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    # Eight devices on two cores wait for each other longer than XLA has patience for.
+    flags = [os.environ["XLA_FLAGS"], "--xla_force_host_platform_device_count=8", *PATIENT]
     # The number of devices is fixed when JAX starts: another process, not part of this run.
     rest = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/eight_devices.py"]
     done = subprocess.run(
         [*command, "-k", chosen],
         cwd=ROOT,
-        env=rest | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env=rest | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
