@@ -112,7 +112,10 @@ def check_triton() -> None:
     Raises:
         NotImplementedError: its version is none that jax-triton asks for.
     """
-    found = metadata.version("triton")
+    try:
+        found = metadata.version("triton")
+    except metadata.PackageNotFoundError:  # A build that goes by another name.
+        return
     for line in metadata.requires("jax-triton") or ():
         wanted = Requirement(line)
         if wanted.name == "triton" and not wanted.specifier.contains(found, prereleases=True):
