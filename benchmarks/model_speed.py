@@ -27,12 +27,12 @@ from load_memory import write_export
 
 from convert.load import read_transformer
 from kernels.attention import attention
-from kernels.bench import processor, versions
+from kernels.bench import device_name, versions
 from qvgen_jax.components import Transformer
 from qvgen_jax.models import TransformerConfig, abstract_params, text_only
-from qvgen_jax.models.linears import video_tokens
 from qvgen_jax.models.published import PUBLISHED
 from qvgen_jax.models.wan import WanConfig
+from qvgen_jax.plan.shapes import Run, video_and_text
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.training.student import as_held, teacher_definition
 
@@ -50,17 +50,13 @@ def random_params(config: TransformerConfig, dtype: jnp.dtype) -> dict:
     return jax.tree_util.tree_map_with_path(draw, like)
 
 
-def inputs_of(config: TransformerConfig, size: tuple[int, int, int]) -> tuple:
+def inputs_of(run: Run) -> tuple:
     """Latents, a timestep and a prompt, of one sample."""
-    frames, height, width = size
-    wan = isinstance(config, WanConfig)
-    grid = (1, 1 + (frames - 1) // 4, height // 8, width // 8, config.in_channels)
-    if not wan and config.patch_size[0] > 1:  # Its pipeline adds frames in front.
-        grid = (1, grid[1] + -grid[1] % config.patch_size[0], *grid[2:])
-    text = (512, config.text_dim) if wan else (226, config.text_embed_dim)
+    (frames, *rest), text = video_and_text(run)
+    frames += -frames % run.model.patch_size[0]  # CogVideoX1.5's pipeline adds some in front.
     keys = jax.random.split(jax.random.key(1))
     return (
-        jax.random.normal(keys[0], grid, jnp.bfloat16),
+        jax.random.normal(keys[0], (1, frames, *rest), jnp.bfloat16),
         jnp.array([500.0]),
         jax.random.normal(keys[1], (1, *text), jnp.bfloat16),
     )
@@ -87,17 +83,16 @@ def in_turns(calls: Mapping[str, Callable[[], jax.Array]], repeats: int) -> dict
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def attention_call(config: TransformerConfig, size: tuple[int, int, int]) -> Callable:
+def attention_call(run: Run) -> Callable:
     """The self-attention of one block."""
-    wan = isinstance(config, WanConfig)
-    tokens = video_tokens(config, *size, (4, 8)) + (0 if wan else 226)
-    shape = (1, tokens, config.num_attention_heads, config.attention_head_dim)
+    model = run.model
+    shape = (1, run.block_tokens, model.num_attention_heads, model.attention_head_dim)
     q, k, v = (
         jax.random.normal(key, shape, jnp.bfloat16)
         for key in jax.random.split(jax.random.key(2), 3)
     )
-    run = jax.jit(attention)
-    return lambda: run(q, k, v)
+    attend = jax.jit(attention)
+    return lambda: attend(q, k, v)
 
 
 def main() -> None:
@@ -118,8 +113,10 @@ def main() -> None:
     config = PUBLISHED[asked.model]
     config = dataclasses.replace(config, num_layers=asked.layers or config.num_layers)
     family = next(name for name in _SIZES if name in asked.model)
-    size = tuple(asked.size or _SIZES[family])
-    inputs, dtype = inputs_of(config, size), jnp.dtype("bfloat16")
+    size = dict(zip(("num_frames", "height", "width"), asked.size or _SIZES[family], strict=True))
+    text_tokens = 512 if isinstance(config, WanConfig) else 226
+    run = Run({"data": {**size, "max_length": text_tokens}}, config, (4, 8))
+    inputs, dtype = inputs_of(run), jnp.dtype("bfloat16")
     networks = {
         "bfloat16": Transformer(
             config, teacher_definition(config, dtype), (random_params(config, dtype),)
@@ -130,18 +127,14 @@ def main() -> None:
         networks[f"{name} {kernels}"] = packed(config, asked.bits, kernels, asked.folder)
     calls = {key: lambda net=net: net(*inputs) for key, net in networks.items()}
     if asked.attention:
-        calls["self-attention, one block"] = attention_call(config, size)
+        calls["self-attention, one block"] = attention_call(run)
     found = in_turns(calls, asked.repeats)
     weights = {
         key: sum(x.on_device_size_in_bytes() for x in jax.tree.leaves(net.states))
         for key, net in networks.items()
     }
-    device = jax.devices()[0]
-    kind = processor() if device.platform == "cpu" else device.device_kind
-    tokens = video_tokens(config, *size, (4, 8))
-    print(
-        f"{asked.model}, {config.num_layers} layers, {tokens} tokens, {kind}, jax {jax.__version__}"
-    )
+    kind = device_name()
+    print(f"{asked.model}, {config.num_layers} layers, {run.tokens} tokens, {kind}")
     for key, milliseconds in found.items():
         line = f"  {key:28s}{milliseconds:10.2f} ms"
         if key in weights:
@@ -154,7 +147,7 @@ def main() -> None:
             "versions": versions(),
             "model": asked.model,
             "layers": config.num_layers,
-            "tokens": tokens,
+            "tokens": run.tokens,
             "repeats": asked.repeats,
             "ms": found,
             "bytes": weights,

@@ -21,9 +21,9 @@ import numpy as np
 from model_speed import random_params
 
 from configs import read_config
-from kernels.bench import processor, versions
+from kernels.bench import device_name, versions
 from qvgen_jax.models.published import PUBLISHED
-from qvgen_jax.plan.shapes import Run, arguments, scheduler_of
+from qvgen_jax.plan.shapes import Run, scheduler_of, video_and_text
 from qvgen_jax.training.feed import feed
 from qvgen_jax.training.loop import compile_step, initial_state, make_recipe
 from qvgen_jax.training.pace import work_of
@@ -72,12 +72,11 @@ def main() -> None:
     model = PUBLISHED[config["model"]]
     model = dataclasses.replace(model, num_layers=asked.layers or model.num_layers)
     run, dtype = Run(config, model, (4, 8)), jnp.dtype(config["compute_dtype"])
-    mesh = jax.make_mesh((1,) * 4, ("data", "fsdp", "context", "tensor"))
-    _, batch, _, empty, _ = arguments(run, mesh)
-    clips = DrawnClips(batch["latent_mean"].shape[1:], empty.shape)
+    latents, text = video_and_text(run)
+    clips = DrawnClips(latents, text)
 
     device, start = jax.devices()[0], time.perf_counter()
-    kind = processor() if device.platform == "cpu" else device.device_kind
+    kind = device_name()
     print(
         f"{config['model']}, {model.num_layers} layers, {run.tokens} tokens x {asked.batch}, {kind}"
     )
@@ -92,7 +91,7 @@ def main() -> None:
     recipe = make_recipe(config, model, scheduler_of(model), branch=config["quant"]["rank"] > 0)
     empty_text, seed = jnp.asarray(clips.empty_text_embeds), jnp.int32(config["seed"])
     data, step = feed(clips, config), compile_step(recipe)
-    work, rows = work_of(config, model, batch["latent_mean"].shape[1:]), []
+    work, rows = work_of(config, model, latents), []
     for index in range(asked.steps):
         batch = next(data)
         began = time.perf_counter()

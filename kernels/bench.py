@@ -219,6 +219,12 @@ def processor() -> str:
     return f"{fields.get('model name', platform.processor())} ({', '.join(kinds)})"
 
 
+def device_name() -> str:
+    """What JAX computes on here."""
+    device = jax.devices()[0]
+    return processor() if device.platform == "cpu" else device.device_kind
+
+
 def print_records(records: Sequence[dict]) -> None:
     """A table of one shape."""
     first = records[0]
@@ -316,8 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    device = jax.devices()[0]
-    kind = processor() if device.platform == "cpu" else device.device_kind
+    kind = device_name()
     header = {
         "command": "python -m kernels.bench "
         + " ".join(argv if argv is not None else sys.argv[1:]),

@@ -5,6 +5,7 @@ lowering for a GPU needs JAX's CUDA plugin but no GPU. `interpret` runs the prog
 interpreter instead, in numpy on the host; Triton decides that once, when it is imported.
 """
 
+import functools
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
@@ -86,7 +87,7 @@ def launch(
     except ImportError as error:  # Also where JAX was installed without CUDA.
         reason = str(error).split("\n")[0].split(". ")[0]
         raise NotImplementedError(f"jax-triton cannot be used: {reason}") from error
-    check_triton()
+    _check_once()
     if "backend_options" in inspect.signature(triton_call).parameters:
         options = {
             "out_type": list(outputs),
@@ -123,6 +124,9 @@ def check_triton() -> None:
                 f"jax-triton {metadata.version('jax-triton')} needs {wanted}, and triton {found} "
                 f"is installed; pip install '{wanted}'"
             )
+
+
+_check_once = functools.cache(check_triton)  # Not for every kernel that is traced.
 
 
 class _Buffer:

@@ -7,10 +7,12 @@ clips and models are copied from there before they are read.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -24,6 +26,7 @@ _ADDRESS = re.compile(r"[a-z0-9]+://")
 _ORIGIN = ".origin"  # In a copy: the address it is of.
 _PUSHED = ".pushed.json"  # In a copy: size and time of each file as it was pushed.
 _APART = ("checkpoints",)  # Of a workdir: written to the bucket directly.
+_BLOCK = 1 << 24  # Bytes that are copied at once.
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 
 
@@ -43,7 +46,7 @@ def workdir(path: str) -> Path:
     copy = _copy_of(path)
     copy.mkdir(parents=True, exist_ok=True)
     (copy / _ORIGIN).write_text(path)
-    _pull(path, copy)
+    _pull(path, copy, apart=_APART)
     return copy
 
 
@@ -55,9 +58,13 @@ def local(path: str | Path) -> Path:
     """
     if not is_remote(path):
         return Path(path)
-    copy = _copy_of(str(path))
-    if not _pull(str(path), copy):
-        raise UserError(f"{path} is empty or does not exist; give the address of a folder")
+    return _fetched(str(path), _copy_of(str(path)))
+
+
+@functools.cache  # Listing a bucket takes a request a file: once in a process.
+def _fetched(address: str, copy: Path) -> Path:
+    if not _pull(address, copy):
+        raise UserError(f"{address} is empty or does not exist; give the address of a folder")
     return copy
 
 
@@ -101,12 +108,12 @@ def _copy_of(address: str) -> Path:
     return Path(base) / f"{name[-80:]}-{mark}"
 
 
-def _pull(address: str, copy: Path) -> int:
-    """Copy what is not there yet, or older; how many files the address has."""
+def _pull(address: str, copy: Path, apart: tuple[str, ...] = ()) -> int:
+    """Copy what is not there yet, or older, but for folders `apart`; how many files there are."""
     count = 0
     with _understood(address):
         base = epath.Path(address)
-        for name, path in _remote_files(base, PurePosixPath()):
+        for name, path in _remote_files(base, PurePosixPath(), apart):
             count += 1
             target, theirs = copy / name, path.stat()
             if target.is_file():
@@ -119,24 +126,23 @@ def _pull(address: str, copy: Path) -> int:
             # Processes that share a machine may copy at once: each its own, the last one stays.
             partial = target.with_name(f"{target.name}.{os.getpid()}.part")
             with path.open("rb") as source, partial.open("wb") as sink:
-                while block := source.read(1 << 24):
-                    sink.write(block)
+                shutil.copyfileobj(source, sink, _BLOCK)
             partial.replace(target)
     return count
 
 
 def _remote_files(
-    base: epath.Path, below: PurePosixPath
+    base: epath.Path, below: PurePosixPath, apart: tuple[str, ...]
 ) -> Iterator[tuple[PurePosixPath, epath.Path]]:
-    """(name, path) of each file under an address, but for checkpoints."""
+    """(name, path) of each file under an address, but for the folders `apart`."""
     folder = base / str(below) if below.parts else base
     if not folder.exists():
         return
     for path in folder.iterdir():
         name = below / path.name
         if path.is_dir():
-            if str(name) not in _APART:
-                yield from _remote_files(base, name)
+            if str(name) not in apart:
+                yield from _remote_files(base, name, apart)
         else:
             yield name, path
 
@@ -157,8 +163,7 @@ def _push(workdir: Path, base: epath.Path) -> None:
         target = base / name.as_posix()
         target.parent.mkdir(parents=True, exist_ok=True)
         with path.open("rb") as source, target.open("wb") as sink:
-            while block := source.read(1 << 24):
-                sink.write(block)
+            shutil.copyfileobj(source, sink, _BLOCK)
         pushed[str(name)] = state
         record.write_text(json.dumps(pushed))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -100,10 +101,16 @@ def test_what_was_not_pushed_yet_stays_and_what_another_machine_wrote_comes(buck
 
 def test_data_are_copied_before_they_are_read_and_an_empty_address_is_told(bucket):
     (bucket / "videos/deep").mkdir(parents=True)
+    (bucket / "videos/checkpoints").mkdir()  # Apart in a workdir alone.
+    (bucket / "videos/checkpoints/1.mp4").write_bytes(b"another")
     (bucket / "videos/captions.jsonl").write_text("{}")
     (bucket / "videos/deep/0.mp4").write_bytes(b"video")
     folder = storage.local("gs://runs/videos")
     assert (folder / "deep/0.mp4").read_bytes() == b"video"
+    assert (folder / "checkpoints/1.mp4").read_bytes() == b"another"
+    shutil.rmtree(bucket / "videos")
+    assert storage.local("gs://runs/videos") == folder  # Asked for once in a process.
+    (bucket / "videos").mkdir()
     data = {"source": "gs://runs/videos", "encoded": ""}
     check_source({"data": data}, folder)
     with pytest.raises(UserError, match=r"gs://runs/nothing is empty or does not exist"):
