@@ -12,6 +12,7 @@ import pytest
 
 from qvgen_jax.errors import UserError
 from qvgen_jax.hosts import join
+from tests.cpu_devices import ON_CPU
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6  # Ranks 2, 1, 0: the branch shrinks at step 2 and is gone at 4. Each is a compilation.
@@ -23,7 +24,7 @@ def start(count: int, workdir: Path, *arguments: str, devices: int = 4) -> list[
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     rest = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    rest |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "DEVICES": str(devices // count)}
+    rest |= ON_CPU | {"PYTHONPATH": str(ROOT), "DEVICES": str(devices // count)}
     if count > 1:
         rest |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
     return [

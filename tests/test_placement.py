@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qvgen_jax.errors import UserError
 from qvgen_jax.placement import for_models, with_shardings
+from tests.cpu_devices import ON_CPU
 
 ROOT = Path(__file__).parents[1]
 MESH = AbstractMesh((2, 3), ("rows", "columns"))
@@ -110,7 +111,7 @@ def test_a_long_list_of_faults_is_cut():
 
 @pytest.mark.slow
 def test_loading_over_four_devices():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", **ON_CPU}
     # The number of devices is fixed when JAX starts: another process, not part of this run.
     rest = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(

@@ -13,6 +13,7 @@ from qvgen_jax.mesh import AXES
 from qvgen_jax.models import abstract_params
 from qvgen_jax.models.published import PUBLISHED
 from qvgen_jax.sharding import parameter_sharding, spec_of
+from tests.cpu_devices import ON_CPU
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +39,7 @@ def test_a_stacked_layer_keeps_its_first_axis_whole():
     assert spec_of("blocks.attn1.norm_q.scale") == (None,)
 
 
+# Eight devices on two cores wait for each other longer than XLA has patience for.
 PATIENT = [f"--xla_cpu_collective_{which}timeout_seconds=600" for which in ("", "call_terminate_")]
 
 
@@ -52,7 +54,6 @@ PATIENT = [f"--xla_cpu_collective_{which}timeout_seconds=600" for which in ("", 
 )
 def test_over_eight_devices(chosen):
     """Every axis alone and in pairs takes half an hour of one core: by hand."""
-    # Eight devices on two cores wait for each other longer than XLA has patience for.
     flags = [os.environ["XLA_FLAGS"], "--xla_force_host_platform_device_count=8", *PATIENT]
     # The number of devices is fixed when JAX starts: another process, not part of this run.
     rest = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
@@ -60,7 +61,7 @@ def test_over_eight_devices(chosen):
     done = subprocess.run(
         [*command, "-k", chosen],
         cwd=ROOT,
-        env=rest | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env=rest | ON_CPU | {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
