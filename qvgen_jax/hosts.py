@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from qvgen_jax.errors import LostProcess, UserError
 
@@ -103,6 +104,15 @@ def everywhere(tree: Any) -> Any:
     from jax.experimental.multihost_utils import process_allgather
 
     return jax.tree.map(lambda leaf: process_allgather(leaf, tiled=True), tree)
+
+
+def agreed(here: bool) -> bool:
+    """Whether it is so on every process of the run."""
+    if is_alone():
+        return here
+    from jax.experimental.multihost_utils import process_allgather
+
+    return bool(process_allgather(np.asarray(here)).all())
 
 
 def barrier(name: str, minutes: float = _MINUTES) -> None:

@@ -92,6 +92,11 @@ def is_boundary(step: int, decay: RankDecay) -> bool:
     return 0 < step <= decay.end and step % decay.phase_steps == 0
 
 
+def boundaries(decay: RankDecay, steps: int) -> tuple[int, ...]:
+    """The steps up to `steps` on entering which the rank drops."""
+    return tuple(step for step in range(1, min(decay.end, steps) + 1) if is_boundary(step, decay))
+
+
 def phase_steps_for(
     total_steps: int, decay_fraction: float, rank: int, shrink: int = 2, shape: str = "cosine"
 ) -> int:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from qvgen_jax import hosts, sharding, storage
@@ -21,10 +20,11 @@ from qvgen_jax.pipeline import Pipeline, load
 from qvgen_jax.placement import Shardings
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.low_rank import drop_branch, on_every_branch, reverse, small_singular_share
-from qvgen_jax.quant.schedule import RankDecay, phase_steps_for
+from qvgen_jax.quant.schedule import RankDecay, boundaries, phase_steps_for
 from qvgen_jax.training import checkpoint
 from qvgen_jax.training.calibrate import activation_maxima, unmeasured
 from qvgen_jax.training.check import check_config, check_unguided
+from qvgen_jax.training.checkpoint import Checkpoints
 from qvgen_jax.training.feed import feed
 from qvgen_jax.training.metrics import MetricWriter, Silent, metric_writer
 from qvgen_jax.training.optimizer import make_optimizer
@@ -105,17 +105,24 @@ def newest_state(
     config: Mapping,
     model: TransformerConfig,
     teacher: dict,
-    manager: ocp.CheckpointManager,
+    checkpoints: Checkpoints,
     mesh: Mesh | None = None,
 ) -> dict | None:
-    """The newest checkpoint's state, each host's slices of it; None where there is none yet."""
-    step = manager.latest_step()
-    if step is None:
-        return None
-    like = jax.eval_shape(lambda: initial_state(config, model, teacher, unmeasured(model, teacher)))
-    if not has_branch(rank_decay(config), step):
-        like = {**like, "params": drop_branch(like["params"]), "opt": drop_branch(like["opt"])}
-    return checkpoint.restore(manager, step, sharding.described(like, mesh))
+    """The newest good checkpoint's state, each host's slices of it; None where there is none yet.
+
+    Raises:
+        UserError: see `Checkpoints.newest`.
+    """
+
+    def like_of(step: int) -> dict:
+        like = jax.eval_shape(
+            lambda: initial_state(config, model, teacher, unmeasured(model, teacher))
+        )
+        if not has_branch(rank_decay(config), step):
+            like = {**like, "params": drop_branch(like["params"]), "opt": drop_branch(like["opt"])}
+        return sharding.described(like, mesh)
+
+    return checkpoints.newest(like_of)
 
 
 def compile_step(recipe: Recipe, places: dict | None = None) -> Callable:
@@ -156,12 +163,12 @@ def run_steps(
         gave up of the one that came in is deleted.
     """
     train = config["train"]
-    # Leaving the block, also by an interruption, waits until the last save is complete.
+    always = boundaries(rank_decay(config), train["steps"])
     with (
         sharding.under(mesh),
-        checkpoint.open_checkpoints(workdir, train["keep_checkpoints"]) as manager,
+        Checkpoints(workdir, train["keep_checkpoints"], always) as checkpoints,
     ):
-        state = newest_state(config, model, teacher, manager, mesh)
+        state = newest_state(config, model, teacher, checkpoints, mesh)
         if state is None:
             activations = activation_maxima(config, model, scheduler, teacher, dataset, mesh)
             state = initial_state(config, model, teacher, activations, mesh)
@@ -172,7 +179,7 @@ def run_steps(
         )
         profile = Profile(workdir / "profile", int(state["step"]), train["profile_steps"])
         with writer, profile:
-            arguments = (model, scheduler, teacher, dataset, writer, profile, manager, mesh)
+            arguments = (model, scheduler, teacher, dataset, writer, profile, checkpoints, mesh)
             state = _steps(config, workdir, state, *arguments)
         decay, moments = rank_decay(config), config["quant"]["branch_moments"]
         state = sharding.place(enter_step(state, train["steps"], decay, moments), mesh)
@@ -189,7 +196,7 @@ def _steps(
     dataset: EncodedDataset,
     writer: MetricWriter | Silent,
     profile: Profile,
-    manager: ocp.CheckpointManager,
+    checkpoints: Checkpoints,
     mesh: Mesh | None,
 ) -> dict:
     """From the state's step to the last."""
@@ -197,6 +204,7 @@ def _steps(
     empty_text, seed = jnp.asarray(dataset.empty_text_embeds), jnp.int32(config["seed"])
     if mesh is not None:
         empty_text, seed = jax.device_put((empty_text, seed), sharding.whole(mesh))
+    milestones = boundaries(decay, train["steps"])
     data = feed(dataset, config, start, mesh)
     compiled: dict[bool, Callable] = {}
     pace = Pace(start, work_of(config, model, dataset[0]["latent_mean"].shape))
@@ -218,8 +226,8 @@ def _steps(
             speed, spectrum = pace(done), branch and train["log_spectrum"]
             writer.write(step, log_line(metrics, state["params"], spectrum, speed))
             pace.restart(done)  # What logging takes, its SVDs above all, is no step's.
-        if done % train["checkpoint_every"] == 0 or done == train["steps"]:
-            checkpoint.save(manager, state)
+        if done % train["checkpoint_every"] == 0 or done == train["steps"] or done in milestones:
+            checkpoints.save(state)
             storage.push(workdir)
     return state
 
@@ -293,10 +301,10 @@ def finished_state(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
     steps = config["train"]["steps"]
     check_config(config)
     checkpoint.compare_workdir(workdir, config)
-    with checkpoint.open_checkpoints(workdir, config["train"]["keep_checkpoints"]) as manager:
-        newest = manager.latest_step()
-        if newest != steps:
-            stands = "no checkpoint" if newest is None else f"step {newest}"
+    with Checkpoints(workdir, config["train"]["keep_checkpoints"]) as checkpoints:
+        there = checkpoints.steps()
+        if there[-1:] != [steps]:
+            stands = f"step {there[-1]}" if there else "no checkpoint"
             raise UserError(
                 f"{workdir} has {stands}, needed is the end of training, step {steps}; run the "
                 "same command with --job train first"
@@ -305,6 +313,6 @@ def finished_state(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
         pipe = load_model(config, over_mesh(mesh))
         check_unguided(config, pipe.defaults["steps"])
         model, teacher = pipe.transformer.config, pipe.transformer.states[0]
-        state = newest_state(config, model, teacher, manager, mesh)
+        state = newest_state(config, model, teacher, checkpoints, mesh)
     pipe = _holding(config, pipe, as_held(teacher, jnp.dtype(config["compute_dtype"])))
     return pipe, enter_step(state, steps, rank_decay(config), config["quant"]["branch_moments"])

@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 from qvgen_jax.diffusion.flow import add_noise, sample_sigmas, to_timesteps, velocity_target
-from qvgen_jax.training import checkpoint
+from qvgen_jax.training.checkpoint import Checkpoints, newest_or
 from qvgen_jax.training.metrics import MetricWriter
 from qvgen_jax.training.step import sample_keys
 
@@ -157,15 +157,18 @@ def pretrain_flow(
     optimizer = make_optimizer(flow)
     zero = jnp.zeros((), jnp.int32)
     state = {"params": params, "ema": params, "opt": optimizer.init(params), "step": zero}
-    manager = checkpoint.open_checkpoints(workdir, keep=2)
-    state = checkpoint.newest_or(manager, state)
+    checkpoints = Checkpoints(workdir, keep=2)
+    state = newest_or(checkpoints, state)
     state = jax.tree.map(jnp.copy, state)  # Own buffers: params and ema share theirs at step 0.
     step_fn = jax.jit(
         partial(flow_step, optimizer=optimizer, definitions=definitions, flow=flow, seed=seed),
         donate_argnums=0,
     )
     start = int(state["step"])
-    with MetricWriter(workdir, start, flow["steps"], title="flow matching") as writer:
+    with (
+        checkpoints,
+        MetricWriter(workdir, start, flow["steps"], title="flow matching") as writer,
+    ):
         for step in range(start, flow["steps"]):
             state, metrics = step_fn(state, take_batch(clips, step, flow, seed))
             done = step + 1
@@ -176,6 +179,5 @@ def pretrain_flow(
                 with (workdir / "judge.jsonl").open("a") as file:
                     file.write(json.dumps({"step": done, **evaluate(state["ema"])}) + "\n")
             if done % flow["checkpoint_every"] == 0 or done == flow["steps"]:
-                checkpoint.save(manager, state)
-    manager.wait_until_finished()
+                checkpoints.save(state)
     return state["ema"]

@@ -8,7 +8,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from flax import nnx
 from qvgen_jax.autoencoders.wan import WanVAE, WanVAEConfig
 from qvgen_jax.data.video import read_video
 from qvgen_jax.errors import UserError
-from qvgen_jax.training import checkpoint
+from qvgen_jax.training.checkpoint import Checkpoints, newest_or
 from qvgen_jax.training.metrics import MetricWriter
 from qvgen_jax.training.vae_initialize import initial_params
 from qvgen_jax.training.vae_stages import Stage, crops, learning_rate, read_stages, stage_at
@@ -138,14 +137,14 @@ def pretrain_vae(config: Mapping[str, Any], workdir: str | Path) -> TrainedVAE:
     optimizer = make_optimizer(config, stages)
     params = initial_params(shapes, jax.random.key(config["seed"]))
     state = {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
-    manager = checkpoint.open_checkpoints(workdir, keep=1)
-    state = checkpoint.newest_or(manager, state)
+    checkpoints = Checkpoints(workdir, keep=1)
+    state = newest_or(checkpoints, state)
     step_fn = make_step(graphdef, optimizer, config)
     rebuild = jax.jit(lambda params, video: reconstruct(nnx.merge(exact, params), video))
 
     start, total, saved = int(state["step"]), sum(s.steps for s in stages), time.time()
     with (
-        closing(manager),  # An interrupted run still completes the checkpoint it is writing.
+        checkpoints,
         MetricWriter(workdir, start, total, title="autoencoder") as writer,
     ):
         for step in range(start, total):
@@ -160,7 +159,7 @@ def pretrain_vae(config: Mapping[str, Any], workdir: str | Path) -> TrainedVAE:
                     line["psnr"] = psnr(seen, held_back)
                 writer.write(step, {**line, "frames": stage.frames, "size": stage.size})
             if last or time.time() - saved > config["checkpoint_seconds"]:
-                checkpoint.save(manager, state)
+                checkpoints.save(state)
                 saved = time.time()
     return finish(vae_config, state["params"], clips[: config["statistics_clips"]])
 
