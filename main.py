@@ -19,7 +19,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from qvgen_jax.errors import LostProcess, UserError
+from qvgen_jax.errors import LostProcess, Preempted, UserError
 
 JOBS = ("train", "pretrain", "encode", "generate", "evaluate", "export", "study", "plan")
 
@@ -205,8 +205,8 @@ def _lost(error: LostProcess) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 done, 2 wrong input (one message on stderr), 75 another process of the run is
-    gone (start them all again), 130 interrupted."""
+    """Exit code: 0 done, 2 wrong input (one message on stderr), 75 told to stop by SIGTERM, or
+    another process of the run is gone (start it, or them all, again), 130 interrupted."""
     try:
         config = parse(argv)
         file = config_flags.get_config_filename(flags.FLAGS["config"])
@@ -217,7 +217,7 @@ def main(argv: list[str]) -> int:
             workdir = storage.workdir(_WORKDIR.value)
         try:
             run(_JOB.value, config, workdir)
-        except (UserError, KeyboardInterrupt):
+        except (UserError, Preempted, KeyboardInterrupt):
             _pushed(workdir)
             raise
         _pushed(workdir, last=True)
@@ -226,6 +226,9 @@ def main(argv: list[str]) -> int:
         return 2
     except LostProcess as error:
         return _lost(error)
+    except Preempted as error:
+        print(error, file=sys.stderr)
+        return 75
     except RuntimeError as error:
         from qvgen_jax import hosts
 

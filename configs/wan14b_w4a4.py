@@ -88,6 +88,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.checkpoint_every = 100
     config.train.keep_checkpoints = 2
     config.train.profile_steps = 0  # So many are traced once the run is warm, to WORKDIR/profile.
+    config.train.hang_minutes = 60.0  # A step that takes longer ends the run; 0 never does.
     config.train.wandb_project = ""
 
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 0, "tensor": 1})

@@ -14,3 +14,10 @@ class LostProcess(RuntimeError):
 
     `main.py` prints the message alone and exits with code 75, on which launchers try again.
     """
+
+
+class Preempted(RuntimeError):
+    """The run was told to stop and has saved its state; starting it again continues it.
+
+    `main.py` prints the message alone and exits with code 75, on which launchers try again.
+    """

@@ -152,7 +152,7 @@ def _push(workdir: Path, base: epath.Path) -> None:
     pushed = json.loads(record.read_text()) if record.is_file() else {}
     for path in sorted(workdir.rglob("*")):
         name = path.relative_to(workdir)
-        if name.parts[0] in (*_APART, _ORIGIN, _PUSHED) or path.suffix in (".tmp", ".part"):
+        if name.parts[0] in _APART or path.name[0] == "." or path.suffix in (".tmp", ".part"):
             continue
         if not path.is_file():
             continue

@@ -44,6 +44,7 @@ _RANGES = (
     ("seed", 0, 2**31),
     ("quant.smoothing", 0, 1),
     ("train.tail_rate", 0, 1),
+    ("train.hang_minutes", 0, 1e5),
     ("train.truth_blend", 0, 50),
     ("train.ema_decay", 0, 1),
 )

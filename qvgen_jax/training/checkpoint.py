@@ -28,6 +28,7 @@ _FIXED = ("model", "compute_dtype", "data", "quant", "train", "seed", "vae_train
 _FREE_KEYS = (
     "log_every",
     "profile_steps",
+    "hang_minutes",
     "log_spectrum",
     "checkpoint_every",
     "checkpoint_seconds",

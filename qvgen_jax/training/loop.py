@@ -1,5 +1,6 @@
 """The training run: from a config and a workdir to the trained student's state."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -26,12 +27,14 @@ from qvgen_jax.training.calibrate import activation_maxima, unmeasured
 from qvgen_jax.training.check import check_config, check_unguided
 from qvgen_jax.training.checkpoint import Checkpoints
 from qvgen_jax.training.feed import feed
+from qvgen_jax.training.lock import alone_in
 from qvgen_jax.training.metrics import MetricWriter, Silent, metric_writer
 from qvgen_jax.training.optimizer import make_optimizer
 from qvgen_jax.training.pace import Pace, work_of
 from qvgen_jax.training.profile import Profile
 from qvgen_jax.training.state import create_state, enter_step, has_branch
 from qvgen_jax.training.step import Recipe, train_step
+from qvgen_jax.training.stop import Stop
 from qvgen_jax.training.student import (
     as_held,
     describe_layers,
@@ -39,6 +42,7 @@ from qvgen_jax.training.student import (
     student_definition,
     teacher_definition,
 )
+from qvgen_jax.training.watchdog import Watchdog
 
 
 def rank_decay(config: Mapping) -> RankDecay:
@@ -178,9 +182,9 @@ def run_steps(
             workdir, int(state["step"]), train["steps"], train["wandb_project"], "train"
         )
         profile = Profile(workdir / "profile", int(state["step"]), train["profile_steps"])
-        with writer, profile:
+        with writer, profile, Stop() as stop, Watchdog(train["hang_minutes"]) as watchdog:
             arguments = (model, scheduler, teacher, dataset, writer, profile, checkpoints, mesh)
-            state = _steps(config, workdir, state, *arguments)
+            state = _steps(config, workdir, state, *arguments, stop, watchdog)
         decay, moments = rank_decay(config), config["quant"]["branch_moments"]
         state = sharding.place(enter_step(state, train["steps"], decay, moments), mesh)
     return state, teacher
@@ -198,6 +202,8 @@ def _steps(
     profile: Profile,
     checkpoints: Checkpoints,
     mesh: Mesh | None,
+    stop: Stop,
+    watchdog: Watchdog,
 ) -> dict:
     """From the state's step to the last."""
     train, decay, start = config["train"], rank_decay(config), int(state["step"])
@@ -221,14 +227,20 @@ def _steps(
         state, metrics = compiled[branch](state, next(data), teacher, empty_text, seed)
         done = step + 1
         writer.advance(done)
+        watchdog.fed()
         if done % train["log_every"] == 0 or done == train["steps"]:
             jax.block_until_ready(metrics)
             speed, spectrum = pace(done), branch and train["log_spectrum"]
             writer.write(step, log_line(metrics, state["params"], spectrum, speed))
             pace.restart(done)  # What logging takes, its SVDs above all, is no step's.
-        if done % train["checkpoint_every"] == 0 or done == train["steps"] or done in milestones:
+        stopping = stop.asked(done)
+        due = done % train["checkpoint_every"] == 0 or done == train["steps"]
+        if due or done in milestones or stopping:
             checkpoints.save(state)
             storage.push(workdir)
+        if stopping:
+            checkpoints.finish()
+            stop.leave(done)
     return state
 
 
@@ -267,22 +279,25 @@ def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
     """
     check_config(config)
     checkpoint.compare_workdir(workdir, config)
-    mesh = mesh_of_config(config)
-    check_source(config, workdir)
-    pipe = load_model(config, over_mesh(mesh))
-    model, teacher = pipe.transformer.config, pipe.transformer.states[0]
-    check_unguided(config, pipe.defaults["steps"])
-    training_noise(pipe.scheduler, config["train"])  # A model of the other family: told now.
-    if hosts.is_first():
-        print(describe_layers(model, quant_config(config["quant"], model)), flush=True)
-        if mesh is not None:
-            print(told(mesh), flush=True)
-    encoded = ensure_encoded(config, workdir, pipe)
-    # Only now: a typo in the model's or the data's path must not mark the workdir as another run's.
-    checkpoint.claim_workdir(workdir, config)
-    hosts.barrier("workdir claimed")
-    dataset = EncodedDataset(encoded, config["data"]["max_length"])
-    state, teacher = run_steps(config, workdir, model, pipe.scheduler, teacher, dataset, mesh)
+    with contextlib.ExitStack() as held:
+        if workdir.is_dir():  # A new one only when the config has proved good.
+            held.enter_context(alone_in(workdir))
+        mesh = mesh_of_config(config)
+        check_source(config, workdir)
+        pipe = load_model(config, over_mesh(mesh))
+        model, teacher = pipe.transformer.config, pipe.transformer.states[0]
+        check_unguided(config, pipe.defaults["steps"])
+        training_noise(pipe.scheduler, config["train"])  # A model of the other family: told now.
+        if hosts.is_first():
+            print(describe_layers(model, quant_config(config["quant"], model)), flush=True)
+            if mesh is not None:
+                print(told(mesh), flush=True)
+        encoded = ensure_encoded(config, workdir, pipe)
+        # Only now: a typo in the model's or the data's path must not mark it as another run's.
+        checkpoint.claim_workdir(workdir, config)
+        hosts.barrier("workdir claimed")
+        dataset = EncodedDataset(encoded, config["data"]["max_length"])
+        state, teacher = run_steps(config, workdir, model, pipe.scheduler, teacher, dataset, mesh)
     return _holding(config, pipe, teacher), state
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -41,6 +42,24 @@ def metrics(workdir: Path) -> list[dict]:
 def verdict(workdir: Path) -> list[dict]:
     variants = json.loads((workdir / "evaluation.json").read_text())["variants"]
     return [{k: v for k, v in row.items() if k != "seconds_per_video"} for row in variants]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_step_it_comes_in_and_changes_nothing(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    subprocess.run(command(whole), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command(stopped), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(metrics(stopped)) < 10:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate()
+    assert process.returncode == 75, told
+    step = int(re.search(r"told to stop; step (\d+) is saved", told).group(1))
+    assert (stopped / f"checkpoints/{step}").is_dir()
+    assert len(metrics(stopped)) == step  # Not one of them is computed again.
+    subprocess.run(command(stopped), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert metrics(stopped) == metrics(whole)
+    assert verdict(stopped) == verdict(whole)
 
 
 @pytest.mark.slow

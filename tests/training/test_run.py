@@ -80,6 +80,7 @@ CONFIG = {
         "checkpoint_every": 1,
         "keep_checkpoints": 2,
         "profile_steps": 0,
+        "hang_minutes": 0.0,
         "wandb_project": "",
     },
 }
