@@ -86,6 +86,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.keep_checkpoints = 2
     config.train.profile_steps = 0  # So many are traced once the run is warm, to WORKDIR/profile.
     config.train.hang_minutes = 60.0  # A step that takes longer ends the run; 0 never does.
+    # Updates that are not finite are skipped. After more than so many in a row the run goes back to
+    # its last checkpoint and takes the data in another order; so often at most.
+    config.train.most_skipped = 20
+    config.train.fresh_orders = 2
     config.train.wandb_project = ""
 
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 0, "tensor": 1})

@@ -23,6 +23,7 @@ _FREE = (
     "kernels",
     "sample.count",
     "train.checkpoint_every",
+    "train.fresh_orders",
     "train.hang_minutes",
     "train.keep_checkpoints",
     "train.log_every",

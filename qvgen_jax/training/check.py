@@ -22,6 +22,8 @@ _POSITIVE = (
 _OPTIONAL = {
     "sample.count": "pairs of videos",
     "train.profile_steps": "trace",
+    "train.most_skipped": "skipped update",
+    "train.fresh_orders": "way back",
     "evaluate.videos": "judging",
     "evaluate.drift_videos": "drift",
 }

@@ -29,6 +29,8 @@ _FREE_KEYS = (
     "log_every",
     "profile_steps",
     "hang_minutes",
+    "most_skipped",
+    "fresh_orders",
     "log_spectrum",
     "checkpoint_every",
     "checkpoint_seconds",

@@ -7,17 +7,22 @@ from jax.sharding import Mesh
 
 from qvgen_jax import sharding
 from qvgen_jax.data.dataset import EncodedDataset, batches
+from qvgen_jax.training.step import order_seed
 
 
 def feed(
-    dataset: EncodedDataset, config: Mapping, start: int = 0, mesh: Mesh | None = None
+    dataset: EncodedDataset,
+    config: Mapping,
+    start: int = 0,
+    mesh: Mesh | None = None,
+    order: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """`batches` of the run from step `start` on; over a mesh, each device has its samples.
 
-    Every process reads the samples of its own devices and no others.
+    Every process reads the samples of its own devices and no others. `order` is the state's.
     """
     size = config["train"]["batch_size"]
-    order = {"seed": config["seed"], "batch_size": size, "start_step": start}
+    order = {"seed": order_seed(config["seed"], order), "batch_size": size, "start_step": start}
     if mesh is None:
         return batches(dataset, **order)
     rows = sharding.rows_here(mesh, size)

@@ -27,6 +27,7 @@ from qvgen_jax.training.calibrate import activation_maxima, unmeasured
 from qvgen_jax.training.check import check_config, check_unguided
 from qvgen_jax.training.checkpoint import Checkpoints
 from qvgen_jax.training.feed import feed
+from qvgen_jax.training.guard import NotFinite, Spikes, check
 from qvgen_jax.training.lock import alone_in
 from qvgen_jax.training.metrics import MetricWriter, Silent, metric_writer
 from qvgen_jax.training.optimizer import make_optimizer
@@ -142,7 +143,7 @@ def compile_step(recipe: Recipe, places: dict | None = None) -> Callable:
 
 def log_line(metrics: Mapping, params: Mapping, spectrum: bool, speed: Mapping) -> dict:
     """What is written about a step: plain floats, and what the branch's spectrum is if asked."""
-    line = {name: float(value) for name, value in metrics.items()}
+    line = {name: float(value) for name, value in metrics.items() if not value.ndim}
     if spectrum:
         line["small_singular_share"] = float(_small_share(params))
     return {**line, **speed}
@@ -178,16 +179,61 @@ def run_steps(
             state = initial_state(config, model, teacher, activations, mesh)
             state = checkpoint.committed(state)
         teacher = as_held(teacher, jnp.dtype(config["compute_dtype"]))
-        writer = metric_writer(
-            workdir, int(state["step"]), train["steps"], train["wandb_project"], "train"
-        )
-        profile = Profile(workdir / "profile", int(state["step"]), train["profile_steps"])
-        with writer, profile, Stop() as stop, Watchdog(train["hang_minutes"]) as watchdog:
-            arguments = (model, scheduler, teacher, dataset, writer, profile, checkpoints, mesh)
-            state = _steps(config, workdir, state, *arguments, stop, watchdog)
+        parts = (model, scheduler, teacher, dataset, checkpoints, mesh)
+        while True:
+            try:
+                state = _run_from(config, workdir, state, *parts)
+                break
+            except NotFinite as bad:
+                state = _gone_back(
+                    config, bad, newest_state(config, *parts[:1], teacher, *parts[4:])
+                )
         decay, moments = rank_decay(config), config["quant"]["branch_moments"]
         state = sharding.place(enter_step(state, train["steps"], decay, moments), mesh)
     return state, teacher
+
+
+def _gone_back(config: Mapping, bad: NotFinite, state: dict | None) -> dict:
+    """The state to go on from, with another order of data and noise.
+
+    Raises:
+        UserError: there is none, or the run went back too often.
+    """
+    most = config["train"]["fresh_orders"]
+    order = 0 if state is None else int(state["order"])
+    if state is None or order >= most:
+        raise UserError(
+            f"training does not go on: more than {config['train']['most_skipped']} updates in a "
+            f"row were not finite, and going back {order} times did not help ({bad}). Lower "
+            "train.learning_rate, or raise train.most_skipped; metrics.jsonl has the loss so far"
+        ) from bad
+    if hosts.is_first():
+        print(f"warning: {bad}; back to step {int(state['step'])} with fresh data", flush=True)
+    return {
+        **state,
+        "order": state["order"] + 1,
+        "skipped": {**state["skipped"], "in_a_row": 0 * state["order"]},
+    }
+
+
+def _run_from(
+    config: Mapping,
+    workdir: Path,
+    state: dict,
+    model: TransformerConfig,
+    scheduler: Scheduler,
+    teacher: dict,
+    dataset: EncodedDataset,
+    checkpoints: Checkpoints,
+    mesh: Mesh | None,
+) -> dict:
+    """The last state of `train.steps`, with everything that goes on beside the steps."""
+    train, start = config["train"], int(state["step"])
+    writer = metric_writer(workdir, start, train["steps"], train["wandb_project"], "train")
+    profile = Profile(workdir / "profile", start, train["profile_steps"])
+    with writer, profile, Stop() as stop, Watchdog(train["hang_minutes"]) as watchdog:
+        arguments = (model, scheduler, teacher, dataset, writer, profile, checkpoints, mesh)
+        return _steps(config, workdir, state, *arguments, stop, watchdog)
 
 
 def _steps(
@@ -211,7 +257,8 @@ def _steps(
     if mesh is not None:
         empty_text, seed = jax.device_put((empty_text, seed), sharding.whole(mesh))
     milestones = boundaries(decay, train["steps"])
-    data = feed(dataset, config, start, mesh)
+    data = feed(dataset, config, start, mesh, int(state["order"]))
+    spikes = Spikes()
     compiled: dict[bool, Callable] = {}
     pace = Pace(start, work_of(config, model, dataset[0]["latent_mean"].shape))
     for step in range(start, train["steps"]):
@@ -232,11 +279,16 @@ def _steps(
             jax.block_until_ready(metrics)
             speed, spectrum = pace(done), branch and train["log_spectrum"]
             writer.write(step, log_line(metrics, state["params"], spectrum, speed))
+            if told := spikes.told(step, float(metrics["loss"])):
+                writer.warn(told)
+            check(state, metrics["finite"], train["most_skipped"])
             pace.restart(done)  # What logging takes, its SVDs above all, is no step's.
         stopping = stop.asked(done)
         due = done % train["checkpoint_every"] == 0 or done == train["steps"]
         if due or done in milestones or stopping:
-            checkpoints.save(state)
+            # Not while updates are skipped: what the run would go back to is the one before.
+            if done == train["steps"] or not int(state["skipped"]["in_a_row"]):
+                checkpoints.save(state)
             storage.push(workdir)
         if stopping:
             checkpoints.finish()

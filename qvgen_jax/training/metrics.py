@@ -45,6 +45,9 @@ class Silent:
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Nothing: the first process writes."""
 
+    def warn(self, text: str) -> None:
+        """Nothing: the first process does."""
+
     def advance(self, step: int) -> None:
         """Nothing: the first process has the bar."""
 
@@ -115,6 +118,10 @@ class MetricWriter:
         self._progress.update(self._task, note=note)
         if not self._progress.console.is_terminal:
             print(f"step {step}/{self._total} {note}", flush=True)
+
+    def warn(self, text: str) -> None:
+        """Say something beside the bar."""
+        self._progress.console.print(f"warning: {text}")
 
     def advance(self, step: int) -> None:
         """Move the bar to `step` updates done."""

@@ -1,10 +1,11 @@
 """The train state, a plain dict, and what happens to it at a phase boundary.
 
-`{"params", "levels", "opt", "step"}`: `params` are the student's float32 master weights with its
-quantizers and branch, `levels` what of a layer is not trained (its numbers of levels, the factors
-of smoothing), `opt` the optimizer's state, `step` the number of updates made. With an average of
-the weights also `"ema"`, like `params` but without the branch. Random keys and the data position
-are functions of `step`.
+`{"params", "levels", "opt", "step", "order", "skipped"}`: `params` are the student's float32 master
+weights with its quantizers and branch, `levels` what of a layer is not trained (its numbers of
+levels, the factors of smoothing), `opt` the optimizer's state, `step` the number of updates made or
+skipped. With an average of the weights also `"ema"`, like `params` but without the branch. Random
+keys and the data position are functions of `step` and of `order`, how often the run went back for
+another order; `skipped` counts updates that were not finite, `in_a_row` up to now and `in_all`.
 """
 
 from functools import partial
@@ -35,6 +36,8 @@ def create_state(
         "levels": levels,
         "opt": optimizer.init(params),
         "step": jnp.zeros((), jnp.int32),
+        "order": jnp.zeros((), jnp.int32),
+        "skipped": {"in_a_row": jnp.zeros((), jnp.int32), "in_all": jnp.zeros((), jnp.int32)},
         **({"ema": jax.tree.map(jnp.copy, drop_branch(params))} if average else {}),
     }
 

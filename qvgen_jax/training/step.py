@@ -1,7 +1,7 @@
 """One training step: noise, teacher, student, loss, update. Pure functions of state and batch."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,11 @@ class Recipe(NamedTuple):
     temporal_patch: int
     train: Mapping
     tail: int
+
+
+def order_seed(seed: jax.Array | int, order: jax.Array | int) -> jax.Array | int:
+    """The seed of data, noise and timesteps after the run went back `order` times."""
+    return seed + 7919 * order
 
 
 def sample_keys(seed: jax.Array | int, step: jax.Array, sample_index: jax.Array) -> jax.Array:
@@ -182,7 +187,7 @@ def train_step(
     seed: jax.Array,
     recipe: Recipe,
 ) -> tuple[dict, dict]:
-    """One update.
+    """One update; none where loss or gradient is not finite, which is counted.
 
     Args:
         state: see `qvgen_jax.training.state`; may be donated.
@@ -194,10 +199,11 @@ def train_step(
         recipe: static.
 
     Returns:
-        The new state and float32 scalars: loss, grad_norm, gate, rank and a rate per group.
+        The new state, and scalars: loss, grad_norm, skipped, gate, rank and a rate per group.
+        Beside them `finite`, bool of each array of the gradient, in the order of its leaves.
     """
     step = state["step"]
-    keys = sample_keys(seed, step, batch["sample_index"])
+    keys = sample_keys(order_seed(seed, state["order"]), step, batch["sample_index"])
     dropout = recipe.train["caption_dropout"]
     filled = fill_patches(batch, recipe.temporal_patch)
     inputs = noisy_inputs(filled, keys, recipe.noising, dropout, empty_text)
@@ -209,16 +215,32 @@ def train_step(
     loss, grads = _accumulated(loss_of, state["params"], inputs, recipe.train["accumulate"])
     updates, opt = recipe.optimizer.update(grads, state["opt"], state["params"])
     params = optax.apply_updates(state["params"], updates)
+    norm = optax.global_norm(grads)
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    params, opt = unless_bad(good, (params, opt), (state["params"], state["opt"]))
+    skipped = {
+        "in_a_row": jnp.where(good, 0, state["skipped"]["in_a_row"] + 1),
+        "in_all": state["skipped"]["in_all"] + ~good,
+    }
     rates = learning_rates(recipe.train, recipe.tail)
     rank = rank_at(step, recipe.decay)
     metrics = {
         "loss": loss,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": norm,
+        "skipped": skipped["in_all"],
+        "finite": jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)]),
         "gate": fade_at(step, recipe.decay) * (rank > 0),
         "rank": rank,
         **{f"lr_{group}": jnp.asarray(rate(step), jnp.float32) for group, rate in rates.items()},
     }
-    new = {**state, "params": params, "opt": opt, "step": step + 1}
+    new = {**state, "params": params, "opt": opt, "step": step + 1, "skipped": skipped}
     if "ema" in state:
         new["ema"] = averaged(state["ema"], params, step, recipe)
     return new, metrics
+
+
+def unless_bad(good: jax.Array, new: Any, old: Any) -> Any:
+    """The new arrays, or, where the step was not finite, the old ones; counters go on anyway."""
+    return jax.tree.map(
+        lambda a, b: jnp.where(good, a, b) if jnp.issubdtype(a.dtype, jnp.floating) else a, new, old
+    )

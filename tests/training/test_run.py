@@ -81,6 +81,8 @@ CONFIG = {
         "keep_checkpoints": 2,
         "profile_steps": 0,
         "hang_minutes": 0.0,
+        "most_skipped": 3,
+        "fresh_orders": 1,
         "wandb_project": "",
     },
 }

@@ -1,0 +1,107 @@
+"""Numbers that go bad: updates skipped, the way back, and what is said."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qvgen_jax.data.dataset import batches
+from qvgen_jax.errors import UserError
+from qvgen_jax.training import loop
+from qvgen_jax.training.guard import NotFinite, Spikes, check, diagnosis
+from qvgen_jax.training.step import unless_bad
+from tests.training.test_run import (
+    CONFIG,
+    MODEL,
+    SCHEDULER,
+    Clips,
+    lines,
+    shared_compilation,
+    teacher,
+)
+
+__all__ = ["shared_compilation", "teacher"]  # Fixtures.
+
+
+def test_a_bad_step_leaves_every_number_and_counts_on():
+    old = {"w": jnp.array([1.0, 2]), "count": jnp.int32(4)}
+    new = {"w": jnp.array([jnp.nan, 3]), "count": jnp.int32(5)}
+    kept = unless_bad(jnp.array(False), new, old)
+    np.testing.assert_array_equal(kept["w"], old["w"])
+    assert kept["count"] == 5
+    np.testing.assert_array_equal(unless_bad(jnp.array(True), new, old)["w"], new["w"])
+
+
+def state(in_a_row: int, **params) -> dict:
+    return {"step": jnp.int32(9), "skipped": {"in_a_row": jnp.int32(in_a_row)}, "params": params}
+
+
+def test_the_reason_is_told_by_name():
+    good = {"a": {"scale": jnp.ones(3)}, "b": {"lower": jnp.ones(())}}
+    check(state(3, **good), jnp.array([True, True]), 3)
+    with pytest.raises(NotFinite, match=r"step 9: .* gradients of b.lower are not"):
+        check(state(4, **good), jnp.array([True, False]), 3)
+    every = np.array([False, False])
+    assert "the activations overflow" in diagnosis(good, every)
+    bad = {"a": {"scale": jnp.array([1, -2e-3])}, "b": {"lower": jnp.array(jnp.nan)}}
+    assert diagnosis(bad, every) == "a.scale has a scale of -0.002, b.lower is not finite"
+
+
+def test_a_loss_far_above_those_before_is_told_once_there_are_some():
+    spikes = Spikes()
+    assert not any(spikes.told(step, 1.0 + step / 100) for step in range(20))
+    assert spikes.told(20, 1.5) is None
+    assert "the loss is 9, the median of 20 lines 1.1" in spikes.told(21, 9.0)
+    assert spikes.told(22, float("nan")) is not None
+
+
+class Poisoned(Clips):
+    """Some clips, by their place in the order of the run, are not finite."""
+
+    def __init__(self, bad: set[int]):
+        self.bad = bad
+
+    def __getitem__(self, index: int) -> dict:
+        clip = super().__getitem__(index)
+        if int(index) in self.bad:
+            clip["latent_mean"] = clip["latent_mean"] * np.float32(np.nan)
+        return clip
+
+
+def config_of(**train) -> dict:
+    return {**CONFIG, "train": {**CONFIG["train"], "checkpoint_every": 2, "batch_size": 1, **train}}
+
+
+def test_a_clip_that_is_not_finite_is_skipped_and_the_run_ends_finite(teacher, tmp_path):
+    config = config_of(most_skipped=5)
+    state, _ = loop.run_steps(config, tmp_path, MODEL, SCHEDULER, teacher, Poisoned({0}))
+    skipped = int(state["skipped"]["in_all"])
+    assert 0 < skipped < 6
+    assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(state))
+    found = lines(tmp_path)
+    assert sum(not np.isfinite(line["loss"]) for line in found) == skipped
+    assert found[-1]["skipped"] == skipped
+
+
+class Named(Clips):
+    def __getitem__(self, index: int) -> dict:
+        return {**super().__getitem__(index), "caption": int(index)}
+
+
+def first_clips(count: int) -> set[int]:
+    stream = batches(Named(), seed=CONFIG["seed"], batch_size=1, captions=True)
+    return {next(stream)["caption"][0] for _ in range(count)}
+
+
+def test_where_another_order_does_not_help_the_run_stops_with_the_reason(teacher, tmp_path, capsys):
+    bad = Poisoned(set(range(5)) - first_clips(2))
+    config = config_of(most_skipped=0, fresh_orders=1)
+    with pytest.raises(UserError, match=r"going back 1 times did not help .*activations overflow"):
+        loop.run_steps(config, tmp_path, MODEL, SCHEDULER, teacher, bad)
+    assert "back to step 2 with fresh data" in capsys.readouterr().out
+
+
+def test_without_a_checkpoint_there_is_no_way_back(teacher, tmp_path):
+    config = config_of(most_skipped=0, fresh_orders=9)
+    with pytest.raises(UserError, match=r"more than 0 updates in a row .* going back 0 times"):
+        loop.run_steps(config, tmp_path, MODEL, SCHEDULER, teacher, Poisoned(set(range(5))))
