@@ -107,7 +107,7 @@ class Network:
         self.gate = jnp.asarray([1, 0.6], dtype)
 
     def loss(self, params, levels, teacher, inputs, gate):
-        return distillation_loss(params, levels, teacher, inputs, gate, self.recipe)
+        return distillation_loss(params, levels, teacher, inputs, gate, self.recipe)[0]
 
     def arguments(self, mesh=None) -> tuple:
         trees = (self.params, self.levels, self.teacher)

@@ -1,13 +1,15 @@
 """The report of a run: one HTML file with its videos, numbers and curves inside, no network needed.
 
 It reads what training, generation, evaluation and export left in the workdir: `metrics.jsonl`
-(required), `config.json`, `samples/samples.json` with its mp4 files, `evaluation.json` and
-`sizes.json`. A section whose input is missing says so; nothing is ever filled in.
+(required), `alarms.jsonl`, `config.json`, `samples/samples.json` with its mp4 files,
+`evaluation.json` and `sizes.json`. A section whose input is missing says so; nothing is ever filled
+in.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -39,7 +41,7 @@ def write_report(workdir: Path) -> Path:
     for title, content in {
         "Videos": sections.videos_section(samples, workdir / "samples"),
         "What the judge found": sections.judge_section(evaluation),
-        "Training": sections.training_section(records),
+        "Training": sections.training_section(records, read_alarms(workdir / "alarms.jsonl")),
     }.items():
         body.append(f"<section><h2>{title}</h2>{content}</section>")
     body.append(
@@ -60,19 +62,27 @@ def read_metrics(path: Path) -> list[dict]:
     """The logged steps in order. A step logged twice (a resumed run) counts once, as last logged;
     a line cut short by a kill is skipped. Raises UserError when nothing is left.
     """
-    by_step = {}
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-            by_step[record["step"]] = record
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
+    by_step = {record["step"]: record for record in _records(path)}
     if not by_step:
         raise UserError(
             f"{path} holds no logged step, and a report needs at least one. "
             f"Train first: python main.py --config <config> --workdir {path.parent}"
         )
     return [by_step[step] for step in sorted(by_step)]
+
+
+def read_alarms(path: Path) -> list[dict]:
+    """What training warned of: `step` and `alarm` each; none where there is no file."""
+    return [record for record in _records(path) if "alarm" in record]
+
+
+def _records(path: Path) -> Iterator[dict]:
+    """Lines with a step; one cut short by a kill is skipped."""
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                yield record
 
 
 def _read_json(path: Path):

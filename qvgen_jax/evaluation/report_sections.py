@@ -12,6 +12,7 @@ from qvgen_jax.evaluation.curves import column, training_panels
 from qvgen_jax.evaluation.judge import STRICT_IOU
 
 SHOWN_PAIRS = 24
+SHOWN_ALARMS = 20
 TINY_WIDTH = 200  # pixels; narrower videos are enlarged without smoothing
 SIDES = {"teacher": "Teacher", "student": "Student"}
 AGAINST = "Strict, against full precision"
@@ -215,7 +216,7 @@ def _key(name: str) -> str:
 # Training
 
 
-def training_section(records: Sequence[dict]) -> str:
+def training_section(records: Sequence[dict], alarms: Sequence[dict]) -> str:
     _, speeds = column(records, "steps_per_second")
     speed = f" Median speed {sorted(speeds)[len(speeds) // 2]:.2g} steps/s." if len(speeds) else ""
     marks = (
@@ -230,7 +231,23 @@ def training_section(records: Sequence[dict]) -> str:
         for panel in training_panels(records)
     )
     last = whole(max(record["step"] for record in records))
-    return f'<p>Logged up to step {last}.{speed}{marks}</p><div class="curves">{figures}</div>'
+    told = _alarms(records, alarms)
+    return (
+        f'<p>Logged up to step {last}.{speed}{marks}</p>{told}<div class="curves">{figures}</div>'
+    )
+
+
+def _alarms(records: Sequence[dict], alarms: Sequence[dict]) -> str:
+    """What the run warned of, and how many updates it left out."""
+    items = [f"Step {whole(each['step'])}: {each['alarm']}." for each in alarms]
+    _, skipped = column(records, "skipped")
+    if len(skipped) and skipped[-1]:
+        items.append(f"{whole(skipped[-1])} updates were not finite, and left out.")
+    listed = "".join(f"<li>{escape(item)}</li>" for item in items[:SHOWN_ALARMS])
+    more = len(items) - SHOWN_ALARMS
+    if more > 0:
+        listed += f"<li>{more} more in <code>alarms.jsonl</code>.</li>"
+    return f'<ul class="note alarms">{listed}</ul>' if items else ""
 
 
 # Size and time

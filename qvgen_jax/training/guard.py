@@ -9,6 +9,8 @@ import numpy as np
 
 _SPIKE = 4.0  # Times the median of the lines before.
 _LINES = 20
+_STILL = 0.5  # Of the teacher's variance over frames.
+_STILL_LINES = 3  # In a row: a batch of clips at full noise differs by chance.
 _SHOWN = 5
 
 
@@ -65,17 +67,30 @@ def _few(words: list[str]) -> str:
     return ", ".join(words[:_SHOWN]) + more
 
 
-class Spikes:
-    """Tells a loss far above those before it."""
+class Alarms:
+    """Tells a loss far above those before it, and a student whose videos stand still."""
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=_LINES)
+        self._still = 0
 
-    def told(self, step: int, loss: float) -> str | None:
-        """A sentence, or None; call it with every line that is logged."""
+    def told(self, loss: float, motion: float) -> list[str]:
+        """Sentences; call it with every line that is logged.
+
+        Args:
+            loss: of the step.
+            motion: the student's by the teacher's.
+        """
+        told = []
         usual = statistics.median(self._last) if len(self._last) == _LINES else None
         if np.isfinite(loss):
             self._last.append(loss)
         if usual is not None and not loss <= _SPIKE * usual:
-            return f"step {step}: the loss is {loss:.3g}, the median of {_LINES} lines {usual:.3g}"
-        return None
+            told.append(f"the loss is {loss:.3g}, the median of {_LINES} lines before {usual:.3g}")
+        self._still = self._still + 1 if motion < _STILL else 0
+        if self._still == _STILL_LINES:
+            told.append(
+                f"the student's prediction changes over frames {motion:.2f} times as much as the "
+                f"teacher's, below {_STILL} for {_STILL_LINES} lines: its videos will stand still"
+            )
+        return told

@@ -27,7 +27,7 @@ from qvgen_jax.training.calibrate import activation_maxima, unmeasured
 from qvgen_jax.training.check import check_config, check_unguided
 from qvgen_jax.training.checkpoint import Checkpoints
 from qvgen_jax.training.feed import feed
-from qvgen_jax.training.guard import NotFinite, Spikes, check
+from qvgen_jax.training.guard import Alarms, NotFinite, check
 from qvgen_jax.training.lock import alone_in
 from qvgen_jax.training.metrics import MetricWriter, Silent, metric_writer
 from qvgen_jax.training.optimizer import make_optimizer
@@ -258,7 +258,7 @@ def _steps(
         empty_text, seed = jax.device_put((empty_text, seed), sharding.whole(mesh))
     milestones = boundaries(decay, train["steps"])
     data = feed(dataset, config, start, mesh, int(state["order"]))
-    spikes = Spikes()
+    alarms = Alarms()
     compiled: dict[bool, Callable] = {}
     pace = Pace(start, work_of(config, model, dataset[0]["latent_mean"].shape))
     for step in range(start, train["steps"]):
@@ -279,8 +279,8 @@ def _steps(
             jax.block_until_ready(metrics)
             speed, spectrum = pace(done), branch and train["log_spectrum"]
             writer.write(step, log_line(metrics, state["params"], spectrum, speed))
-            if told := spikes.told(step, float(metrics["loss"])):
-                writer.warn(told)
+            for told in alarms.told(float(metrics["loss"]), float(metrics["motion"])):
+                writer.warn(step, told)
             check(state, metrics["finite"], train["most_skipped"])
             pace.restart(done)  # What logging takes, its SVDs above all, is no step's.
         stopping = stop.asked(done)

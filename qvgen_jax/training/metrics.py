@@ -1,4 +1,7 @@
-"""What a run says while it goes: `metrics.jsonl`, TensorBoard, W&B if asked, and a progress bar."""
+"""What a run says while it goes: `metrics.jsonl`, TensorBoard, W&B if asked, and a progress bar.
+
+What is alarming goes to `alarms.jsonl` as well.
+"""
 
 import json
 from collections.abc import Mapping
@@ -45,7 +48,7 @@ class Silent:
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Nothing: the first process writes."""
 
-    def warn(self, text: str) -> None:
+    def warn(self, step: int, text: str) -> None:
         """Nothing: the first process does."""
 
     def advance(self, step: int) -> None:
@@ -56,7 +59,7 @@ class MetricWriter:
     """Writes scalars by step; a context manager.
 
     Args:
-        workdir: `metrics.jsonl` and `tensorboard/` go there.
+        workdir: `metrics.jsonl`, `alarms.jsonl` and `tensorboard/` go there.
         start: the step the run starts from; later lines of an interrupted run are dropped.
         total: steps in all, for the progress bar.
         wandb_project: a W&B project, or "" for none.
@@ -69,7 +72,9 @@ class MetricWriter:
         from tensorboardX import SummaryWriter  # Imports PyTorch where there is one: seconds.
 
         path = workdir / "metrics.jsonl"
-        _keep_before(path, start)
+        self._alarms = workdir / "alarms.jsonl"
+        for kept in (path, self._alarms):
+            _keep_before(kept, start)
         self._file = path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
         self._wandb = None
@@ -119,9 +124,11 @@ class MetricWriter:
         if not self._progress.console.is_terminal:
             print(f"step {step}/{self._total} {note}", flush=True)
 
-    def warn(self, text: str) -> None:
-        """Say something beside the bar."""
-        self._progress.console.print(f"warning: {text}")
+    def warn(self, step: int, text: str) -> None:
+        """Say something of a step beside the bar, and keep it in `alarms.jsonl` for the report."""
+        self._progress.console.print(f"warning: step {step}: {text}", highlight=False, markup=False)
+        with self._alarms.open("a") as file:
+            file.write(json.dumps({"step": step, "alarm": text}) + "\n")
 
     def advance(self, step: int) -> None:
         """Move the bar to `step` updates done."""

@@ -124,12 +124,15 @@ def teacher_share(timesteps: jax.Array, blend: float) -> jax.Array:
 
 def distillation_loss(
     params: dict, levels: dict, teacher_params: dict, inputs: dict, gate: jax.Array, recipe: Recipe
-) -> jax.Array:
-    """Mean squared error of the student's prediction, in float32.
+) -> tuple[jax.Array, dict]:
+    """Mean squared error of the student's prediction, in float32; and how much both change.
 
     Against the teacher's, or against the ground truth by `teacher_share`. The prediction is a
     velocity in both families. The release compares CogVideoX's implied clean latents with weight
     1 / (1 - alphas_cumprod), which is the same.
+
+    Returns:
+        The loss, and `motion` of the student's and the teacher's prediction.
     """
     teacher = nnx.merge(recipe.teacher, teacher_params)
     student = nnx.merge(recipe.student, params, levels)
@@ -143,7 +146,14 @@ def distillation_loss(
         share = teacher_share(inputs["timesteps"], blend)
         truth = jnp.mean(jnp.square(prediction - inputs["velocity"]), axes)
         loss = share * loss + (1 - share) * truth
-    return jnp.mean(loss)
+    # Stopped: no part of what is differentiated.
+    moved = {"student": motion(jax.lax.stop_gradient(prediction)), "teacher": motion(target)}
+    return jnp.mean(loss), moved
+
+
+def motion(video: jax.Array) -> jax.Array:
+    """Mean variance over frames of `[b, f, h, w, c]`; 0 where nothing moves."""
+    return jnp.mean(jnp.var(video, axis=1))
 
 
 def averaged(ema: dict, params: dict, step: jax.Array, recipe: Recipe) -> dict:
@@ -165,16 +175,21 @@ def in_parts(x: jax.Array, parts: int) -> jax.Array:
 
 
 def _accumulated(loss: Callable, params: dict, inputs: dict, parts: int) -> tuple:
-    """Loss and gradient averaged over `parts` equal slices of the batch, one slice in memory."""
+    """What `loss` gives, and its gradient, averaged over `parts` equal slices of the batch.
+
+    One slice is in memory at a time.
+    """
+    graded = jax.value_and_grad(loss, has_aux=True)
     if parts == 1:
-        return jax.value_and_grad(loss)(params, inputs)
+        return graded(params, inputs)
     slices = jax.tree.map(lambda x: in_parts(x, parts), inputs)
 
     def add(total: tuple, part: dict) -> tuple:
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, part)), None
+        return jax.tree.map(jnp.add, total, graded(params, part)), None
 
-    loss_type = wide_type(inputs["latents"].dtype)
-    zeros = (jnp.zeros((), loss_type), laid_out(jax.tree.map(jnp.zeros_like, params)))
+    zero = jnp.zeros((), wide_type(inputs["latents"].dtype))
+    scalars = zero, {"student": zero, "teacher": zero}
+    zeros = (scalars, laid_out(jax.tree.map(jnp.zeros_like, params)))
     total, _ = jax.lax.scan(add, zeros, slices)
     return jax.tree.map(lambda x: x / parts, total)
 
@@ -199,7 +214,8 @@ def train_step(
         recipe: static.
 
     Returns:
-        The new state, and scalars: loss, grad_norm, skipped, gate, rank and a rate per group.
+        The new state, and scalars: loss, grad_norm, motion (the student's by the teacher's),
+        skipped, gate, rank and a rate per group.
         Beside them `finite`, bool of each array of the gradient, in the order of its leaves.
     """
     step = state["step"]
@@ -209,10 +225,11 @@ def train_step(
     inputs = noisy_inputs(filled, keys, recipe.noising, dropout, empty_text)
     gate = gate_at(step, recipe.decay)
 
-    def loss_of(params: dict, part: dict) -> jax.Array:
+    def loss_of(params: dict, part: dict) -> tuple[jax.Array, dict]:
         return distillation_loss(params, state["levels"], teacher_params, part, gate, recipe)
 
-    loss, grads = _accumulated(loss_of, state["params"], inputs, recipe.train["accumulate"])
+    parts = recipe.train["accumulate"]
+    (loss, moved), grads = _accumulated(loss_of, state["params"], inputs, parts)
     updates, opt = recipe.optimizer.update(grads, state["opt"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     norm = optax.global_norm(grads)
@@ -227,6 +244,8 @@ def train_step(
     metrics = {
         "loss": loss,
         "grad_norm": norm,
+        # Of one frame there is none: both are level then.
+        "motion": jnp.where(moved["teacher"] > 0, moved["student"] / moved["teacher"], 1.0),
         "skipped": skipped["in_all"],
         "finite": jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)]),
         "gate": fade_at(step, recipe.decay) * (rank > 0),

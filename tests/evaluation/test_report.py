@@ -203,3 +203,18 @@ def test_a_broken_file_is_named(workdir):
     (workdir / "sizes.json").write_text("{")
     with pytest.raises(UserError, match=r"sizes\.json is not valid JSON"):
         write_report(workdir)
+
+
+def test_alarms_and_updates_left_out_are_told_and_escaped(workdir):
+    alarms = [{"step": step, "alarm": f"the loss is <{step}>"} for step in range(22)]
+    (workdir / "alarms.jsonl").write_text("\n".join(map(json.dumps, alarms)) + '\n{"step": 3')
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 60, "loss": 0.1, "skipped": 3}) + "\n")
+    page = read(workdir)
+    assert "<li>Step 0: the loss is &lt;0&gt;.</li>" in page
+    assert page.count("<li>Step") == 20
+    assert "<li>3 more in <code>alarms.jsonl</code>.</li>" in page
+
+
+def test_a_run_without_alarms_tells_of_none(page):
+    assert "alarms" not in page.partition("<body")[2].partition("Do it again")[0]

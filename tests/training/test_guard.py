@@ -8,8 +8,8 @@ import pytest
 from qvgen_jax.data.dataset import batches
 from qvgen_jax.errors import UserError
 from qvgen_jax.training import loop
-from qvgen_jax.training.guard import NotFinite, Spikes, check, diagnosis
-from qvgen_jax.training.step import unless_bad
+from qvgen_jax.training.guard import Alarms, NotFinite, check, diagnosis
+from qvgen_jax.training.step import motion, unless_bad
 from tests.training.test_run import (
     CONFIG,
     MODEL,
@@ -48,11 +48,25 @@ def test_the_reason_is_told_by_name():
 
 
 def test_a_loss_far_above_those_before_is_told_once_there_are_some():
-    spikes = Spikes()
-    assert not any(spikes.told(step, 1.0 + step / 100) for step in range(20))
-    assert spikes.told(20, 1.5) is None
-    assert "the loss is 9, the median of 20 lines 1.1" in spikes.told(21, 9.0)
-    assert spikes.told(22, float("nan")) is not None
+    alarms = Alarms()
+    assert not any(alarms.told(1.0 + step / 100, 1.0) for step in range(20))
+    assert alarms.told(1.5, 1.0) == []
+    assert alarms.told(9.0, 1.0) == ["the loss is 9, the median of 20 lines before 1.1"]
+    assert alarms.told(float("nan"), 1.0) != []
+
+
+def test_a_student_that_stands_still_is_told_once():
+    alarms = Alarms()
+    assert [len(alarms.told(1.0, motion)) for motion in (0.4, 0.4, 0.9)] == [0, 0, 0]
+    (told,) = [text for motion in (0.4, 0.3, 0.2, 0.1) for text in alarms.told(1.0, motion)]
+    assert "changes over frames 0.20 times as much as the teacher's" in told
+
+
+def test_motion_is_what_changes_over_frames():
+    video = np.random.default_rng(0).standard_normal((2, 1, 3, 4, 5), np.float32)
+    assert motion(jnp.asarray(video)) == 0
+    moved = np.concatenate([video, video + 1, video - 1], axis=1)
+    np.testing.assert_allclose(motion(jnp.asarray(moved)), 2 / 3, rtol=1e-5)
 
 
 class Poisoned(Clips):
