@@ -18,32 +18,32 @@ class NotFinite(Exception):
     """So many updates in a row were not finite that the run goes back; holds what is known of it.
 
     Attributes:
-        step: that the run had come to.
-        reason: which arrays went bad first, as far as can be told.
+        order: the state's, see `qvgen_jax.training.state`.
     """
 
-    def __init__(self, step: int, reason: str):
+    def __init__(self, step: int, reason: str, order: int):
         super().__init__(f"step {step}: {reason}")
-        self.step, self.reason = step, reason
+        self.order = order
 
 
-def check(state: Mapping, finite: jax.Array, most: int) -> None:
+def check(state: Mapping, metrics: Mapping, most: int) -> None:
     """See that not too many updates in a row were skipped.
 
     Args:
         state: after the last one.
-        finite: of each array of the last gradient, whether it is finite; see `train_step`.
+        metrics: of the last one: `loss`, and `finite` of each array of the gradient.
         most: so many may be.
 
     Raises:
         NotFinite: there were more.
     """
     if int(state["skipped"]["in_a_row"]) > most:
-        raise NotFinite(int(state["step"]), diagnosis(state["params"], np.asarray(finite)))
+        reason = diagnosis(state["params"], float(metrics["loss"]), np.asarray(metrics["finite"]))
+        raise NotFinite(int(state["step"]), reason, int(state["order"]))
 
 
-def diagnosis(params: Mapping, finite: np.ndarray) -> str:
-    """What is wrong with parameters, or else with their gradients, by name."""
+def diagnosis(params: Mapping, loss: float, finite: np.ndarray) -> str:
+    """What is wrong with parameters, or else with loss or gradients, by name."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     names = [".".join(part.key for part in path) for path, _ in leaves]
     wrong = []
@@ -54,12 +54,12 @@ def diagnosis(params: Mapping, finite: np.ndarray) -> str:
             wrong.append(f"{name} has a scale of {float(np.min(leaf)):.3g}")
     if wrong:
         return _few(wrong)
+    if not np.isfinite(loss):
+        return "all parameters are finite, the loss is not: clips that are not, or activations"
     bad = [name for name, good in zip(names, finite, strict=True) if not good]
-    if len(bad) == len(names):
-        return "all parameters are finite, the loss is not: the activations overflow"
     if not bad:
-        return "parameters and gradients are finite again"
-    return f"parameters are finite, the gradients of {_few(bad)} are not"
+        return "parameters, loss and gradients are finite again"
+    return f"parameters and loss are finite, the gradients of {_few(bad)} are not"
 
 
 def _few(words: list[str]) -> str:

@@ -199,19 +199,18 @@ def _gone_back(config: Mapping, bad: NotFinite, state: dict | None) -> dict:
     Raises:
         UserError: there is none, or the run went back too often.
     """
-    most = config["train"]["fresh_orders"]
-    order = 0 if state is None else int(state["order"])
-    if state is None or order >= most:
+    if state is None or bad.order >= config["train"]["fresh_orders"]:
         raise UserError(
             f"training does not go on: more than {config['train']['most_skipped']} updates in a "
-            f"row were not finite, and going back {order} times did not help ({bad}). Lower "
+            f"row were not finite, and going back {bad.order} times did not help ({bad}). Lower "
             "train.learning_rate, or raise train.most_skipped; metrics.jsonl has the loss so far"
         ) from bad
     if hosts.is_first():
         print(f"warning: {bad}; back to step {int(state['step'])} with fresh data", flush=True)
     return {
         **state,
-        "order": state["order"] + 1,
+        # One more than the order that failed, whatever the checkpoint's: none is tried twice.
+        "order": 0 * state["order"] + bad.order + 1,
         "skipped": {**state["skipped"], "in_a_row": 0 * state["order"]},
     }
 
@@ -281,7 +280,7 @@ def _steps(
             writer.write(step, log_line(metrics, state["params"], spectrum, speed))
             for told in alarms.told(float(metrics["loss"]), float(metrics["motion"])):
                 writer.warn(step, told)
-            check(state, metrics["finite"], train["most_skipped"])
+            check(state, metrics, train["most_skipped"])
             pace.restart(done)  # What logging takes, its SVDs above all, is no step's.
         stopping = stop.asked(done)
         due = done % train["checkpoint_every"] == 0 or done == train["steps"]
@@ -332,7 +331,8 @@ def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
     check_config(config)
     checkpoint.compare_workdir(workdir, config)
     with contextlib.ExitStack() as held:
-        if workdir.is_dir():  # A new one only when the config has proved good.
+        new = not workdir.is_dir()
+        if not new:  # A new one is made only when the config has proved good.
             held.enter_context(alone_in(workdir))
         mesh = mesh_of_config(config)
         check_source(config, workdir)
@@ -344,6 +344,8 @@ def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
             print(describe_layers(model, quant_config(config["quant"], model)), flush=True)
             if mesh is not None:
                 print(told(mesh), flush=True)
+        if new:
+            held.enter_context(alone_in(workdir))
         encoded = ensure_encoded(config, workdir, pipe)
         # Only now: a typo in the model's or the data's path must not mark it as another run's.
         checkpoint.claim_workdir(workdir, config)

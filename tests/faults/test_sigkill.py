@@ -49,6 +49,11 @@ def test_sigterm_saves_the_step_it_comes_in_and_changes_nothing(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     subprocess.run(command(whole), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     process = subprocess.Popen(command(stopped), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (stopped / ".lock").is_file():
+        time.sleep(0.02)
+    second = subprocess.run(command(stopped), cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 2, second.stderr
+    assert f"another run is at work in {stopped} (process {process.pid} on" in second.stderr
     while process.poll() is None and len(metrics(stopped)) < 10:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)

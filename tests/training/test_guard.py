@@ -33,18 +33,21 @@ def test_a_bad_step_leaves_every_number_and_counts_on():
 
 
 def state(in_a_row: int, **params) -> dict:
-    return {"step": jnp.int32(9), "skipped": {"in_a_row": jnp.int32(in_a_row)}, "params": params}
+    counters = {"step": jnp.int32(9), "order": jnp.int32(0)}
+    return {**counters, "skipped": {"in_a_row": jnp.int32(in_a_row)}, "params": params}
 
 
 def test_the_reason_is_told_by_name():
     good = {"a": {"scale": jnp.ones(3)}, "b": {"lower": jnp.ones(())}}
-    check(state(3, **good), jnp.array([True, True]), 3)
+    metrics = {"loss": jnp.float32(1), "finite": jnp.array([True, False])}
+    check(state(3, **good), metrics, 3)
     with pytest.raises(NotFinite, match=r"step 9: .* gradients of b.lower are not"):
-        check(state(4, **good), jnp.array([True, False]), 3)
-    every = np.array([False, False])
-    assert "the activations overflow" in diagnosis(good, every)
+        check(state(4, **good), metrics, 3)
+    neither = np.array([False, False])
+    assert "the loss is not: clips" in diagnosis(good, float("nan"), neither)
     bad = {"a": {"scale": jnp.array([1, -2e-3])}, "b": {"lower": jnp.array(jnp.nan)}}
-    assert diagnosis(bad, every) == "a.scale has a scale of -0.002, b.lower is not finite"
+    told = "a.scale has a scale of -0.002, b.lower is not finite"
+    assert diagnosis(bad, float("nan"), neither) == told
 
 
 def test_a_loss_far_above_those_before_is_told_once_there_are_some():
@@ -110,7 +113,9 @@ def first_clips(count: int) -> set[int]:
 def test_where_another_order_does_not_help_the_run_stops_with_the_reason(teacher, tmp_path, capsys):
     bad = Poisoned(set(range(5)) - first_clips(2))
     config = config_of(most_skipped=0, fresh_orders=1)
-    with pytest.raises(UserError, match=r"going back 1 times did not help .*activations overflow"):
+    with pytest.raises(
+        UserError, match=r"going back 1 times did not help .*the loss is not: clips"
+    ):
         loop.run_steps(config, tmp_path, MODEL, SCHEDULER, teacher, bad)
     assert "back to step 2 with fresh data" in capsys.readouterr().out
 

@@ -1,0 +1,322 @@
+"""Runs that are killed, told to stop, or find damaged checkpoints: all end as if undisturbed?
+
+    python benchmarks/faults.py --kills 200 --terms 50 --corruptions 100 --seed 0
+    python benchmarks/faults.py --write docs/reliability.md  # the table, between the file's markers
+
+A run is `main.py` on the tiny pipeline with one of its layers: 40 steps, a checkpoint after every
+second, ranks 4, 2, 1 and 0, export and report. It is ended five times, at random moments or in the
+middle of a save, at a boundary of phases, at export, and started again with the same command; then
+it is left to end by itself. Its losses, its last checkpoint and its export must then be, bit by
+bit, those of a run that nobody disturbed. What happened is kept in benchmarks/results/faults.json.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from safetensors.numpy import load_file, save_file
+
+from kernels.bench import device_name
+from qvgen_jax.errors import UserError
+from qvgen_jax.training.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).with_name("results") / "faults.json"
+BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
+STEPS, PER_RUN = 40, 5
+BOUNDARIES = (7, 14, 21)
+MOMENTS = ("anywhere", "in a save", "at a boundary", "at export")
+WEIGHTS = (6, 2, 1, 1)  # How often each is tried.
+DAMAGES = ("cut short", "a bit flipped", "missing")
+OVERRIDES = {
+    "train.steps": STEPS,
+    "train.batch_size": 2,
+    "train.warmup_steps": 2,
+    "train.log_every": 1,
+    "train.log_spectrum": False,
+    "train.checkpoint_every": 2,
+    "train.keep_checkpoints": 3,
+    "train.remat": "none",
+    "quant.rank": 4,
+    "data.max_length": 16,
+    "sample.count": 0,
+    "evaluate.videos": 0,
+}
+
+
+def one_layer(folder: Path) -> None:
+    """The tiny pipeline with the first of its layers alone."""
+    shutil.copytree(ROOT / "assets/tiny_wan", folder)
+    path = folder / "transformer/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": 1}))
+    path = folder / "transformer/diffusion_pytorch_model.safetensors"
+    kept = {k: v for k, v in load_file(path).items() if k[:7] != "blocks." or k[:9] == "blocks.0."}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
+class Scene:
+    """What all runs share: the model, the encoded clips, the compiled programs."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        one_layer(folder / "model")
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+        cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        self._environment = {**os.environ, **cache, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        self._log = (folder / "log.txt").open("a")
+
+    def start(self, workdir: Path) -> subprocess.Popen:
+        paths = {"model": self.folder / "model", "data.encoded": self.folder / "encoded"}
+        flags = [f"--config.{key}={value}" for key, value in (OVERRIDES | paths).items()]
+        command = ["main.py", "--config", "configs/tiny_w4a4.py", "--workdir", str(workdir), *flags]
+        self._log.write(f"== {workdir.name}\n")
+        self._log.flush()
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=self._environment,
+            stdout=self._log,
+            stderr=self._log,
+        )
+
+    def undisturbed(self, name: str) -> float:
+        """Seconds of a run to its end."""
+        start = time.monotonic()
+        if code := self.start(self.folder / name).wait():
+            sys.exit(f"the undisturbed run ended with {code}; see {self.folder / 'log.txt'}")
+        return time.monotonic() - start
+
+
+def fingerprint(workdir: Path) -> dict:
+    """What must be the same: losses, the last checkpoint's arrays, the exported files."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    found = {"metrics": [{k: v for k, v in x.items() if "per_second" not in k} for x in lines]}
+    for path in sorted((workdir / "export").rglob("*.safetensors")):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[str(path.relative_to(workdir))] = digest
+    state = as_saved(workdir, STEPS)
+    found["state"] = [hashlib.sha256(x.tobytes()).hexdigest() for x in jax.tree.leaves(state)]
+    return found
+
+
+def as_saved(workdir: Path, step: int) -> dict:
+    """The arrays of a checkpoint, without checksums and without asking whether they are good."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(workdir.resolve() / "checkpoints" / str(step) / "default")
+    state.pop("checksums")
+    return jax.tree.map(np.asarray, state)
+
+
+def come(moment: str, workdir: Path, rng: random.Random, seconds: float) -> Callable[[], bool]:
+    """Whether the moment has come, to be asked again and again."""
+    if moment == "anywhere":
+        at = time.monotonic() + rng.uniform(0, seconds)
+        return lambda: time.monotonic() > at
+    if moment == "in a save":
+        seen, wanted = set(), rng.randint(1, 4)
+
+        def saving() -> bool:
+            seen.update(path.name for path in workdir.glob("checkpoints/*tmp*"))
+            return len(seen) >= wanted
+
+        return saving
+    if moment == "at export":
+        return lambda: any(workdir.glob("export*"))
+    first, wait = last_step(workdir), rng.uniform(0, 0.2)
+    ahead = [step for step in BOUNDARIES if step > first + 1]
+    at = rng.choice(ahead) if ahead else STEPS
+
+    def entered() -> bool:
+        if last_step(workdir) < at - 1:
+            return False
+        time.sleep(wait)
+        return True
+
+    return entered
+
+
+def last_step(workdir: Path) -> int:
+    """The last one logged; -1 before the first."""
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") - 1 if path.is_file() else -1
+
+
+def end_runs(
+    scene: Scene, name: str, number: signal.Signals, count: int, seed: int, whole: dict, long: float
+) -> dict:
+    """End runs `count` times, five times each, and compare their ends with `whole`."""
+    rng, ended, codes = random.Random(f"{name} {seed}"), Counter(), Counter()
+    lost = different = runs = 0
+    while ended.total() < count:
+        workdir, here = scene.folder / f"{name}-{runs}", 0
+        runs += 1
+        while here < PER_RUN and ended.total() < count:
+            moment = rng.choices(MOMENTS, WEIGHTS)[0]
+            process = scene.start(workdir)
+            reached = come(moment, workdir, rng, long)
+            while process.poll() is None and not reached():
+                time.sleep(0.002)
+            if process.poll() is not None:  # The moment was behind it, or never came.
+                break
+            process.send_signal(number)
+            codes[process.wait()] += 1
+            ended[moment] += 1
+            here += 1
+        if scene.start(workdir).wait():
+            lost += 1
+        elif fingerprint(workdir) != whole:
+            different += 1
+        else:
+            shutil.rmtree(workdir)
+        print(f"{name}: {ended.total()}/{count} in {runs} runs, {lost} lost, {different} different")
+        sys.stdout.flush()
+    return {
+        "ended": dict(ended),
+        "runs": runs,
+        "lost": lost,
+        "different": different,
+        "exit_codes": {str(code): times for code, times in codes.items()},
+    }
+
+
+def damage(path: Path, how: str, rng: random.Random) -> None:
+    """Make a file what a disk or a cut transfer may make of it."""
+    content = bytearray(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+    elif how == "cut short":
+        path.write_bytes(content[: rng.randrange(len(content))])
+    else:
+        place = rng.randrange(8 * len(content))
+        content[place // 8] ^= 1 << place % 8
+        path.write_bytes(content)
+
+
+def damage_checkpoints(whole: Path, scratch: Path, count: int, seed: int) -> dict:
+    """Damage one file of the newest checkpoint, or of all; what `Checkpoints.newest` then gives."""
+    keep = OVERRIDES["train.keep_checkpoints"]
+    with Checkpoints(whole, keep) as checkpoints:
+        saved = {step: as_saved(whole, step) for step in checkpoints.steps()[-keep:]}
+
+    def like(step: int) -> dict:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved[step])
+
+    found = {how: Counter() for how in DAMAGES}
+    rng = random.Random(f"corruptions {seed}")
+    for _, how in zip(range(count), every(DAMAGES), strict=False):
+        workdir = scratch / "damaged"
+        shutil.copytree(whole / "checkpoints", workdir / "checkpoints")
+        steps = sorted(saved) if rng.random() < 0.2 else sorted(saved)[-1:]
+        for step in steps:
+            folder = workdir / "checkpoints" / str(step)
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            damage(rng.choice([path for path in files if path.stat().st_size]), how, rng)
+        found[how][after_damage(workdir, keep, like, saved)] += 1
+        shutil.rmtree(workdir)
+    return {how: dict(outcomes) for how, outcomes in found.items()}
+
+
+def every(names: tuple) -> Iterator[str]:
+    """Round and round."""
+    while True:
+        yield from names
+
+
+def after_damage(workdir: Path, keep: int, like: Callable, saved: dict) -> str:
+    """What a run that starts there would go on from."""
+    try:
+        with Checkpoints(workdir, keep) as checkpoints:
+            state = checkpoints.newest(like)
+    except UserError:
+        return "refused"
+    if state is None:
+        return "silent"
+    step = int(state["step"])
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(saved[step]), strict=True)
+    if any(np.asarray(a).tobytes() != b.tobytes() for a, b in pairs):
+        return "silent"
+    return "the newest, unharmed" if step == max(saved) else "one before"
+
+
+def table(results: dict) -> str:
+    """Markdown of what happened."""
+    rows = ["| what | times | runs | lost | ended otherwise |", "|---|---|---|---|---|"]
+    for name, result in results["signals"].items():
+        told = ", ".join(f"{result['ended'].get(moment, 0)} {moment}" for moment in MOMENTS)
+        times = sum(result["ended"].values())
+        rows.append(
+            f"| {name} ({told}) | {times} | {result['runs']} | {result['lost']} | "
+            f"{result['different']} |"
+        )
+    rows += ["", "| one file of a checkpoint is | " + " | ".join(OUTCOMES) + " |"]
+    rows.append("|---|" + "---|" * len(OUTCOMES))
+    for how, outcomes in results["corruptions"].items():
+        cells = " | ".join(str(outcomes.get(outcome, 0)) for outcome in OUTCOMES)
+        rows.append(f"| {how} | {cells} |")
+    told = f"{results['device']}, jax {results['jax']}, seed {results['seed']}"
+    return "\n".join([*rows, "", f"{told}, {results['hours']:.1f} hours."])
+
+
+OUTCOMES = ("one before", "the newest, unharmed", "refused", "silent")
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=0, help="by SIGKILL")
+    parser.add_argument("--terms", type=int, default=0, help="by SIGTERM")
+    parser.add_argument("--corruptions", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--write", type=Path, help="a Markdown file with the table's markers")
+    given = parser.parse_args()
+    if given.write:
+        text = given.write.read_text()
+        before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+        made = table(json.loads(given.results.read_text()))
+        given.write.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}")
+        return
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="qvgen-faults-") as folder:
+        results = campaign(Path(folder), given)
+    results |= {"device": device_name(), "jax": jax.__version__, "seed": given.seed}
+    results["hours"] = (time.monotonic() - start) / 3600
+    given.results.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    bad = [r["lost"] + r["different"] for r in results["signals"].values()]
+    bad += [outcomes.get("silent", 0) for outcomes in results["corruptions"].values()]
+    sys.exit(1 if any(bad) else 0)
+
+
+def campaign(folder: Path, given: argparse.Namespace) -> dict:
+    """All of it, in a folder of its own."""
+    scene = Scene(folder)
+    scene.undisturbed("compiling")
+    seconds = scene.undisturbed("whole")
+    whole = fingerprint(folder / "whole")
+    print(f"an undisturbed run: {seconds:.0f} s", flush=True)
+    signals = {}
+    for number, count in ((signal.SIGKILL, given.kills), (signal.SIGTERM, given.terms)):
+        if count:
+            arguments = (number, count, given.seed, whole, seconds)
+            signals[number.name] = end_runs(scene, number.name, *arguments)
+    damaged = damage_checkpoints(folder / "whole", folder, given.corruptions, given.seed)
+    return {"signals": signals, "corruptions": damaged if given.corruptions else {}}
+
+
+if __name__ == "__main__":
+    main()
