@@ -142,7 +142,7 @@ def _encode(config: dict, workdir: Path) -> None:
         ensure_encoded,
         ensure_held_out,
     )
-    from qvgen_jax.training.loop import load_model
+    from qvgen_jax.training.run import load_model
 
     check_source(config, workdir)
     check_held_out(config, workdir)
@@ -156,10 +156,11 @@ def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
     """`train` does all of it; `export` and `evaluate` need a finished run and do their part."""
     from convert.export import export_pipeline
     from qvgen_jax.data.prepare import check_held_out
+    from qvgen_jax.evaluation.drift import held_out_loss
     from qvgen_jax.evaluation.finish import compare_and_report
     from qvgen_jax.evaluation.samples import read_prompts
     from qvgen_jax.hosts import everywhere, is_alone, is_first
-    from qvgen_jax.training.loop import finished_state, train
+    from qvgen_jax.training.run import finished_state, train
     from qvgen_jax.training.state import exported_params
     from qvgen_jax.training.student import quant_config
 
@@ -167,7 +168,10 @@ def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
     if count := max(shown, drifting):
         read_prompts(config["sample"]["prompts"], count)  # Told before training.
     check_held_out(config, workdir)
-    pipe, state = (train if job == "train" else finished_state)(config, workdir)
+    if job == "train":
+        pipe, state = train(config, workdir, held_out_loss)
+    else:
+        pipe, state = finished_state(config, workdir)
     export = workdir / "export"
     if job != "evaluate" or not (export / "model_index.json").is_file():
         model = pipe.transformer.config

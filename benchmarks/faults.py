@@ -3,14 +3,17 @@
     python benchmarks/faults.py --kills 200 --terms 50 --corruptions 100 --seed 0
     python benchmarks/faults.py --write docs/reliability.md  # the table, between the file's markers
 
-A run is `main.py` on the tiny pipeline with one of its layers: 40 steps, a checkpoint after every
-second, ranks 4, 2, 1 and 0, export and report. It is ended five times, at random moments or in the
+A run is `main.py` on the tiny pipeline with one of its layers: 24 steps, a checkpoint after every
+third, ranks 4, 2, 1 and 0, export and report. It is ended five times, at random moments or in the
 middle of a save, at a boundary of phases, at export, and started again with the same command; then
 it is left to end by itself. Its losses, its last checkpoint and its export must then be, bit by
-bit, those of a run that nobody disturbed. What happened is kept in benchmarks/results/faults.json.
+bit, those of a run that nobody disturbed. What happened is kept in benchmarks/results/faults.json, run by
+run: the same command goes on to the numbers that are asked for. Kills and terms may be asked for by
+two commands at once, with --results of their own.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -32,13 +35,14 @@ from safetensors.numpy import load_file, save_file
 
 from kernels.bench import device_name
 from qvgen_jax.errors import UserError
+from qvgen_jax.quant.schedule import RankDecay, boundaries, phase_steps_for
 from qvgen_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results") / "faults.json"
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
-STEPS, PER_RUN = 40, 5
-BOUNDARIES = (7, 14, 21)
+STEPS, RANK, PER_RUN = 24, 4, 5
+BOUNDARIES = boundaries(RankDecay(phase_steps_for(STEPS, 0.5, RANK), RANK), STEPS)
 MOMENTS = ("anywhere", "in a save", "at a boundary", "at export")
 WEIGHTS = (6, 2, 1, 1)  # How often each is tried.
 DAMAGES = ("cut short", "a bit flipped", "missing")
@@ -48,10 +52,11 @@ OVERRIDES = {
     "train.warmup_steps": 2,
     "train.log_every": 1,
     "train.log_spectrum": False,
-    "train.checkpoint_every": 2,
+    "train.checkpoint_every": 3,
     "train.keep_checkpoints": 3,
     "train.remat": "none",
-    "quant.rank": 4,
+    "quant.rank": RANK,
+    "quant.decay_fraction": 0.5,
     "data.max_length": 16,
     "sample.count": 0,
     "evaluate.videos": 0,
@@ -156,41 +161,31 @@ def last_step(workdir: Path) -> int:
 
 
 def end_runs(
-    scene: Scene, name: str, number: signal.Signals, count: int, seed: int, whole: dict, long: float
-) -> dict:
-    """End runs `count` times, five times each, and compare their ends with `whole`."""
-    rng, ended, codes = random.Random(f"{name} {seed}"), Counter(), Counter()
-    lost = different = runs = 0
-    while ended.total() < count:
-        workdir, here = scene.folder / f"{name}-{runs}", 0
-        runs += 1
-        while here < PER_RUN and ended.total() < count:
-            moment = rng.choices(MOMENTS, WEIGHTS)[0]
-            process = scene.start(workdir)
-            reached = come(moment, workdir, rng, long)
-            while process.poll() is None and not reached():
-                time.sleep(0.002)
-            if process.poll() is not None:  # The moment was behind it, or never came.
-                break
-            process.send_signal(number)
-            codes[process.wait()] += 1
-            ended[moment] += 1
-            here += 1
-        if scene.start(workdir).wait():
-            lost += 1
-        elif fingerprint(workdir) != whole:
-            different += 1
-        else:
-            shutil.rmtree(workdir)
-        print(f"{name}: {ended.total()}/{count} in {runs} runs, {lost} lost, {different} different")
-        sys.stdout.flush()
-    return {
-        "ended": dict(ended),
-        "runs": runs,
-        "lost": lost,
-        "different": different,
-        "exit_codes": {str(code): times for code, times in codes.items()},
-    }
+    scene: Scene, number: signal.Signals, so_far: dict, seed: int, whole: dict, seconds: float
+) -> None:
+    """End one more run five times, compare its end with `whole`, and count it in `so_far`."""
+    rng = random.Random(f"{number.name} {seed} {so_far['runs']}")
+    workdir = scene.folder / f"{number.name}-{so_far['runs']}"
+    for _ in range(PER_RUN):
+        moment = rng.choices(MOMENTS, WEIGHTS)[0]
+        process = scene.start(workdir)
+        reached = come(moment, workdir, rng, seconds)
+        while process.poll() is None and not reached():
+            time.sleep(0.002)
+        if process.poll() is not None:  # The moment was behind it, or never came.
+            break
+        process.send_signal(number)
+        code = str(process.wait())
+        so_far["exit_codes"][code] = so_far["exit_codes"].get(code, 0) + 1
+        so_far["ended"][moment] = so_far["ended"].get(moment, 0) + 1
+    so_far["runs"] += 1
+    if scene.start(workdir).wait():
+        so_far["lost"] += 1
+    elif fingerprint(workdir) != whole:
+        so_far["different"] += 1
+    else:
+        shutil.rmtree(workdir)  # What went wrong stays, for a look.
+    print(number.name, json.dumps(so_far), flush=True)
 
 
 def damage(path: Path, how: str, rng: random.Random) -> None:
@@ -210,7 +205,7 @@ def damage_checkpoints(whole: Path, scratch: Path, count: int, seed: int) -> dic
     """Damage one file of the newest checkpoint, or of all; what `Checkpoints.newest` then gives."""
     keep = OVERRIDES["train.keep_checkpoints"]
     with Checkpoints(whole, keep) as checkpoints:
-        saved = {step: as_saved(whole, step) for step in checkpoints.steps()[-keep:]}
+        saved = {step: as_saved(whole, step) for step in checkpoints.steps()}
 
     def like(step: int) -> dict:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved[step])
@@ -290,32 +285,43 @@ def main() -> None:
         made = table(json.loads(given.results.read_text()))
         given.write.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}")
         return
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="qvgen-faults-") as folder:
-        results = campaign(Path(folder), given)
-    results |= {"device": device_name(), "jax": jax.__version__, "seed": given.seed}
-    results["hours"] = (time.monotonic() - start) / 3600
-    given.results.write_text(json.dumps(results, indent=1) + "\n")
+    results = {"signals": {}, "corruptions": {}, "seed": given.seed, "hours": 0.0}
+    if given.results.is_file():
+        results = json.loads(given.results.read_text())
+    results |= {"device": device_name(), "jax": jax.__version__}
+    folder = Path(tempfile.mkdtemp(prefix="qvgen-faults-"))
+    campaign(folder, given, results)
     print(table(results))
     bad = [r["lost"] + r["different"] for r in results["signals"].values()]
     bad += [outcomes.get("silent", 0) for outcomes in results["corruptions"].values()]
-    sys.exit(1 if any(bad) else 0)
+    if any(bad):
+        sys.exit(f"not all ended as they should have; see {folder}")
+    shutil.rmtree(folder)
 
 
-def campaign(folder: Path, given: argparse.Namespace) -> dict:
-    """All of it, in a folder of its own."""
+def campaign(folder: Path, given: argparse.Namespace, results: dict) -> None:
+    """All that is missing, in a folder of its own; `results` are written after every run."""
+    start, hours = time.monotonic(), results["hours"]
+
+    def write() -> None:
+        results["hours"] = hours + (time.monotonic() - start) / 3600
+        given.results.write_text(json.dumps(results, indent=1) + "\n")
+
     scene = Scene(folder)
     scene.undisturbed("compiling")
     seconds = scene.undisturbed("whole")
     whole = fingerprint(folder / "whole")
     print(f"an undisturbed run: {seconds:.0f} s", flush=True)
-    signals = {}
+    none = {"ended": {}, "runs": 0, "lost": 0, "different": 0, "exit_codes": {}}
     for number, count in ((signal.SIGKILL, given.kills), (signal.SIGTERM, given.terms)):
-        if count:
-            arguments = (number, count, given.seed, whole, seconds)
-            signals[number.name] = end_runs(scene, number.name, *arguments)
-    damaged = damage_checkpoints(folder / "whole", folder, given.corruptions, given.seed)
-    return {"signals": signals, "corruptions": damaged if given.corruptions else {}}
+        so_far = results["signals"].setdefault(number.name, copy.deepcopy(none)) if count else none
+        while sum(so_far["ended"].values()) < count:
+            end_runs(scene, number, so_far, given.seed, whole, seconds)
+            write()
+    if given.corruptions:
+        damaged = damage_checkpoints(folder / "whole", folder, given.corruptions, given.seed)
+        results["corruptions"] = damaged
+        write()
 
 
 if __name__ == "__main__":

@@ -93,6 +93,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # its last checkpoint and takes the data in another order; so often at most.
     config.train.most_skipped = 20
     config.train.fresh_orders = 2
+    # So often the student is asked for evaluate.held_out, and the best without a branch is kept.
+    config.train.validate_every = 0
+    config.train.export_best = False  # True: the best is exported, else the last.
     config.train.wandb_project = ""
 
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "context": 0, "tensor": 1})

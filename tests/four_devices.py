@@ -20,7 +20,7 @@ from qvgen_jax.models import abstract_params, quantizable
 from qvgen_jax.placement import automatic, run_where
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.initialize import round_to_nearest
-from qvgen_jax.training.loop import load_model
+from qvgen_jax.training.run import load_model
 
 SOURCE = Path(__file__).parents[1] / "assets" / "tiny_wan"
 KINDS = ("safetensors", "imported", "packed")

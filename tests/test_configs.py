@@ -7,7 +7,8 @@ import pytest
 
 from qvgen_jax.errors import UserError
 from qvgen_jax.training.check import check_config
-from qvgen_jax.training.loop import rank_decay, train
+from qvgen_jax.training.loop import rank_decay
+from qvgen_jax.training.run import train
 
 NAMES = sorted(
     path.stem for path in Path(__file__).parents[1].joinpath("configs").glob("*_w?a?.py")

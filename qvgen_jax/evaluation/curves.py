@@ -70,7 +70,10 @@ def phases(records: Sequence[dict]) -> list[Phase]:
 
 
 def training_panels(records: Sequence[dict]) -> list[Panel]:
-    """Loss, gradient norm, rank, gate, learning rates and small singular values over steps."""
+    """Loss, gradient norm, rank, gate, learning rates and small singular values over steps.
+
+    And the held-out loss, of a run that was validated.
+    """
     spans = phases(records)
     extent = (records[0]["step"], records[-1]["step"])
     average = (
@@ -86,7 +89,15 @@ def training_panels(records: Sequence[dict]) -> list[Panel]:
             title, caption, figure(title, caption, lambda ax: draw(ax, records), extent, spans)
         )
 
+    held_out = panel(
+        "Held-out loss",
+        "Student against teacher on clips that training did not see, by the variance of the "
+        "teacher’s prediction.",
+        ["held_out_loss"],
+        _held_out,
+    )
     return [
+        *([held_out] if held_out.svg else []),
         panel("Loss", f"Student against teacher, mean squared error.{average}", ["loss"], _loss),
         panel(
             "Gradient norm",
@@ -151,6 +162,12 @@ def _loss(ax, records: Sequence[dict]) -> None:
         ax.set_yscale("log")
     else:
         ax.set_ylim(bottom=0)
+
+
+def _held_out(ax, records: Sequence[dict]) -> None:
+    steps, values = column(records, "held_out_loss")
+    ax.plot(steps, values, color=ACCENT, linewidth=1.8, **_dots(len(steps)))
+    ax.set_ylim(bottom=0)
 
 
 def _gradient_norm(ax, records: Sequence[dict]) -> None:

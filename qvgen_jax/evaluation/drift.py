@@ -13,7 +13,7 @@ Everything but `measure` is a function of arrays, so that a student can be asked
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -193,6 +193,28 @@ def measure(config: Mapping, workdir: Path, teacher: Pipeline, student: Pipeline
         result["timesteps"] = list(bucket_timesteps(teacher))
         (workdir / RESULT).write_text(json.dumps(result, indent=1))
     return result
+
+
+def held_out_loss(
+    config: Mapping, workdir: Path, teacher: Pipeline
+) -> Callable[[Transformer], float]:
+    """The mean normalised held-out loss as a function of the student; the teacher is asked now.
+
+    Args:
+        config: reads `evaluate.held_out` and `reference`, and `sample.batch_size`.
+        workdir: of the run.
+        teacher: the full-precision pipeline.
+    """
+    only = {**config, "evaluate": {**config["evaluate"], "drift_videos": 0}}
+    ((name, asked, answer, compare),) = _measurements(only, workdir, teacher)
+    theirs = _reference(config, workdir, teacher, name, asked, answer)
+    timesteps, size = bucket_timesteps(teacher), config["sample"]["batch_size"]
+
+    def loss(student: Transformer) -> float:
+        ours = predictions(student, asked, teacher.scheduler, size, timesteps)
+        return compare(ours, theirs)["mean"]["normalised"]
+
+    return loss
 
 
 def _measurements(config: Mapping, workdir: Path, teacher: Pipeline) -> list[tuple]:

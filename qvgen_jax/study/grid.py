@@ -28,6 +28,7 @@ _FREE = (
     "train.keep_checkpoints",
     "train.log_every",
     "train.log_spectrum",
+    "train.validate_every",
     "train.remat",
     "train.wandb_project",
 )

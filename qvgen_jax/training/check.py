@@ -24,6 +24,7 @@ _OPTIONAL = {
     "train.profile_steps": "trace",
     "train.most_skipped": "skipped update",
     "train.fresh_orders": "way back",
+    "train.validate_every": "validation",
     "evaluate.videos": "judging",
     "evaluate.drift_videos": "drift",
 }
@@ -77,6 +78,16 @@ def check_config(config: Mapping) -> None:
         if value < 0:
             raise UserError(f"--config.{name}={value}; expected a whole number, 0 for no {what}")
     train, quant = config["train"], config["quant"]
+    if train["validate_every"] and not config["evaluate"]["held_out"]:
+        raise UserError(
+            f"--config.train.validate_every={train['validate_every']} needs clips that training "
+            "does not see; name their folder by --config.evaluate.held_out"
+        )
+    if train["export_best"] and not train["validate_every"]:
+        raise UserError(
+            "--config.train.export_best=True needs to know which is the best; set "
+            "--config.train.validate_every too"
+        )
     _check_table(quant["time_table"], quant["table_steps"])
     if train["batch_size"] % train["accumulate"]:
         raise UserError(

@@ -28,6 +28,8 @@ _FIXED = ("model", "compute_dtype", "data", "quant", "train", "seed", "vae_train
 _FREE_KEYS = (
     "log_every",
     "profile_steps",
+    "validate_every",
+    "export_best",
     "hang_minutes",
     "most_skipped",
     "fresh_orders",
@@ -43,6 +45,16 @@ _DAMAGED = "damaged-checkpoint"
 _PAUSES = (1, 5, 20)  # Seconds before a failed save is tried again.
 
 
+class _These(preservation.PreservationPolicy):
+    """Orbax's policy for steps of a set that changes while the run goes."""
+
+    def __init__(self, steps: set[int]):
+        self._steps = steps
+
+    def should_preserve(self, checkpoints: Sequence, *, context: object) -> list[bool]:
+        return [checkpoint.step in self._steps for checkpoint in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of a workdir, see `storage`; a context manager.
 
@@ -56,7 +68,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int, always: Sequence[int] = ()):
         self.folder = storage.checkpoints(workdir)
-        self._keep, self._always = keep, tuple(always)
+        self._keep, self._always = keep, set(always)
         self._manager = self._open()
 
     def __enter__(self) -> "Checkpoints":
@@ -76,6 +88,11 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Of the complete ones, in order."""
         return sorted(self._manager.all_steps())
+
+    def keep(self, step: int, instead_of: int | None = None) -> None:
+        """From now on the checkpoint of `step` stays, and another one need not any more."""
+        self._always.discard(instead_of)
+        self._always.add(step)
 
     def save(self, state: dict) -> None:
         """Begin to save `state` under its step; returns at once, the write goes on behind.
@@ -111,7 +128,7 @@ class Checkpoints:
         if (failure := self._failure(wait=True)) is not None:
             raise UserError(self._given_up(failure))
 
-    def newest(self, like_of: Callable[[int], dict]) -> dict | None:
+    def newest(self, like_of: Callable[[int], dict], most: int | None = None) -> dict | None:
         """The newest good state; None where there is no checkpoint.
 
         One that cannot be read, or whose arrays are not those that were saved, is set aside with a
@@ -119,12 +136,13 @@ class Checkpoints:
 
         Args:
             like_of: structure, shapes and shardings of the state of a step.
+            most: no newer one than of this step.
 
         Raises:
             UserError: there are some, and none is good.
         """
         damaged = []
-        for step in reversed(self.steps()):
+        for step in reversed([step for step in self.steps() if most is None or step <= most]):
             try:
                 state, reason = self._restore(step, like_of(step))
             except UserError:
@@ -161,7 +179,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         policy = preservation.AnyPreservationPolicy(
-            [preservation.LatestN(self._keep), preservation.CustomSteps(list(self._always))]
+            [preservation.LatestN(self._keep), _These(self._always)]
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy, create=True, enable_async_checkpointing=True

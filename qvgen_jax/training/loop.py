@@ -1,6 +1,5 @@
-"""The training run: from a config and a workdir to the trained student's state."""
+"""The steps of a run: from wherever its workdir stands to the trained student's state."""
 
-import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,35 +9,30 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qvgen_jax import hosts, sharding, storage
+from qvgen_jax.components import Transformer
 from qvgen_jax.data.dataset import EncodedDataset
-from qvgen_jax.data.prepare import check_source, ensure_encoded
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.diffusion.schedulers import Scheduler
 from qvgen_jax.errors import UserError
-from qvgen_jax.mesh import mesh_of_config, told
 from qvgen_jax.models import TransformerConfig, quantizable
-from qvgen_jax.pipeline import Pipeline, load
-from qvgen_jax.placement import Shardings
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.low_rank import drop_branch, on_every_branch, reverse, small_singular_share
-from qvgen_jax.quant.schedule import RankDecay, boundaries, phase_steps_for
+from qvgen_jax.quant.schedule import RankDecay, boundaries, gate_at, phase_steps_for
 from qvgen_jax.training import checkpoint
+from qvgen_jax.training.best import is_better, read_best, write_best
 from qvgen_jax.training.calibrate import activation_maxima, unmeasured
-from qvgen_jax.training.check import check_config, check_unguided
 from qvgen_jax.training.checkpoint import Checkpoints
 from qvgen_jax.training.feed import feed
 from qvgen_jax.training.guard import Alarms, NotFinite, check
-from qvgen_jax.training.lock import alone_in
 from qvgen_jax.training.metrics import MetricWriter, Silent, metric_writer
 from qvgen_jax.training.optimizer import make_optimizer
 from qvgen_jax.training.pace import Pace, work_of
 from qvgen_jax.training.profile import Profile
-from qvgen_jax.training.state import create_state, enter_step, has_branch
+from qvgen_jax.training.state import create_state, enter_step, exported_params, has_branch
 from qvgen_jax.training.step import Recipe, train_step
 from qvgen_jax.training.stop import Stop
 from qvgen_jax.training.student import (
     as_held,
-    describe_layers,
     quant_config,
     student_definition,
     teacher_definition,
@@ -112,8 +106,11 @@ def newest_state(
     teacher: dict,
     checkpoints: Checkpoints,
     mesh: Mesh | None = None,
+    most: int | None = None,
 ) -> dict | None:
     """The newest good checkpoint's state, each host's slices of it; None where there is none yet.
+
+    None newer than of step `most`.
 
     Raises:
         UserError: see `Checkpoints.newest`.
@@ -127,7 +124,7 @@ def newest_state(
             like = {**like, "params": drop_branch(like["params"]), "opt": drop_branch(like["opt"])}
         return sharding.described(like, mesh)
 
-    return checkpoints.newest(like_of)
+    return checkpoints.newest(like_of, most)
 
 
 def compile_step(recipe: Recipe, places: dict | None = None) -> Callable:
@@ -160,15 +157,27 @@ def run_steps(
     teacher: dict,
     dataset: EncodedDataset,
     mesh: Mesh | None = None,
+    validate: Callable[[Transformer], float] | None = None,
 ) -> tuple[dict, dict]:
     """Train from wherever the workdir stands to `train.steps`.
+
+    Args:
+        config, workdir: of the run.
+        model: sizes of both networks.
+        scheduler: the pipeline's.
+        teacher: full-precision parameters.
+        dataset: encoded clips.
+        mesh: None for one device.
+        validate: the held-out loss of a student, asked after every `train.validate_every` steps.
 
     Returns:
         The final state, at rank 0, and the teacher as the steps held it, see `as_held`: what it
         gave up of the one that came in is deleted.
     """
     train = config["train"]
-    always = boundaries(rank_decay(config), train["steps"])
+    always = set(boundaries(rank_decay(config), train["steps"]))
+    if best := read_best(workdir):
+        always.add(best["step"])
     with (
         sharding.under(mesh),
         Checkpoints(workdir, train["keep_checkpoints"], always) as checkpoints,
@@ -179,18 +188,41 @@ def run_steps(
             state = initial_state(config, model, teacher, activations, mesh)
             state = checkpoint.committed(state)
         teacher = as_held(teacher, jnp.dtype(config["compute_dtype"]))
-        parts = (model, scheduler, teacher, dataset, checkpoints, mesh)
+        parts = (model, scheduler, teacher, dataset, checkpoints, mesh, validate)
         while True:
             try:
                 state = _run_from(config, workdir, state, *parts)
                 break
             except NotFinite as bad:
-                state = _gone_back(
-                    config, bad, newest_state(config, *parts[:1], teacher, *parts[4:])
-                )
+                state = newest_state(config, model, teacher, checkpoints, mesh)
+                state = _gone_back(config, bad, state)
+        if train["export_best"]:
+            state = best_state(config, workdir, model, teacher, checkpoints, mesh)
         decay, moments = rank_decay(config), config["quant"]["branch_moments"]
         state = sharding.place(enter_step(state, train["steps"], decay, moments), mesh)
     return state, teacher
+
+
+def best_state(
+    config: Mapping,
+    workdir: Path,
+    model: TransformerConfig,
+    teacher: dict,
+    checkpoints: Checkpoints,
+    mesh: Mesh | None = None,
+) -> dict:
+    """The state that did best on held-out clips.
+
+    Raises:
+        UserError: none was validated without its branch.
+    """
+    best = read_best(workdir)
+    if best is None or best["step"] not in checkpoints.steps():
+        raise UserError(
+            f"{workdir} has no best checkpoint: no step without a branch was validated; leave out "
+            "--config.train.export_best, or train anew with a smaller train.validate_every"
+        )
+    return newest_state(config, model, teacher, checkpoints, mesh, best["step"])
 
 
 def _gone_back(config: Mapping, bad: NotFinite, state: dict | None) -> dict:
@@ -225,6 +257,7 @@ def _run_from(
     dataset: EncodedDataset,
     checkpoints: Checkpoints,
     mesh: Mesh | None,
+    validate: Callable[[Transformer], float] | None,
 ) -> dict:
     """The last state of `train.steps`, with everything that goes on beside the steps."""
     train, start = config["train"], int(state["step"])
@@ -232,7 +265,7 @@ def _run_from(
     profile = Profile(workdir / "profile", start, train["profile_steps"])
     with writer, profile, Stop() as stop, Watchdog(train["hang_minutes"]) as watchdog:
         arguments = (model, scheduler, teacher, dataset, writer, profile, checkpoints, mesh)
-        return _steps(config, workdir, state, *arguments, stop, watchdog)
+        return _steps(config, workdir, state, *arguments, stop, watchdog, validate)
 
 
 def _steps(
@@ -249,6 +282,7 @@ def _steps(
     mesh: Mesh | None,
     stop: Stop,
     watchdog: Watchdog,
+    validate: Callable[[Transformer], float] | None,
 ) -> dict:
     """From the state's step to the last."""
     train, decay, start = config["train"], rank_decay(config), int(state["step"])
@@ -271,13 +305,21 @@ def _steps(
             places = None if mesh is None else sharding.shard(state, mesh)
             compiled[branch] = compile_step(recipe, places)
         state, metrics = compiled[branch](state, next(data), teacher, empty_text, seed)
-        done = step + 1
+        done, line = step + 1, {}
         writer.advance(done)
         watchdog.fed()
         if done % train["log_every"] == 0 or done == train["steps"]:
             jax.block_until_ready(metrics)
             speed, spectrum = pace(done), branch and train["log_spectrum"]
-            writer.write(step, log_line(metrics, state["params"], spectrum, speed))
+            line = log_line(metrics, state["params"], spectrum, speed)
+        if validate is not None and done % train["validate_every"] == 0:
+            loss = validate(_student(config, model, state, branch))
+            line = {**line, "held_out_loss": loss}
+            if not branch and is_better(workdir, loss):
+                _keep_best(workdir, checkpoints, state, loss)
+            watchdog.fed()
+        if line:
+            writer.write(step, line)
             for told in alarms.told(float(metrics["loss"]), float(metrics["motion"])):
                 writer.warn(step, told)
             check(state, metrics, train["most_skipped"])
@@ -286,7 +328,8 @@ def _steps(
         due = done % train["checkpoint_every"] == 0 or done == train["steps"]
         if due or done in milestones or stopping:
             # Not while updates are skipped: what the run would go back to is the one before.
-            if done == train["steps"] or not int(state["skipped"]["in_a_row"]):
+            last = done == train["steps"] or stopping
+            if last or not int(state["skipped"]["in_a_row"]):
                 checkpoints.save(state)
             storage.push(workdir)
         if stopping:
@@ -295,93 +338,19 @@ def _steps(
     return state
 
 
-def load_model(config: Mapping, shardings: Shardings = None) -> Pipeline:
-    """The full-precision pipeline; its text encoder is on the devices only while it encodes.
-
-    Args:
-        config: the run's.
-        shardings: of the transformer's parameters; see `qvgen_jax.load`.
-    """
-    return load(
-        config["model"],
-        shardings=shardings,
-        text_weights=config["text_weights"],
-        free_text_encoder=True,
-    )
+def _student(config: Mapping, model: TransformerConfig, state: dict, branch: bool) -> Transformer:
+    """The student as it would ship, or, while it has a branch, as it stands."""
+    quant, dtype = quant_config(config["quant"], model), jnp.dtype(config["compute_dtype"])
+    definition = student_definition(model, quant, dtype, branch=branch)
+    params = state["params"] if branch else exported_params(state)
+    gate = gate_at(state["step"] - 1, rank_decay(config)) if branch else None
+    return Transformer(model, definition, (params, state["levels"]), gate)
 
 
-def over_mesh(mesh: Mesh | None) -> Shardings:
-    """The teacher's shardings, for `load_model`."""
-    return None if mesh is None else partial(sharding.shard, mesh=mesh)
-
-
-def train(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
-    """Train the student of `config` in `workdir`, or continue, or find it done.
-
-    Args:
-        config: plain dicts.
-        workdir: where the run lives.
-
-    Returns:
-        The teacher's pipeline and the student's final state, without a branch.
-
-    Raises:
-        UserError: a wrong config, model, data folder, or a workdir of another run.
-    """
-    check_config(config)
-    checkpoint.compare_workdir(workdir, config)
-    with contextlib.ExitStack() as held:
-        new = not workdir.is_dir()
-        if not new:  # A new one is made only when the config has proved good.
-            held.enter_context(alone_in(workdir))
-        mesh = mesh_of_config(config)
-        check_source(config, workdir)
-        pipe = load_model(config, over_mesh(mesh))
-        model, teacher = pipe.transformer.config, pipe.transformer.states[0]
-        check_unguided(config, pipe.defaults["steps"])
-        training_noise(pipe.scheduler, config["train"])  # A model of the other family: told now.
-        if hosts.is_first():
-            print(describe_layers(model, quant_config(config["quant"], model)), flush=True)
-            if mesh is not None:
-                print(told(mesh), flush=True)
-        if new:
-            held.enter_context(alone_in(workdir))
-        encoded = ensure_encoded(config, workdir, pipe)
-        # Only now: a typo in the model's or the data's path must not mark it as another run's.
-        checkpoint.claim_workdir(workdir, config)
-        hosts.barrier("workdir claimed")
-        dataset = EncodedDataset(encoded, config["data"]["max_length"])
-        state, teacher = run_steps(config, workdir, model, pipe.scheduler, teacher, dataset, mesh)
-    return _holding(config, pipe, teacher), state
-
-
-def _holding(config: Mapping, pipe: Pipeline, teacher: dict) -> Pipeline:
-    """The pipeline with the teacher as training held it, computing in the same type."""
-    dtype = jnp.dtype(config["compute_dtype"])
-    return pipe.with_transformer(teacher_definition(pipe.transformer.config, dtype), teacher)
-
-
-def finished_state(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:
-    """As `train`, of a run that has ended.
-
-    Raises:
-        UserError: there is no such run, or it has not ended.
-    """
-    steps = config["train"]["steps"]
-    check_config(config)
-    checkpoint.compare_workdir(workdir, config)
-    with Checkpoints(workdir, config["train"]["keep_checkpoints"]) as checkpoints:
-        there = checkpoints.steps()
-        if there[-1:] != [steps]:
-            stands = f"step {there[-1]}" if there else "no checkpoint"
-            raise UserError(
-                f"{workdir} has {stands}, needed is the end of training, step {steps}; run the "
-                "same command with --job train first"
-            )
-        mesh = mesh_of_config(config)
-        pipe = load_model(config, over_mesh(mesh))
-        check_unguided(config, pipe.defaults["steps"])
-        model, teacher = pipe.transformer.config, pipe.transformer.states[0]
-        state = newest_state(config, model, teacher, checkpoints, mesh)
-    pipe = _holding(config, pipe, as_held(teacher, jnp.dtype(config["compute_dtype"])))
-    return pipe, enter_step(state, steps, rank_decay(config), config["quant"]["branch_moments"])
+def _keep_best(workdir: Path, checkpoints: Checkpoints, state: dict, loss: float) -> None:
+    """Save the state as the best one, whole, before it is called that."""
+    step, before = int(state["step"]), read_best(workdir)
+    checkpoints.keep(step, instead_of=before and before["step"])
+    checkpoints.save(state)
+    checkpoints.finish()
+    write_best(workdir, step, loss)

@@ -83,6 +83,8 @@ CONFIG = {
         "hang_minutes": 0.0,
         "most_skipped": 3,
         "fresh_orders": 1,
+        "validate_every": 0,
+        "export_best": False,
         "wandb_project": "",
     },
 }

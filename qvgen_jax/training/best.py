@@ -1,0 +1,33 @@
+"""Which checkpoint is the best by validation; `best.json` in the workdir remembers.
+
+Only students without a branch compete: no other ships.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from qvgen_jax import hosts
+
+FILE = "best.json"
+
+
+def read_best(workdir: Path) -> dict | None:
+    """`step` and `held_out_loss` of the best so far; None before the first."""
+    path = workdir / FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def is_better(workdir: Path, loss: float) -> bool:
+    """Whether no loss so far was as low."""
+    best = read_best(workdir)
+    return math.isfinite(loss) and (best is None or loss < best["held_out_loss"])
+
+
+def write_best(workdir: Path, step: int, loss: float) -> None:
+    """For when the checkpoint of the step is complete: a crash between leaves the one before."""
+    if not hosts.is_first():
+        return
+    partial = workdir / f"{FILE}.tmp"
+    partial.write_text(json.dumps({"step": step, "held_out_loss": loss}))
+    partial.replace(workdir / FILE)
