@@ -7,9 +7,8 @@ A run is `main.py` on the tiny pipeline with one of its layers: 24 steps, a chec
 third, ranks 4, 2, 1 and 0, export and report. It is ended five times, at random moments or in the
 middle of a save, at a boundary of phases, at export, and started again with the same command; then
 it is left to end by itself. Its losses, its last checkpoint and its export must then be, bit by
-bit, those of a run that nobody disturbed. What happened is kept in benchmarks/results/faults.json, run by
-run: the same command goes on to the numbers that are asked for. Kills and terms may be asked for by
-two commands at once, with --results of their own.
+bit, those of a run that nobody disturbed. What happened is kept in benchmarks/results/faults.json,
+run by run: the same command goes on to the numbers that are asked for.
 """
 
 import argparse

@@ -98,7 +98,8 @@ def main() -> None:
         state, metrics = step(state, batch, teacher, empty_text, seed)
         jax.block_until_ready((state, metrics))
         seconds = time.perf_counter() - began
-        row = {"step": index, "seconds": seconds, **{k: float(v) for k, v in metrics.items()}}
+        scalars = {name: float(value) for name, value in metrics.items() if not value.ndim}
+        row = {"step": index, "seconds": seconds, **scalars}
         row["tokens_per_second"] = work.tokens / seconds
         if work.peak:
             row["mfu"] = work.operations / seconds / work.peak

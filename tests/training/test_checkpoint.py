@@ -2,6 +2,8 @@
 
 import random
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -163,3 +165,40 @@ def test_a_save_that_fails_is_tried_again_and_then_given_up_with_the_last_good_s
         checkpoints.save(state_of(5))
     with Checkpoints(tmp_path, 5) as checkpoints:
         assert checkpoints.steps() == [2, 5]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 2 MiB of its own."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("file systems may not be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_on_a_full_disk_the_run_stops_with_the_last_good_step_and_has_it(
+    small_disk, monkeypatch, capsys
+):
+    monkeypatch.setattr(checkpoint, "_PAUSES", (0, 0))
+    rng = np.random.default_rng(0)  # Noise: it takes its bytes on any disk.
+    states = {
+        step: {"step": jnp.int32(step), "x": jnp.asarray(rng.standard_normal(100_000, np.float32))}
+        for step in range(1, 12)
+    }
+
+    def save_all() -> None:
+        with Checkpoints(small_disk, 20) as checkpoints:
+            for state in states.values():
+                checkpoints.save(state)
+
+    with pytest.raises(UserError, match=r"cannot be written to .* last good checkpoint is step"):
+        save_all()
+    assert "trying again" in capsys.readouterr().err
+    with Checkpoints(small_disk, 20) as checkpoints:
+        last = checkpoints.steps()[-1]
+        found = checkpoints.newest(lambda step: jax.eval_shape(lambda: states[1]))
+    assert 0 < last < 11
+    np.testing.assert_array_equal(found["x"], states[last]["x"])
