@@ -18,7 +18,7 @@ from qvgen_jax import hosts  # noqa: E402
 
 hosts.join()
 
-from qvgen_jax.errors import LostProcess  # noqa: E402
+from qvgen_jax.errors import LostProcess, Preempted  # noqa: E402
 from qvgen_jax.mesh import mesh_of_config  # noqa: E402
 from qvgen_jax.training import loop  # noqa: E402
 from tests.training.float64_run import train64  # noqa: E402
@@ -56,6 +56,9 @@ if __name__ == "__main__":
         run(Path(sys.argv[1]), int(sys.argv[2]), _end, int(_at))
     except Stopped:
         pass
+    except Preempted as told:
+        print(told, flush=True)
+        sys.exit(75)
     except RuntimeError as error:
         lost = error if isinstance(error, LostProcess) else hosts.told(error)
         if lost is None:

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +98,25 @@ def test_a_process_that_dies_is_told_by_the_others_and_the_run_goes_on(alone, tm
     told = {75: "process 0 of 2 cannot go on without the others", -6: "another task died"}
     assert told[code] in text
     assert_the_same(tmp_path, 2, 2, alone(2))
+
+
+@pytest.mark.slow
+def test_one_process_that_is_told_to_stop_stops_all_and_the_run_goes_on(alone, tmp_path):
+    processes = start(2, tmp_path)
+    while all(each.poll() is None for each in processes) and not count_lines(tmp_path):
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    (code, text), (other, _) = ended(processes)
+    assert (code, other) == (75, 75), text
+    step = int(re.search(r"told to stop; step (\d+) is saved", text).group(1))
+    assert 0 < step < STEPS
+    assert len(losses(tmp_path)) == step
+    assert_the_same(tmp_path, 2, step + 1, alone(step + 1))
+
+
+def count_lines(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 @pytest.mark.parametrize(
