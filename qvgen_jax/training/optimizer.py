@@ -81,3 +81,21 @@ def make_optimizer(train: Mapping, tail: int = 0) -> optax.GradientTransformatio
         optax.add_decayed_weights(train["weight_decay"]),
         optax.partition(scales, labels),
     )
+
+
+def keep_scales_positive(params: dict, before: dict) -> dict:
+    """An update in which no quantizer's scale falls below half of what it was.
+
+    Adam moves a scale by its rate, whatever its size: a small one would soon be below zero, where
+    codes mean nothing and no gradient leads back.
+
+    Args:
+        params: after the update.
+        before: the same parameters before it.
+    """
+
+    def keep(path: tuple, new: jax.Array, old: jax.Array, group: str) -> jax.Array:
+        is_scale = group == "scales" and leaf_name(path) == "scale"
+        return jnp.maximum(new, old / 2) if is_scale else new
+
+    return jax.tree_util.tree_map_with_path(keep, params, before, labels(params))

@@ -13,7 +13,7 @@ from qvgen_jax.diffusion.noising import Noising
 from qvgen_jax.quant.low_rank import drop_branch
 from qvgen_jax.quant.schedule import RankDecay, fade_at, gate_at, rank_at
 from qvgen_jax.sharding import laid_out
-from qvgen_jax.training.optimizer import learning_rates
+from qvgen_jax.training.optimizer import keep_scales_positive, learning_rates
 
 
 class Recipe(NamedTuple):
@@ -232,6 +232,7 @@ def train_step(
     (loss, moved), grads = _accumulated(loss_of, state["params"], inputs, parts)
     updates, opt = recipe.optimizer.update(grads, state["opt"], state["params"])
     params = optax.apply_updates(state["params"], updates)
+    params = keep_scales_positive(params, state["params"])
     norm = optax.global_norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     params, opt = unless_bad(good, (params, opt), (state["params"], state["opt"]))

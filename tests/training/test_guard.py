@@ -9,6 +9,7 @@ from qvgen_jax.data.dataset import batches
 from qvgen_jax.errors import UserError
 from qvgen_jax.training import loop
 from qvgen_jax.training.guard import Alarms, NotFinite, check, diagnosis
+from qvgen_jax.training.optimizer import keep_scales_positive
 from qvgen_jax.training.step import motion, unless_bad
 from tests.training.test_run import (
     CONFIG,
@@ -30,6 +31,18 @@ def test_a_bad_step_leaves_every_number_and_counts_on():
     np.testing.assert_array_equal(kept["w"], old["w"])
     assert kept["count"] == 5
     np.testing.assert_array_equal(unless_bad(jnp.array(True), new, old)["w"], new["w"])
+
+
+def test_no_update_takes_a_quantizer_s_scale_to_zero():
+    layer = {"lower": jnp.ones(2), "scale": jnp.array([1e-3, 1e-3]), "zero_point": jnp.ones(2)}
+    before = {"to_q": layer, "norm": {"scale": jnp.array([1e-3])}}
+    moved = jax.tree.map(lambda x: x - jnp.array([2e-3]), before)
+    kept = keep_scales_positive(moved, before)
+    np.testing.assert_allclose(kept["to_q"]["scale"], 5e-4)
+    np.testing.assert_array_equal(kept["norm"]["scale"], moved["norm"]["scale"])
+    np.testing.assert_array_equal(kept["to_q"]["lower"], moved["to_q"]["lower"])
+    up = jax.tree.map(lambda x: x + 1, before)
+    np.testing.assert_allclose(keep_scales_positive(up, before)["to_q"]["scale"], 1.001)
 
 
 def state(in_a_row: int, **params) -> dict:
