@@ -12,7 +12,6 @@ run by run: the same command goes on to the numbers that are asked for.
 """
 
 import argparse
-import copy
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import jax
 import numpy as np
@@ -83,7 +83,8 @@ class Scene:
         self._environment = {**os.environ, **cache, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         self._log = (folder / "log.txt").open("a")
 
-    def start(self, workdir: Path) -> subprocess.Popen:
+    def start(self, workdir: Path, out: IO | None = None) -> subprocess.Popen:
+        """The run in `workdir`; it writes to the scene's log, or to `out`."""
         paths = {"model": self.folder / "model", "data.encoded": self.folder / "encoded"}
         flags = [f"--config.{key}={value}" for key, value in (OVERRIDES | paths).items()]
         command = ["main.py", "--config", "configs/tiny_w4a4.py", "--workdir", str(workdir), *flags]
@@ -93,8 +94,8 @@ class Scene:
             [sys.executable, *command],
             cwd=ROOT,
             env=self._environment,
-            stdout=self._log,
-            stderr=self._log,
+            stdout=out or self._log,
+            stderr=out or self._log,
         )
 
     def undisturbed(self, name: str) -> float:
@@ -159,13 +160,24 @@ def last_step(workdir: Path) -> int:
     return path.read_bytes().count(b"\n") - 1 if path.is_file() else -1
 
 
+def nothing_yet() -> dict:
+    """Counts of `end_runs` before the first run."""
+    return {"ended": {}, "runs": 0, "lost": 0, "different": 0, "exit_codes": {}}
+
+
 def end_runs(
-    scene: Scene, number: signal.Signals, so_far: dict, seed: int, whole: dict, seconds: float
+    scene: Scene,
+    number: signal.Signals,
+    so_far: dict,
+    seed: int,
+    whole: dict,
+    seconds: float,
+    times: int = PER_RUN,
 ) -> None:
-    """End one more run five times, compare its end with `whole`, and count it in `so_far`."""
+    """End one more run so many times, compare its end with `whole`, and count it in `so_far`."""
     rng = random.Random(f"{number.name} {seed} {so_far['runs']}")
     workdir = scene.folder / f"{number.name}-{so_far['runs']}"
-    for _ in range(PER_RUN):
+    for _ in range(times):
         moment = rng.choices(MOMENTS, WEIGHTS)[0]
         process = scene.start(workdir)
         reached = come(moment, workdir, rng, seconds)
@@ -311,9 +323,8 @@ def campaign(folder: Path, given: argparse.Namespace, results: dict) -> None:
     seconds = scene.undisturbed("whole")
     whole = fingerprint(folder / "whole")
     print(f"an undisturbed run: {seconds:.0f} s", flush=True)
-    none = {"ended": {}, "runs": 0, "lost": 0, "different": 0, "exit_codes": {}}
     for number, count in ((signal.SIGKILL, given.kills), (signal.SIGTERM, given.terms)):
-        so_far = results["signals"].setdefault(number.name, copy.deepcopy(none)) if count else none
+        so_far = results["signals"].setdefault(number.name, nothing_yet())
         while sum(so_far["ended"].values()) < count:
             end_runs(scene, number, so_far, given.seed, whole, seconds)
             write()

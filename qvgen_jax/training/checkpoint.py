@@ -305,6 +305,11 @@ def compare_workdir(workdir: Path, config: Mapping) -> None:
         )
 
 
+def is_claimed(workdir: Path) -> bool:
+    """Whether a run lives there."""
+    return (workdir / "config.json").is_file()
+
+
 def claim_workdir(workdir: Path, config: Mapping) -> None:
     """Make the workdir this run's and write `config.json`; call when the config has proved good.
 

@@ -73,8 +73,8 @@ def train(
     check_config(config)
     checkpoint.compare_workdir(workdir, config)
     with contextlib.ExitStack() as held:
-        new = not workdir.is_dir()
-        if not new:  # A new one is made only when the config has proved good.
+        new = not checkpoint.is_claimed(workdir)
+        if not new:  # A new one is touched only when the config has proved good.
             held.enter_context(alone_in(workdir))
         mesh = mesh_of_config(config)
         check_source(config, workdir)

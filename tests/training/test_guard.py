@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qvgen_jax.data.dataset import batches
 from qvgen_jax.errors import UserError
 from qvgen_jax.training import loop
 from qvgen_jax.training.guard import Alarms, NotFinite, check, diagnosis
@@ -85,55 +84,56 @@ def test_motion_is_what_changes_over_frames():
     np.testing.assert_allclose(motion(jnp.asarray(moved)), 2 / 3, rtol=1e-5)
 
 
-class Poisoned(Clips):
-    """Some clips, by their place in the order of the run, are not finite."""
+def poison(monkeypatch, is_bad) -> None:
+    """Make clips that are not finite of the steps for which `is_bad(order, step)`."""
+    feed = loop.feed
 
-    def __init__(self, bad: set[int]):
-        self.bad = bad
+    def poisoned(dataset, config, start, mesh, order):
+        for step, batch in enumerate(feed(dataset, config, start, mesh, order), start):
+            factor = np.float32(np.nan if is_bad(order, step) else 1)
+            yield {**batch, "latent_mean": batch["latent_mean"] * factor}
 
-    def __getitem__(self, index: int) -> dict:
-        clip = super().__getitem__(index)
-        if int(index) in self.bad:
-            clip["latent_mean"] = clip["latent_mean"] * np.float32(np.nan)
-        return clip
+    monkeypatch.setattr(loop, "feed", poisoned)
 
 
 def config_of(**train) -> dict:
-    return {**CONFIG, "train": {**CONFIG["train"], "checkpoint_every": 2, "batch_size": 1, **train}}
+    return {**CONFIG, "train": {**CONFIG["train"], "checkpoint_every": 2, **train}}
 
 
-def test_a_clip_that_is_not_finite_is_skipped_and_the_run_ends_finite(teacher, tmp_path):
-    config = config_of(most_skipped=5)
-    state, _ = loop.run_steps(config, tmp_path, MODEL, SCHEDULER, teacher, Poisoned({0}))
-    skipped = int(state["skipped"]["in_all"])
-    assert 0 < skipped < 6
+def run(config, workdir, teacher) -> dict:
+    return loop.run_steps(config, workdir, MODEL, SCHEDULER, teacher, Clips())[0]
+
+
+def test_steps_that_are_not_finite_are_skipped_and_the_run_ends_finite(
+    teacher, tmp_path, monkeypatch
+):
+    poison(monkeypatch, lambda order, step: step in (1, 2, 5))
+    state = run(config_of(), tmp_path, teacher)
+    assert int(state["skipped"]["in_all"]) == 3
     assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(state))
     found = lines(tmp_path)
-    assert sum(not np.isfinite(line["loss"]) for line in found) == skipped
-    assert found[-1]["skipped"] == skipped
+    assert [line["step"] for line in found if not np.isfinite(line["loss"])] == [1, 2, 5]
+    assert [line["skipped"] for line in found] == [0, 1, 2, 2, 2, 3]
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())[0] == 4
 
 
-class Named(Clips):
-    def __getitem__(self, index: int) -> dict:
-        return {**super().__getitem__(index), "caption": int(index)}
-
-
-def first_clips(count: int) -> set[int]:
-    stream = batches(Named(), seed=CONFIG["seed"], batch_size=1, captions=True)
-    return {next(stream)["caption"][0] for _ in range(count)}
-
-
-def test_where_another_order_does_not_help_the_run_stops_with_the_reason(teacher, tmp_path, capsys):
-    bad = Poisoned(set(range(5)) - first_clips(2))
-    config = config_of(most_skipped=0, fresh_orders=1)
-    with pytest.raises(
-        UserError, match=r"going back 1 times did not help .*the loss is not: clips"
-    ):
-        loop.run_steps(config, tmp_path, MODEL, SCHEDULER, teacher, bad)
+def test_the_run_goes_back_and_another_order_helps(teacher, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, lambda order, step: order == 0 and step > 2)
+    state = run(config_of(most_skipped=1), tmp_path, teacher)
     assert "back to step 2 with fresh data" in capsys.readouterr().out
+    assert (int(state["order"]), int(state["step"]), int(state["skipped"]["in_all"])) == (1, 6, 0)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(6))
 
 
-def test_without_a_checkpoint_there_is_no_way_back(teacher, tmp_path):
-    config = config_of(most_skipped=0, fresh_orders=9)
+def test_where_another_order_does_not_help_the_run_stops_with_the_reason(
+    teacher, tmp_path, monkeypatch
+):
+    poison(monkeypatch, lambda order, step: step > 2)
+    with pytest.raises(UserError, match=r"back 1 times did not help .*the loss is not: clips"):
+        run(config_of(most_skipped=0, fresh_orders=1), tmp_path, teacher)
+
+
+def test_without_a_checkpoint_there_is_no_way_back(teacher, tmp_path, monkeypatch):
+    poison(monkeypatch, lambda order, step: True)
     with pytest.raises(UserError, match=r"more than 0 updates in a row .* going back 0 times"):
-        loop.run_steps(config, tmp_path, MODEL, SCHEDULER, teacher, Poisoned(set(range(5))))
+        run(config_of(most_skipped=0, fresh_orders=9), tmp_path, teacher)
