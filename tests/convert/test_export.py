@@ -67,7 +67,10 @@ def params():
     return student(SMALL, QuantConfig(rank=0)).states[0]
 
 
-@pytest.mark.parametrize(("bits", "product_dtype"), [(4, "bfloat16"), (3, "int8")])
+@pytest.mark.parametrize(
+    ("bits", "product_dtype"),
+    [pytest.param(4, "bfloat16", marks=pytest.mark.slow), (3, "int8")],
+)
 def test_the_export_computes_bit_for_bit_what_was_trained(tmp_path, bits, product_dtype):
     quant = QuantConfig(
         bits,

@@ -189,6 +189,7 @@ def random_params(node, rng):
     }
 
 
+@pytest.mark.slow
 def test_a_whole_model_on_the_chips_backend_is_the_one_on_xla(calls):
     quant, config = QuantConfig(rank=0), config_from_json(WAN)
 

@@ -42,7 +42,8 @@ def written_out(linears, tokens, ctx):
     return [linear(y.astype(tokens.dtype), ctx) for linear in linears]
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("model", FIELDS)
 def test_training_has_the_bits_of_the_formula_written_out(monkeypatch, model, dtype):
     config, quant = config_from_json(FIELDS[model]), QuantConfig(rank=0)

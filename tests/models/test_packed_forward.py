@@ -113,9 +113,10 @@ def test_the_integer_model_is_the_dequantized_one_in_float64(fields, symmetric):
     # q, k and v; Wan's second attention reads q alone, and its last norm is modulated too.
     [
         pytest.param(WAN, [3, 1, 1, 1], id="wan"),
-        pytest.param(COGVIDEOX, [3, 1], id="cogvideox", marks=pytest.mark.slow),
+        pytest.param(COGVIDEOX, [3, 1], id="cogvideox"),
     ],
 )
+@pytest.mark.slow
 def test_a_gpu_s_quantizers_compute_the_norms_in_front(monkeypatch, fields, expected):
     clips_of_calls = []
 

@@ -178,8 +178,8 @@ def output(model, params, dense=Dense) -> jax.Array:
     [
         ("wan", True, ()),
         ("wan", True, ("blocks.attn1.to_v", "blocks.attn2.to_out")),
-        ("wan", False, ()),
-        ("cogvideox", True, ()),
+        pytest.param("wan", False, (), marks=pytest.mark.slow),
+        pytest.param("cogvideox", True, (), marks=pytest.mark.slow),
         ("cogvideox", True, ("blocks.attn1.to_out",)),
     ],
 )
