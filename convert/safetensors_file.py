@@ -9,6 +9,9 @@ import hashlib
 import json
 import math
 import os
+import reprlib
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +45,9 @@ _EXPONENTS = {
     "BF16": (np.uint16, 0x7F80),
 }
 _MAX_HEADER = 100_000_000  # The reference implementation's limit.
+_LARGEST = 2**63 - 1  # Of a size or an offset: what files and numpy can hold.
+_MOST_AXES = 64  # numpy's.
+_SHOWN = 20  # Faults of one file.
 _BLOCK = 1 << 20
 
 
@@ -71,8 +77,8 @@ def read_header(path: Path) -> Header:
     """Reads and checks the header; of the tensors no byte is read.
 
     Raises:
-        UserError: the file is missing, cut short, or its header is wrong; everything wrong with
-            it is named at once.
+        UserError: the file is missing, cut short, or its header is wrong; what is wrong with it
+            is named at once.
     """
     try:
         with path.open("rb") as file:
@@ -115,7 +121,7 @@ def parse_header(path: Path, text: str, size: int | None = None) -> tuple[Tensor
     for name, entry in fields.items():
         fault = _fault(entry)
         if fault:
-            faults.append(f"{name}: {fault}")
+            faults.append(f"{_short(name)}: {fault}")
             continue
         begin, end = entry["data_offsets"]
         shape, kind = tuple(entry["shape"]), entry["dtype"]
@@ -124,7 +130,7 @@ def parse_header(path: Path, text: str, size: int | None = None) -> tuple[Tensor
     if not faults:
         faults = _misplaced(tensors, start, size)
     if faults:
-        raise _refusal(path, "; ".join(faults))
+        raise _refusal(path, first_few(faults))
     return tuple(tensors)
 
 
@@ -169,9 +175,13 @@ def _fault(entry: Any) -> str | None:
         return "its entry is not {dtype, shape, data_offsets}"
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
-        return f"unknown type {kind!r}"
+        return f"unknown type {reprlib.repr(kind)}"
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
-        return f"shape {shape} or data_offsets {offsets} are not whole numbers from 0"
+        shown = f"shape {reprlib.repr(shape)} or data_offsets {reprlib.repr(offsets)}"
+        return f"{shown} are not whole numbers from 0 to 2^63 - 1"
+    # Without the zeros: numpy multiplies what is left of an empty shape, and must not overflow.
+    if len(shape) > _MOST_AXES or math.prod(filter(None, shape)) > _LARGEST // 8:
+        return f"shape {reprlib.repr(shape)} is more than memory has room for"
     stated, needed = offsets[1] - offsets[0], math.prod(shape) * DTYPES[kind].itemsize
     if stated != needed:
         return f"{kind} {shape} takes {needed} bytes, its data_offsets span {stated}"
@@ -179,7 +189,9 @@ def _fault(entry: Any) -> str | None:
 
 
 def _is_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value <= _LARGEST for value in values
+    )
 
 
 def _misplaced(tensors: list[TensorInfo], start: int, size: int | None) -> list[str]:
@@ -188,7 +200,7 @@ def _misplaced(tensors: list[TensorInfo], start: int, size: int | None) -> list[
     for info in tensors:
         if info.start != end:
             what = "overlaps what lies before it" if info.start < end else "leaves a gap before it"
-            faults.append(f"{info.name}: {what} (byte {info.start}, expected {end})")
+            faults.append(f"{_short(info.name)}: {what} (byte {info.start}, expected {end})")
         end = max(end, info.start + info.nbytes)
     if size is not None and end != size:
         faults.append(f"header and tensors take {end} bytes, the file has {size}")
@@ -196,11 +208,21 @@ def _misplaced(tensors: list[TensorInfo], start: int, size: int | None) -> list[
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"{', '.join(twice)} given twice")
+    names = Counter(name for name, _ in pairs)
+    if len(names) != len(pairs):
+        twice = sorted(_short(name) for name, count in names.items() if count > 1)
+        raise ValueError(f"{first_few(twice, ', ')} given twice")
     return dict(pairs)
+
+
+def first_few(faults: Sequence[str], separator: str = "; ") -> str:
+    """The faults as one text, of a damaged file's many thousand only the first."""
+    more = len(faults) - _SHOWN
+    return separator.join(faults[:_SHOWN]) + (f"{separator}and {more} more" if more > 0 else "")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 200 else f"{name[:200]}..."
 
 
 def _refusal(path: Path, fault: str) -> UserError:

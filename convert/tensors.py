@@ -1,6 +1,5 @@
 """Safetensors folders: one file or many behind an index, read one tensor at a time."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,8 +8,15 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from convert.safetensors_file import Header, TensorInfo, read_header, read_tensor
+from convert.safetensors_file import (
+    Header,
+    TensorInfo,
+    first_few,
+    read_header,
+    read_tensor,
+)
 from qvgen_jax.errors import UserError
+from qvgen_jax.json_file import read_object
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 INDEX = ".safetensors.index.json"
@@ -24,20 +30,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or is not a JSON object.
     """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         raise UserError(
             f"{path} is missing; expected a pipeline folder in diffusers' layout: "
             "model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} does not read as JSON ({error}); fetch or write it anew"
-        ) from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} holds a {type(fields).__name__}, expected a JSON object")
-    return fields
+        )
+    return read_object(path, "fetch or write it anew")
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -89,8 +87,9 @@ def _find_files(folder: Path) -> tuple[Path | None, dict[str, str]]:
         raise UserError(f"{index} has no weight_map; fetch the folder again")
     strange = sorted({str(file) for file in where.values() if not is_plain_name(file)})
     if strange:
+        shown = first_few([name[:200] for name in strange], ", ")
         raise UserError(
-            f"{index} names files outside its folder: {', '.join(strange)}; expected plain "
+            f"{index} names files outside its folder: {shown}; expected plain "
             "names of .safetensors files beside it. Do not trust this folder; fetch it again"
         )
     return index, where
@@ -128,8 +127,10 @@ def is_plain_name(file: Any) -> bool:
     return (
         isinstance(file, str)
         and file.endswith(".safetensors")
-        and not set(file) & {"/", "\\", "\0"}
+        and not set(file) & {"/", "\\"}
         and file[0] != "."
+        and file.isprintable()  # No NUL, and no half of a character that no file's name has.
+        and len(file) < 256
     )
 
 
@@ -167,7 +168,10 @@ def check_inside(path: Path, folder: Path) -> None:
     Raises:
         UserError: the file lies outside.
     """
-    real, root = path.resolve(), folder.resolve()
+    try:
+        real, root = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:  # The latter in Python before 3.13.
+        raise UserError(f"{path} is a link that leads nowhere; fetch the file again") from error
     snapshots = [parent for parent in root.parents if parent.name == "snapshots"]
     allowed = [root, *(parent.parent / "blobs" for parent in snapshots)]
     if not any(real.is_relative_to(parent) for parent in allowed):
@@ -185,7 +189,7 @@ def _check_against_index(
     faults += [f"{file} holds {name} unknown to it" for name, file in sorted(found - stated)]
     if faults:
         raise UserError(
-            f"{index} and its files disagree: {'; '.join(faults)}; fetch the folder again"
+            f"{index} and its files disagree: {first_few(faults)}; fetch the folder again"
         )
 
 
