@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from pathlib import Path
 
 from absl import flags
@@ -41,6 +42,9 @@ def parse(argv: list[str]) -> ConfigDict:
     Raises:
         UserError: an unknown flag or key, a missing config file, a value of the wrong type.
     """
+    if {"--help", "-h", "--helpfull"} & set(argv):
+        print(f"{__doc__}\n{flags.FLAGS.main_module_help()}")
+        raise SystemExit(0)
     try:
         rest = flags.FLAGS(argv)
         config = _CONFIG.value
@@ -48,8 +52,17 @@ def parse(argv: list[str]) -> ConfigDict:
         raise UserError(_unknown_key(argv, str(error.args[0]))) from error
     except (flags.Error, OSError, TypeError, ValueError) as error:
         # ml_collections wraps a config file's own error in its whole traceback.
-        text = " ".join(str(error).strip().splitlines()[-1:])
+        text = _shortened(" ".join(str(error).strip().splitlines()[-1:]))
+        if "--" not in text and any(word.startswith("--config.") for word in argv):
+            text = f"an override names no key of the config, or not as sections.key ({text})"
         raise UserError(f"{text}; see `python main.py --help`") from error
+    except Exception as error:  # A config file is a program, and may raise anything.
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if isinstance(error, SyntaxError) else f" ({line.filename}, line {line.lineno})"
+        raise UserError(
+            f"the config file does not run: {type(error).__name__}: "
+            f"{_shortened(str(error))}{where}; mend it there"
+        ) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: every option starts with --")
     names = ", ".join(sorted(str(path) for path in Path("configs").glob("[a-z]*.py")))
@@ -58,16 +71,26 @@ def parse(argv: list[str]) -> ConfigDict:
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     if not Path(file.partition(":")[0]).is_file():
         raise UserError(f"config file {file!r} does not exist; there are {names or 'none here'}")
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{file}: get_config() gave a {type(config).__name__}, not a ConfigDict")
     return config
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 1000 else f"{text[:1000]}..."
 
 
 def _unknown_key(argv: list[str], text: str) -> str:
     """A sentence for a misspelt override; ml_collections' text may hold the nearest right key."""
+    if "get_config" in text:
+        return f"--config names a file without a function get_config() ({_shortened(text)})"
+    if not re.search(r"\w+", text):
+        return f"an override names no key of the config ({text!r}); see `python main.py --help`"
     key = re.search(r"\w+", text.replace("\\n", " ")).group()
     given = next((word for word in argv if key in word and word.startswith("--")), key)
     nearest = re.search(r'Did you mean "(\w+)"', text)
     hint = f"; did you mean {nearest.group(1)!r}?" if nearest else ""
-    return f"{given}: the config has no key {key!r}{hint}"
+    return _shortened(f"{given}: the config has no key {key!r}{hint}")
 
 
 def default_workdir(config_file: str) -> Path:

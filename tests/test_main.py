@@ -27,6 +27,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         ((*TINY, "--config.train.steps=many"), "invalid literal"),
         ((*TINY, "--job", "trian"), "should be one of"),
         ((*TINY, "--jbo", "train"), "Did you mean: job"),
+        ((*TINY, "--config.quant.bits.0=1"), "an override names no key of the config"),
+        ((*TINY, "--config.=1"), "an override names no key of the config"),
         ((*TINY, "extra"), "unexpected argument 'extra'"),
     ],
 )
@@ -61,6 +63,14 @@ def test_wrong_arguments_get_one_line_and_exit_code_2(arguments, message):
         (("--job", "plan", "--target", "v9:2x2"), "no chip 'v9' is known"),
         (("--job", "plan", "--target", "h200:3", "--config.mesh.context=1"), "samples"),
         (("--job", "plan", "--target", "h200:1", "--nocompile", "--plan_json", "no/p"), "no/p"),
+        (("--config.train.learning_rate.weights=nan",), "expected a number from 0 to below 100"),
+        (("--config.train.clip_norm=0",), "expected a number above 0"),
+        (("--config.train.caption_dropout=1.5",), "expected 0 to 1"),
+        (("--config.train.shift=-1",), "expected above 0"),
+        (("--config.train.batch_size=99999999999",), "from 1 to below 2^31"),
+        (("--config.data.num_frames=0",), "from 1 to below 2^31"),
+        (("--config.quant.bits=(1,)",), "such as (('blocks.attn1.to_q', 8, 8),)"),
+        (("--config.quant.full_precision=(({},),)",), "expected names of layers"),
         (("--config.train.remat=all",), "expected one of none, blocks, attention, offload"),
     ],
 )
@@ -71,6 +81,41 @@ def test_wrong_values_are_told_before_anything_is_computed(arguments, message, t
     assert "Traceback" not in result.stderr
     # The corrected command must not find the folder marked as another run's.
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+CONFIG_FILES = {
+    "def get_config(:": "does not run: SyntaxError: invalid syntax",
+    "x = 1": "without a function get_config()",
+    "def get_config(): return 3": "get_config() gave a int",
+    "def get_config():\n    return 1 / 0": "division by zero",
+    "import nothere": "No module named 'nothere'",
+}
+
+
+@pytest.mark.parametrize("text", CONFIG_FILES)
+def test_a_config_file_that_is_none_is_told_in_one_line(tmp_path, text):
+    (tmp_path / "mine.py").write_text(text)
+    result = run("--config", str(tmp_path / "mine.py"))
+    assert result.returncode == 2
+    assert CONFIG_FILES[text] in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_config_file_without_a_key_that_training_reads_is_told_which(tmp_path):
+    text = (
+        "from configs.tiny_w4a4 import get_config as tiny\n\ndef get_config():\n"
+        "    config = tiny().unlock()\n    del config.train.clip_norm\n    return config\n"
+    )
+    (tmp_path / "mine.py").write_text(text)
+    result = run("--config", str(tmp_path / "mine.py"), "--workdir", str(tmp_path / "run"))
+    assert result.returncode == 2
+    assert "the config has no train.clip_norm" in result.stderr
+
+
+def test_help_lists_the_flags():
+    result = run("--help")
+    assert result.returncode == 0
+    assert "--workdir" in result.stdout
 
 
 def test_generating_from_a_run_that_has_not_ended_is_refused(tmp_path):

@@ -6,7 +6,9 @@ from kernels.choose import BACKENDS
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.remat import POLICIES
 from qvgen_jax.quant.schedule import phase_steps_for
+from qvgen_jax.training.optimizer import GROUPS
 
+_LARGEST = 2**31  # What counts stay below: a step is an int32.
 _POSITIVE = (
     "train.steps",
     "train.batch_size",
@@ -14,6 +16,9 @@ _POSITIVE = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "data.num_frames",
+    "data.height",
+    "data.width",
     "data.max_length",
     "data.encode_batch_size",
     "sample.batch_size",
@@ -44,17 +49,37 @@ _CHOICES = {
 }
 # What a number must reach, and stay below.
 _RANGES = (
-    ("seed", 0, 2**31),
+    ("seed", 0, _LARGEST),
+    ("sample.seed", 0, _LARGEST),
+    ("sample.unguided_steps", 0, _LARGEST),
+    ("evaluate.seed", 0, _LARGEST),
+    ("mesh.data", -1, _LARGEST),
+    ("mesh.fsdp", -1, _LARGEST),
+    ("mesh.context", -1, _LARGEST),
+    ("mesh.tensor", -1, _LARGEST),
+    ("quant.rank", 0, 2**16),
+    ("quant.shrink", 2, _LARGEST),
     ("quant.smoothing", 0, 1),
     ("train.tail_rate", 0, 1),
     ("train.hang_minutes", 0, 1e5),
     ("train.truth_blend", 0, 50),
     ("train.ema_decay", 0, 1),
+    ("train.beta1", 0, 1),
+    ("train.beta2", 0, 1),
+    ("train.weight_decay", 0, 100),
+    *((f"train.learning_rate.{group}", 0, 100) for group in GROUPS),
 )
+# The same for what 0 makes no sense of.
+_ABOVE_ZERO = (("train.epsilon", 1), ("train.clip_norm", 1e9))
 
 
 def _value(config: Mapping, name: str) -> object:
     for part in name.split("."):
+        if not isinstance(config, Mapping) or part not in config:
+            raise UserError(
+                f"the config has no {name}, which training reads; configs/wan1_3b_w4a4.py has it: "
+                "add it to the config file"
+            )
         config = config[part]
     return config
 
@@ -67,27 +92,39 @@ def check_config(config: Mapping) -> None:
     """
     for name in _POSITIVE:
         value = _value(config, name)
-        if value < 1:
-            raise UserError(f"--config.{name}={value}; expected a whole number from 1")
+        if not 1 <= value < _LARGEST:
+            raise UserError(
+                f"--config.{name}={value}; expected a whole number from 1 to below 2^31"
+            )
     for name, choices in _CHOICES.items():
         value = _value(config, name)
         if value not in choices:
             raise UserError(f"--config.{name}={value}; expected one of {', '.join(choices)}")
     for name, what in _OPTIONAL.items():
         value = _value(config, name)
-        if value < 0:
-            raise UserError(f"--config.{name}={value}; expected a whole number, 0 for no {what}")
+        if not 0 <= value < _LARGEST:
+            raise UserError(
+                f"--config.{name}={value}; expected a whole number below 2^31, 0 for no {what}"
+            )
+    for name, low, high in _RANGES:
+        value = _value(config, name)
+        if not low <= value < high:
+            raise UserError(
+                f"--config.{name}={value}; expected a number from {low} to below {high}"
+            )
+    for name, high in _ABOVE_ZERO:
+        value = _value(config, name)
+        if not 0 < value < high:
+            raise UserError(f"--config.{name}={value}; expected a number above 0, below {high:g}")
     train, quant = config["train"], config["quant"]
-    if train["validate_every"] and not config["evaluate"]["held_out"]:
+    if not 0 <= train["caption_dropout"] <= 1:
         raise UserError(
-            f"--config.train.validate_every={train['validate_every']} needs clips that training "
-            "does not see; name their folder by --config.evaluate.held_out"
+            f"--config.train.caption_dropout={train['caption_dropout']}; expected 0 to 1, a share"
         )
-    if train["export_best"] and not train["validate_every"]:
-        raise UserError(
-            "--config.train.export_best=True needs to know which is the best; set "
-            "--config.train.validate_every too"
-        )
+    if not 0 < train.get("shift", 1) < 1000:
+        raise UserError(f"--config.train.shift={train['shift']}; expected above 0, below 1000")
+    _check_layers(quant["bits"], quant["full_precision"])
+    _check_validation(train, config["evaluate"])
     _check_table(quant["time_table"], quant["table_steps"])
     if train["batch_size"] % train["accumulate"]:
         raise UserError(
@@ -99,12 +136,6 @@ def check_config(config: Mapping) -> None:
             f"train.warmup_steps={train['warmup_steps']} with train.steps={train['steps']}; the "
             "warm-up must end before training does, set --config.train.warmup_steps too"
         )
-    for name, low, high in _RANGES:
-        value = _value(config, name)
-        if not low <= value < high:
-            raise UserError(
-                f"--config.{name}={value}; expected a number from {low} to below {high}"
-            )
     phase_steps_for(
         train["steps"],
         quant["decay_fraction"],
@@ -132,6 +163,19 @@ def check_unguided(config: Mapping, steps: int) -> None:
         )
 
 
+def _check_validation(train: Mapping, evaluate: Mapping) -> None:
+    if train["validate_every"] and not evaluate["held_out"]:
+        raise UserError(
+            f"--config.train.validate_every={train['validate_every']} needs clips that training "
+            "does not see; name their folder by --config.evaluate.held_out"
+        )
+    if train["export_best"] and not train["validate_every"]:
+        raise UserError(
+            "--config.train.export_best=True needs to know which is the best; set "
+            "--config.train.validate_every too"
+        )
+
+
 def _check_table(time_table: bool, steps: tuple[int, ...]) -> None:
     if not all(isinstance(count, int) and 1 <= count <= 1000 for count in steps):
         raise UserError(
@@ -142,4 +186,19 @@ def _check_table(time_table: bool, steps: tuple[int, ...]) -> None:
         raise UserError(
             f"--config.quant.table_steps={steps} is for the time table, which this run has not; "
             "add --config.quant.time_table=True, or leave it away"
+        )
+
+
+def _check_layers(bits: tuple, full_precision: tuple) -> None:
+    for entry in bits:
+        kinds = [type(part) for part in entry] if isinstance(entry, tuple | list) else []
+        if kinds != [str, int, int]:
+            raise UserError(
+                f"--config.quant.bits={bits!r}; expected (layer's name, weight bits, activation "
+                "bits) of each layer that differs, such as (('blocks.attn1.to_q', 8, 8),)"
+            )
+    if not all(isinstance(name, str) for name in full_precision):
+        raise UserError(
+            f"--config.quant.full_precision={full_precision!r}; expected names of layers, such as "
+            "('blocks.attn1.to_q',)"
         )
