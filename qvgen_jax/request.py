@@ -44,15 +44,33 @@ class Request(NamedTuple):
         return jnp.stack([jax.random.fold_in(jax.random.key(seed), 1) for seed in self.seeds])
 
 
+LONGEST_PROMPT = 100_000
+"""Characters. Text encoders read at most 512 tokens; what is longer is some other file."""
+
+
+def prompt_fault(prompt: str) -> str | None:
+    """What is wrong with a text for the text encoder, as the end of a sentence; None if nothing."""
+    if len(prompt) > LONGEST_PROMPT:
+        return f"has {len(prompt)} characters, expected at most {LONGEST_PROMPT}; shorten it"
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        return f"is not Unicode text ({error.reason}, character {error.start}); write it as UTF-8"
+    return None
+
+
 def prompt_list(prompts: Any, name: str = "prompts") -> list[str]:
     """One string or several as a list.
 
     Raises:
-        UserError: no prompt at all, or something that is not a string.
+        UserError: no prompt at all, something that is not a string, or a string that is no text.
     """
     listed = [prompts] if isinstance(prompts, str) else list(prompts or ())
     if not listed or not all(isinstance(prompt, str) for prompt in listed):
         raise UserError(f"{name} is {prompts!r}, expected a string or a non-empty list of strings")
+    for prompt in listed:
+        if fault := prompt_fault(prompt):
+            raise UserError(f"{name}: {prompt[:60]!r} {fault}")
     return listed
 
 

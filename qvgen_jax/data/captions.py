@@ -1,12 +1,14 @@
 """Which videos a folder holds and what each shows, in the three ways people write that down."""
 
 import csv
-import json
+import io
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from qvgen_jax.errors import UserError
+from qvgen_jax.json_file import parse_json
+from qvgen_jax.request import prompt_fault
 
 _FILE_KEYS = ("file", "video", "file_name", "path")
 _CAPTION_KEYS = ("caption", "prompt", "text")
@@ -27,8 +29,9 @@ def read_captions(folder: str | Path) -> list[CaptionedFile]:
     """Every video that the folder's captions file lists, in that file's order.
 
     Raises:
-        UserError: no folder, no captions file, or one that is empty or malformed; it names the
-            line. A video that is listed but missing is not checked here.
+        UserError: no folder, no captions file, or one that is empty or malformed, names a file
+            outside the folder, or holds a caption that is no text; it names the line. A video that
+            is listed but missing is not checked here.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -52,16 +55,21 @@ def _read_jsonl(path: Path) -> list[CaptionedFile]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise UserError(f"{path}, line {number} is not JSON ({error}): mend it") from error
         found.append(_row(row, path, number))
     return found
 
 
 def _read_csv(path: Path) -> list[CaptionedFile]:
-    rows = csv.DictReader(_lines(path, keepends=True))
-    return [_row(row, path, rows.line_num) for row in rows]
+    rows = csv.DictReader(io.StringIO("\n".join(_lines(path)), newline=""))
+    try:
+        return [_row(row, path, rows.line_num) for row in rows]
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {rows.line_num} is not CSV ({error}): close its quotes, shorten it"
+        ) from error
 
 
 def _read_two_lists(folder: Path) -> list[CaptionedFile]:
@@ -76,16 +84,19 @@ def _read_two_lists(folder: Path) -> list[CaptionedFile]:
             f"{folder / 'videos.txt'} lists {len(files)} videos and {text.name} "
             f"{len(captions)} captions: both need one line per video"
         )
-    return [CaptionedFile(*pair) for pair in zip(files, captions, strict=True)]
+    pairs = zip(files, captions, strict=True)
+    return [_checked(*pair, folder / "videos.txt", i) for i, pair in enumerate(pairs, start=1)]
 
 
-def _lines(path: Path, keepends: bool = False) -> list[str]:
+def _lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} does not read ({error.strerror}): mend it") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
     # Only \n: JSON strings may hold the other characters that str.splitlines breaks at.
-    return [line + "\n" if keepends else line for line in text.split("\n")]
+    return text.split("\n")
 
 
 def _row(row: Mapping, path: Path, number: int) -> CaptionedFile:
@@ -95,7 +106,21 @@ def _row(row: Mapping, path: Path, number: int) -> CaptionedFile:
         if not isinstance(value, str):
             raise UserError(f"{path}, line {number} has no {keys[0]!r}: {_EXPECTED}")
         values.append(value.strip())
-    return CaptionedFile(*values)
+    return _checked(*values, path, number)
+
+
+def _checked(file: str, caption: str, path: Path, number: int) -> CaptionedFile:
+    """A pair that a captions file may hold: the one inside its folder, the other text."""
+    name = PurePath(file)
+    outside = name.is_absolute() or name.anchor or ".." in name.parts
+    if outside or not file or "\0" in file or prompt_fault(file):
+        raise UserError(
+            f"{path}, line {number} names {file[:200]!r}, expected the name of a file inside the "
+            "folder: put the video there, or give the folder that holds it"
+        )
+    if fault := prompt_fault(caption):
+        raise UserError(f"{path}, line {number} has a caption that {fault}")
+    return CaptionedFile(file, caption)
 
 
 def _is_map(row: object) -> bool:

@@ -18,7 +18,15 @@ from string import Template
 from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation import report_sections as sections
 from qvgen_jax.evaluation.curves import column
+from qvgen_jax.evaluation.report_inputs import (
+    CONFIG,
+    SAMPLES,
+    SIZES,
+    read_evaluation,
+    read_input,
+)
 from qvgen_jax.evaluation.report_sections import find_variant, percent_range, points, whole
+from qvgen_jax.json_file import parse_json
 
 FEW_VIDEOS = 100  # below this the intervals are too wide for a claim about quality
 
@@ -27,14 +35,14 @@ def write_report(workdir: Path) -> Path:
     """Write `workdir/report/index.html` and return its path.
 
     Beside the run's own keys, `config.json` may hold `name` (else the workdir's) and `command`.
-    Raises UserError when the workdir holds no metrics, or a file in it is not valid JSON.
+    Raises UserError when the workdir holds no metrics, or a file in it is not what was written.
     """
     workdir = Path(workdir)
     records = read_metrics(workdir / "metrics.jsonl")
-    config = _read_json(workdir / "config.json") or {}
-    evaluation = _read_json(workdir / "evaluation.json")
-    sizes = _read_json(workdir / "sizes.json")
-    samples = _read_json(workdir / "samples" / "samples.json")
+    config = read_input(workdir / "config.json", CONFIG) or {}
+    evaluation = read_evaluation(workdir / "evaluation.json")
+    sizes = read_input(workdir / "sizes.json", SIZES)
+    samples = read_input(workdir / "samples" / "samples.json", SAMPLES)
     name = str(config.get("name") or workdir.resolve().name)
 
     body = [_head(name, config, records, evaluation, sizes)]
@@ -54,7 +62,7 @@ def write_report(workdir: Path) -> Path:
     page = template.substitute(title=f"{escape(name)}: QVGen report", body="\n".join(body))
     path = workdir / "report" / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="replace")
     return path
 
 
@@ -77,23 +85,12 @@ def read_alarms(path: Path) -> list[dict]:
 
 
 def _records(path: Path) -> Iterator[dict]:
-    """Lines with a step; one cut short by a kill is skipped."""
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if isinstance(record, dict) and "step" in record:
+    """Lines with a step; one that is none, cut short by a kill, is skipped."""
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            record = parse_json(line)
+            if isinstance(record, dict) and type(record.get("step")) is int:
                 yield record
-
-
-def _read_json(path: Path):
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}). Remove it and run the job that wrote it again."
-        ) from error
 
 
 def _head(name: str, config: dict, records: Sequence[dict], evaluation, sizes) -> str:

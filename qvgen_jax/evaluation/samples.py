@@ -12,13 +12,14 @@ from qvgen_jax.data.video import write_video
 from qvgen_jax.errors import UserError
 from qvgen_jax.mesh import mesh_to_generate
 from qvgen_jax.pipeline import Pipeline, load
+from qvgen_jax.request import prompt_list
 
 
 def read_prompts(source: str, count: int) -> list[str]:
     """The first `count` prompts: "held_out" of the tiny pipeline's world, or a text file's lines.
 
     Raises:
-        UserError: the file is missing or has no lines.
+        UserError: the file is missing, is no text, or has no lines.
     """
     if source == "held_out":
         return [caption(attributes) for attributes in held_out_prompts()[:count]]
@@ -28,11 +29,15 @@ def read_prompts(source: str, count: int) -> list[str]:
             f"sample.prompts={source!r} is no file; give a text file with one prompt per line, or "
             "'held_out' for the tiny pipeline"
         )
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} does not read as UTF-8 text ({error}); save it as such") from error
+    prompts = [line.strip() for line in text.splitlines()]
     prompts = [prompt for prompt in prompts if prompt][:count]
     if not prompts:
         raise UserError(f"{path} holds no prompts; write one per line")
-    return prompts
+    return prompt_list(prompts, str(path))
 
 
 def write_pairs(config: Mapping, workdir: Path, teacher: Pipeline, student: Pipeline) -> None:
@@ -71,6 +76,7 @@ def generate_files(config: Mapping, workdir: Path, prompts: Sequence[str], seed:
     """
     if not prompts:
         raise UserError('--job generate needs --prompt "..."; it may be repeated')
+    prompt_list(prompts, "--prompt")
     export = workdir / "export"
     source = export if (export / "model_index.json").is_file() else config["model"]
     if source != export and storage.checkpoints(workdir).is_dir():

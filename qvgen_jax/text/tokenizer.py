@@ -47,7 +47,10 @@ def load_tokenizer(folder: str | Path) -> Any:
     if not (folder / "tokenizer.json").exists():
         _check_spiece(folder / "spiece.model")
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # Without the last, transformers asks whether to run code that a folder brings along.
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # JSON, keys, missing packages: its errors have no common base.
         raise UserError(
             f"{folder} does not load as a tokenizer ({type(error).__name__}: {error}): expected "

@@ -201,7 +201,7 @@ def test_a_workdir_without_metrics_is_refused(tmp_path):
 
 def test_a_broken_file_is_named(workdir):
     (workdir / "sizes.json").write_text("{")
-    with pytest.raises(UserError, match=r"sizes\.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"sizes\.json does not read as JSON"):
         write_report(workdir)
 
 
@@ -218,3 +218,36 @@ def test_alarms_and_updates_left_out_are_told_and_escaped(workdir):
 
 def test_a_run_without_alarms_tells_of_none(page):
     assert "alarms" not in page.partition("<body")[2].partition("Do it again")[0]
+
+
+@pytest.mark.parametrize("name", ["../../secret.mp4", "/etc/hostname", "..", 3])
+def test_samples_name_files_beside_them(workdir, name):
+    pairs = json.loads((workdir / "samples/samples.json").read_text())
+    pairs[0]["student"] = name
+    (workdir / "samples/samples.json").write_text(json.dumps(pairs))
+    with pytest.raises(UserError, match=r"than the name of a file beside it at \[0\].student"):
+        write_report(workdir)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "place"),
+    [
+        ("sizes.json", 3, "an object at its top"),
+        ("sizes.json", {"transformer_bf16_bytes": "5"}, "a number at transformer_bf16_bytes"),
+        ("evaluation.json", {"variants": [3]}, "a number at videos"),
+        ("config.json", {"quant": [4]}, "an object at quant"),
+    ],
+)
+def test_a_file_of_another_shape_is_told_where(workdir, file, content, place):
+    (workdir / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{file} has something else than {place}"):
+        write_report(workdir)
+
+
+def test_a_script_in_a_prompt_is_shown_and_not_run(workdir):
+    pairs = json.loads((workdir / "samples/samples.json").read_text())
+    pairs[0]["prompt"] = "\"><script>alert('x')</script>"
+    (workdir / "samples/samples.json").write_text(json.dumps(pairs))
+    page = write_report(workdir).read_text()
+    assert "<script>alert" not in page
+    assert page.count("&quot;&gt;&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;") == 3

@@ -34,6 +34,7 @@ def drawn(default: int) -> Callable:
             max_examples=count(default),
             database=None,
             deadline=None,
+            phases=(hypothesis.Phase.generate,),  # Shrinking takes minutes where a file is written.
             suppress_health_check=list(hypothesis.HealthCheck),
         )
         return hypothesis.seed(SEED)(settings(test))

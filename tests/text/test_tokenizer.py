@@ -1,5 +1,6 @@
 """Prompts to ids: what each pipeline does, the tiny tokenizer, and sentencepiece folders."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -11,6 +12,7 @@ import sentencepiece
 
 from qvgen_jax.data import moving_shapes
 from qvgen_jax.errors import UserError
+from qvgen_jax.request import prompt_list
 from qvgen_jax.text import tiny_tokenizer
 from qvgen_jax.text.tokenizer import (
     COGVIDEOX_PROMPTS,
@@ -168,3 +170,27 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(UserError, match="does not load as a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_code_that_a_folder_brings_along_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    for file in FOLDER.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    ran = tmp_path / "ran"
+    (tmp_path / "mine.py").write_text(f"open({str(ran)!r}, 'w')\nclass Mine: ...\n")
+    fields = json.loads((FOLDER / "tokenizer_config.json").read_text())
+    fields |= {"auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
+    fields |= {"tokenizer_class": "Mine"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run it"))
+    with contextlib.suppress(UserError):
+        load_tokenizer(tmp_path)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("a \ud800", "is not Unicode text"), ("a" * 100_001, "has 100001 characters")],
+)
+def test_a_prompt_that_is_no_text_is_refused(prompt, message):
+    with pytest.raises(UserError, match=message):
+        prompt_list(["fine", prompt])
