@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 
+from qvgen_jax.data.video import open_video
 from qvgen_jax.evaluation.curves import column, training_panels
 from qvgen_jax.evaluation.judge import STRICT_IOU
 
@@ -96,9 +97,9 @@ def _video(path: Path, label: str) -> str:
 def _video_size(path: Path) -> tuple[int, int]:
     """Width and height in pixels; zeros when there is no readable video."""
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            return stream.width, stream.height
+        with open_video(path) as container:
+            codec = container.streams.video[0].codec_context
+            return (codec.width, codec.height) if codec else (0, 0)
     except (OSError, IndexError, av.error.FFmpegError):
         return 0, 0
 
