@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.width = 64
     config.data.max_length = 16
     config.data.encode_batch_size = 8
-    config.data.skip_unusable = False  # True: train without the videos that do not decode.
+    config.data.most_refused = 0.1  # Share of videos that may be unusable; more end the run.
 
     config.quant = ConfigDict()
     config.quant.behaviour = "default"  # Or "released": as the authors' code does it.

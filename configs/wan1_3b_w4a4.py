@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.width = 832
     config.data.max_length = 512
     config.data.encode_batch_size = 1
-    config.data.skip_unusable = False
+    config.data.most_refused = 0.1  # Share of videos that may be unusable; more end the run.
 
     config.quant = ConfigDict()
     config.quant.behaviour = "released" if released else "default"

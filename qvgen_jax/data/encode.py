@@ -8,6 +8,7 @@ A folder of encoded clips holds
                              `[tokens, dim]` without padding, `caption`, `source`
     clips-00000.json         how many clips the shard holds, which videos were refused and why
     empty_text_embeds.msgpack  the empty prompt, for caption dropout
+    refused.jsonl            one line {"file", "reason"} per video that was set aside
     manifest.json            all of it in one place; written last, so its presence means "complete"
 
 The posterior is stored, not a sample of it, so that every epoch draws its own latents.
@@ -29,6 +30,7 @@ from qvgen_jax.data.captions import CaptionedFile, read_captions
 from qvgen_jax.data.records import pack
 from qvgen_jax.data.video import read_video
 from qvgen_jax.errors import UserError
+from qvgen_jax.json_file import read_object
 
 if TYPE_CHECKING:
     from qvgen_jax.pipeline import Pipeline
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 EMPTY_TEXT = "empty_text_embeds.msgpack"
+REFUSED = "refused.jsonl"
 
 
 def encode_folder(
@@ -49,6 +52,8 @@ def encode_folder(
     max_length: int | None = None,
     shard_size: int = 256,
     batch_size: int = 8,
+    most_refused: float = 1.0,
+    retry: bool = True,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Encodes a folder of videos; the same call again continues where it stopped.
@@ -65,13 +70,16 @@ def encode_folder(
         max_length: text tokens; by default the pipeline's own.
         shard_size: clips per file.
         batch_size: clips per call of the VAE.
+        most_refused: share of the videos that may be set aside.
+        retry: whether to try again those of finished shards that were replaced since.
         log: takes one line of progress.
 
     Returns:
         The manifest.
 
     Raises:
-        UserError: no captions, no video that can be used, or `out` holds other encoded clips.
+        UserError: no captions, no video that can be used, more of them set aside than
+            `most_refused` allows, or `out` holds other encoded clips. What is encoded stays.
     """
     source, out = Path(source), Path(out)
     entries = read_captions(source)
@@ -90,7 +98,7 @@ def encode_folder(
     shards, changed = [], not (out / MANIFEST).exists()
     for start in range(0, len(entries), shard_size):
         file = out / f"clips-{start // shard_size:05d}.array_record"
-        shard = _finished_shard(source, file)
+        shard = _finished_shard(source, file, retry)
         if shard is None:
             mine = entries[start : start + shard_size]
             shard, changed = _write_shard(pipe, source, file, mine, settings, batch_size), True
@@ -98,8 +106,9 @@ def encode_folder(
                 log(f"set aside {name}: {reason}")
             log(f"encoded {start + len(mine)} of {len(entries)} videos")
         shards.append(shard)
+        _check_refused(out, shards, len(entries), most_refused)
     if not changed:
-        return json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        return read_object(out / MANIFEST, "delete it, and encode again")
     return _write_manifest(pipe, out, settings, shards)
 
 
@@ -110,7 +119,7 @@ def _claim(out: Path, settings: dict) -> None:
         out.mkdir(parents=True, exist_ok=True)
         _write_json(path, settings)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_object(path, f"delete {out}, and encode again")
     changed = [key for key in settings if before.get(key) != settings[key]]
     if changed:
         differences = ", ".join(f"{k} {before.get(k)!r} -> {settings[k]!r}" for k in changed)
@@ -120,12 +129,39 @@ def _claim(out: Path, settings: dict) -> None:
         )
 
 
-def _finished_shard(source: Path, file: Path) -> dict | None:
-    """A shard's description if it is finished and none of its refused videos was replaced."""
+def _check_refused(out: Path, shards: Sequence[dict], total: int, most: float) -> None:
+    """Lists what was set aside so far, and ends it where that is too much already."""
+    refused = _refused(shards)
+    rows = ({"file": name, "reason": reason} for name, reason in refused.items())
+    _replace(out / REFUSED, "".join(json.dumps(row) + "\n" for row in rows))
+    if len(refused) <= most * total and len(refused) < total:
+        return
+    reasons = list(refused.values())
+    shown = "; ".join(reasons[:3]) + (f"; all are in {out / REFUSED}" if len(reasons) > 3 else "")
+    if len(refused) == total:
+        raise UserError(
+            f"none of the {total} videos can be used: {shown}. Mend them and run the same command "
+            "again"
+        )
+    raise UserError(
+        f"{len(refused)} of {total} videos cannot be used, or more: {shown}. Mend them and run the "
+        f"same command again, or train without them: --config.data.most_refused={most:g} is the "
+        "share that may be left out"
+    )
+
+
+def _refused(shards: Sequence[dict]) -> dict[str, str]:
+    return {name: reason for shard in shards for name, reason in shard["refused"].items()}
+
+
+def _finished_shard(source: Path, file: Path, retry: bool) -> dict | None:
+    """A shard's description if it is finished and, to `retry`, no refused video was replaced."""
     described = file.with_suffix(".json")
     if not described.exists():
         return None
-    shard = json.loads(described.read_text(encoding="utf-8"))
+    shard = read_object(described, "delete it, and encode again")
+    if not retry:
+        return shard
     replaced = any(_stamp(source / name) != shard["stamps"][name] for name in shard["refused"])
     return None if replaced else shard
 
@@ -219,13 +255,7 @@ def _without_padding(text: np.ndarray) -> np.ndarray:
 
 
 def _write_manifest(pipe: "Pipeline", out: Path, settings: dict, shards: list[dict]) -> dict:
-    refused = {name: reason for shard in shards for name, reason in shard["refused"].items()}
-    count = sum(shard["count"] for shard in shards)
-    if not count:
-        raise UserError(
-            f"none of the {len(refused)} videos in {settings['source']} can be used; "
-            f"the first: {next(iter(refused.values()))}"
-        )
+    refused, count = _refused(shards), sum(shard["count"] for shard in shards)
     empty = np.asarray(pipe.encode_prompt([""], settings["max_length"]))[0]
     (out / EMPTY_TEXT).write_bytes(pack({"text_embeds": _without_padding(empty)}))
     files = [shard["file"] for shard in shards if shard["count"]]
@@ -235,8 +265,12 @@ def _write_manifest(pipe: "Pipeline", out: Path, settings: dict, shards: list[di
 
 
 def _write_json(path: Path, content: dict) -> None:
+    _replace(path, json.dumps(content, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 

@@ -47,17 +47,19 @@ def _encoded(config: Mapping, workdir: str | Path) -> Path:
 def ensure_encoded(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Path:
     """The folder of encoded clips for `config.data`, complete; encodes what is missing.
 
-    Where only the encoded clips were copied to a machine, they are used as they are.
+    Videos that cannot be used are set aside with their reason, in `refused.jsonl` there, and the
+    run goes on with the others, unless they are more than a share `data.most_refused` of all. Where
+    only the encoded clips were copied to a machine, they are used as they are.
 
     Args:
         config: reads `data.source`, `encoded` ("" means inside the workdir), `num_frames`,
-            `height`, `width`, `max_length`, `encode_batch_size`, `skip_unusable`.
+            `height`, `width`, `max_length`, `encode_batch_size`, `most_refused`.
         workdir: of the run.
         pipe: whose VAE and text encoder make the clips.
 
     Raises:
-        UserError: no data path, clips of another size or model, or videos that cannot be used and
-            `skip_unusable` is off; the others are encoded by then, and stay.
+        UserError: no data path, clips of another size or model, or too many videos that cannot be
+            used; the others are encoded by then, and stay.
     """
     data = config["data"]
     encoded = _encoded(config, workdir)
@@ -68,15 +70,17 @@ def ensure_encoded(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Pa
         return encoded
     check_source(config, workdir)
     batch_size = data["encode_batch_size"]
-    manifest = encode_folder(pipe, source, encoded, **size, batch_size=batch_size)
-    refused = list(manifest["refused"].values())
-    if refused and not data["skip_unusable"]:
-        shown = "; ".join(refused[:3]) + ("; ..." if len(refused) > 3 else "")
-        raise UserError(
-            f"{len(refused)} of {len(refused) + manifest['count']} videos cannot be used: {shown}. "
-            "Mend them and run the same command again, or train without them: "
-            "--config.data.skip_unusable=True"
-        )
+    # What a run has begun without stays away, or its order of clips would be another one's.
+    begun = (Path(workdir) / "config.json").is_file()
+    encode_folder(
+        pipe,
+        source,
+        encoded,
+        **size,
+        batch_size=batch_size,
+        most_refused=data["most_refused"],
+        retry=not begun,
+    )
     return encoded
 
 

@@ -18,6 +18,8 @@ from qvgen_jax.study.operations import EQUAL_OPERATIONS, equal_steps
 _FREE = (
     "command",
     "data.encoded",
+    "data.most_refused",
+    "data.skip_unusable",  # What that was before.
     "evaluate.held_out_encoded",
     "evaluate.reference",
     "kernels",

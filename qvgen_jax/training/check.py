@@ -117,10 +117,10 @@ def check_config(config: Mapping) -> None:
         if not 0 < value < high:
             raise UserError(f"--config.{name}={value}; expected a number above 0, below {high:g}")
     train, quant = config["train"], config["quant"]
-    if not 0 <= train["caption_dropout"] <= 1:
-        raise UserError(
-            f"--config.train.caption_dropout={train['caption_dropout']}; expected 0 to 1, a share"
-        )
+    for name in ("train.caption_dropout", "data.most_refused"):
+        value = _value(config, name)
+        if not 0 <= value <= 1:
+            raise UserError(f"--config.{name}={value}; expected 0 to 1, a share")
     if not 0 < train.get("shift", 1) < 1000:
         raise UserError(f"--config.train.shift={train['shift']}; expected above 0, below 1000")
     _check_layers(quant["bits"], quant["full_precision"])

@@ -157,19 +157,53 @@ def test_bad_videos_are_set_aside_with_their_reason_and_retried_when_replaced(tm
     assert len(EncodedDataset(out)) == 2
 
 
-def test_a_run_stops_at_videos_it_cannot_use_unless_told_to_skip_them(tmp_path):
+def run_config(source, most_refused: float) -> dict:
+    data = {**SIZE, "source": source, "encoded": "", "max_length": 12, "encode_batch_size": 2}
+    return {"data": {**data, "most_refused": most_refused}}
+
+
+def test_a_run_goes_on_without_few_unusable_videos_and_stops_at_many(tmp_path, capsys):
     source = tmp_path / "videos"
     write_folder(source, count=3, seed=1)
     (source / "00001.mp4").write_bytes(b"broken")
     (source / "00002.mp4").unlink()
     pipe = AveragingPipeline()
-    data = {**SIZE, "source": source, "encoded": "", "max_length": 12, "encode_batch_size": 2}
-    with pytest.raises(UserError, match=r"2 of 3 videos .*00001\.mp4 does not decode.*skip_unus"):
-        ensure_encoded({"data": {**data, "skip_unusable": False}}, tmp_path, pipe)
+    with pytest.raises(UserError, match=r"2 of 3 videos .*00001\.mp4 does not .*most_refused"):
+        ensure_encoded(run_config(source, 0.5), tmp_path, pipe)
     calls = pipe.calls
-    encoded = ensure_encoded({"data": {**data, "skip_unusable": True}}, tmp_path, pipe)
+    encoded = ensure_encoded(run_config(source, 0.7), tmp_path, pipe)
     assert len(EncodedDataset(encoded)) == 1
     assert pipe.calls == calls, "what was encoded before the message is kept"
+    listed = [json.loads(line) for line in (encoded / "refused.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in listed] == ["00001.mp4", "00002.mp4"]
+    assert "does not decode" in listed[0]["reason"]
+    assert "set aside 00001.mp4: " in capsys.readouterr().out
+
+
+def test_too_many_unusable_videos_stop_it_before_the_rest_is_encoded(tmp_path):
+    source = tmp_path / "videos"
+    write_folder(source, count=6, seed=1)
+    for name in ("00000.mp4", "00001.mp4"):
+        (source / name).write_bytes(b"broken")
+    pipe, options = AveragingPipeline(), {"shard_size": 2, "most_refused": 0.2}
+    with pytest.raises(UserError, match=r"2 of 6 videos cannot be used, or more"):
+        encode_folder(pipe, source, tmp_path / "out", **SIZE, **options)
+    assert pipe.calls == 0
+
+
+def test_a_video_that_is_mended_while_a_run_is_on_its_way_stays_set_aside(tmp_path):
+    source = tmp_path / "videos"
+    write_folder(source, count=3, seed=1)
+    good = (source / "00001.mp4").read_bytes()
+    (source / "00001.mp4").write_bytes(b"broken")
+    ensure_encoded(run_config(source, 0.5), tmp_path, AveragingPipeline())
+    (source / "00001.mp4").write_bytes(good)
+    (tmp_path / "config.json").write_text("{}")  # As training claims its folder.
+    encoded = ensure_encoded(run_config(source, 0.5), tmp_path, AveragingPipeline())
+    assert len(EncodedDataset(encoded)) == 2
+    (tmp_path / "config.json").unlink()
+    encoded = ensure_encoded(run_config(source, 0.5), tmp_path, AveragingPipeline())
+    assert len(EncodedDataset(encoded)) == 3
 
 
 def test_no_usable_video_at_all_is_an_error_with_the_first_reason(tmp_path):
