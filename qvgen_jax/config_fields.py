@@ -47,7 +47,13 @@ class Range:
 
 
 Positive = Annotated[float, Range(above=0)]
+MOST_LEVELS = 12
+"""Of a VAE: each halves the video, and more leave nothing of it."""
+Few = Annotated[int, Range(least=1, below=100)]  # Of what is built one by one.
 Even = Annotated[int, Range(least=2, even=True)]
+
+_LONGEST = 4096  # Of lists: the longest has as many values as there are latent channels.
+_LARGEST = 2**31 - 1  # Of sizes and counts: XLA's.
 
 # Of a plain annotation: sizes and counts are nowhere 0, numbers may be anything finite.
 _PLAIN = {int: Range(least=1), float: Range()}
@@ -95,9 +101,10 @@ def refusal(name: str, value: Any, what: str, expected: str) -> UserError:
 
     For what no annotation can say, such as how two fields depend on each other.
     """
-    shown = list(value) if isinstance(value, tuple) else value
+    shown = repr(list(value) if isinstance(value, tuple) else value)
+    shown = shown if len(shown) < 500 else f"{shown[:500]}..."
     return UserError(
-        f"{name} is {shown!r} in {what}, expected {expected}; "
+        f"{name} is {shown} in {what}, expected {expected}; "
         "correct it there, or fetch the file again"
     )
 
@@ -116,6 +123,8 @@ def _number(kind: Any) -> tuple[Any, Range | None]:
 
 def _fits(value: Any, kind: Any) -> bool:
     inner = typing.get_args(kind)
+    if isinstance(value, tuple) and len(value) > _LONGEST:
+        return False
     if _is_union(kind):
         return any(_fits(value, one) for one in inner)
     if typing.get_origin(kind) is tuple:
@@ -128,7 +137,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
         return False
     # The bound is False for NaN, infinity and whole numbers that no float holds.
-    return (kind is int or abs(value) <= sys.float_info.max) and value in numbers
+    return abs(value) <= (_LARGEST if kind is int else sys.float_info.max) and value in numbers
 
 
 def _expected(kind: Any) -> str:

@@ -310,3 +310,19 @@ def test_a_generation_config_is_refused_on_reading(tmp_path, field, value, expec
     with pytest.raises(UserError) as caught:
         read_components(folder, "float32")
     assert str(caught.value) == f"{field} is {value!r} in {path}, expected {expected}{REMEDY}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("base_dim", 10**4000),
+        ("base_dim", 2**31),
+        ("num_res_blocks", 10**9),
+        ("dim_mult", [1] * 13),
+        ("dim_mult", [1] * 10**6),
+    ],
+)
+def test_a_size_that_would_take_for_ever_to_build_is_refused_at_once(field, value):
+    with pytest.raises(UserError, match=f"{field} is ") as told:
+        WanVAEConfig.from_json({field: value})
+    assert len(str(told.value)) < 1000

@@ -16,7 +16,7 @@ from flax import nnx
 from qvgen_jax.autoencoders.causal import Past, run_chunks
 from qvgen_jax.autoencoders.cogvideox_layers import GroupNorm, LatentNorm, Level, Norm, conv3
 from qvgen_jax.autoencoders.tiling import Tiling, run_tiles
-from qvgen_jax.config_fields import Positive, check_fields, refusal
+from qvgen_jax.config_fields import MOST_LEVELS, Few, Positive, check_fields, refusal
 from qvgen_jax.errors import UserError
 
 # Frames of a batch (diffusers' num_sample_frames_batch_size, num_latent_frames_batch_size).
@@ -47,7 +47,7 @@ class CogVideoXVAEConfig:
     out_channels: int = 3
     block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
     latent_channels: int = 16
-    layers_per_block: int = 3
+    layers_per_block: Few = 3
     norm_eps: Positive = 1e-6
     norm_num_groups: int = 32
     temporal_compression_ratio: int = 4
@@ -86,6 +86,9 @@ class CogVideoXVAEConfig:
         levels = len(self.block_out_channels)
         if not levels:
             raise refusal("block_out_channels", [], _FILE, "one number of channels or more")
+        if levels > MOST_LEVELS:
+            few = f"at most {MOST_LEVELS} numbers"
+            raise refusal("block_out_channels", self.block_out_channels, _FILE, few)
         for way in ("down", "up"):
             expected = [f"CogVideoX{way.capitalize()}Block3D"] * levels
             blocks = config.get(f"{way}_block_types", expected)

@@ -22,7 +22,7 @@ from qvgen_jax.autoencoders.wan_layers import (
     RMSNorm,
     Upsample,
 )
-from qvgen_jax.config_fields import Positive, check_fields, refusal
+from qvgen_jax.config_fields import MOST_LEVELS, Few, Positive, check_fields, refusal
 from qvgen_jax.errors import UserError
 
 _FILE = "the VAE's config.json"
@@ -36,7 +36,7 @@ class WanVAEConfig:
     decoder_base_dim: int | None = None
     z_dim: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
+    num_res_blocks: Few = 2
     temperal_downsample: tuple[bool, ...] = (False, True, True)
     in_channels: int = 3
     out_channels: int = 3
@@ -69,6 +69,8 @@ class WanVAEConfig:
         return parsed
 
     def _check(self) -> None:
+        if len(self.dim_mult) > MOST_LEVELS:
+            raise refusal("dim_mult", self.dim_mult, _FILE, f"at most {MOST_LEVELS} values")
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             fewer = f"one value fewer than the {len(self.dim_mult)} of dim_mult"
             raise refusal("temperal_downsample", self.temperal_downsample, _FILE, fewer)

@@ -4,7 +4,7 @@ Nothing about the stream is saved in a checkpoint: to resume at step k is to ask
 from step k on.
 """
 
-import json
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,9 @@ import grain
 import numpy as np
 
 from qvgen_jax.data.encode import EMPTY_TEXT, FORMAT_VERSION, MANIFEST
-from qvgen_jax.data.records import unpack
+from qvgen_jax.data.records import DAMAGE, unpack
 from qvgen_jax.errors import UserError
+from qvgen_jax.json_file import read_object
 
 _FOR_EVER = 2**32
 """Steps. grain's own `repeat(None)` is as long as a length may be, and some lengths add one."""
@@ -38,7 +39,8 @@ class EncodedDataset:
             max_length: text tokens of a batch; by default as encoded.
 
         Raises:
-            UserError: the folder holds no complete encoding, or one of another format or length.
+            UserError: the folder holds no complete encoding, a damaged one, or one of another
+                format or length.
         """
         self.folder = folder = Path(folder)
         path = folder / MANIFEST
@@ -47,13 +49,14 @@ class EncodedDataset:
                 f"{folder} holds no finished encoding ({MANIFEST} is missing): "
                 "run the encode job to make or finish it"
             )
-        self.manifest = json.loads(path.read_text(encoding="utf-8"))
+        self.manifest = read_object(path, "delete the folder and encode again")
         version = self.manifest.get("format_version")
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{path} has format_version {version}, this program reads {FORMAT_VERSION}: "
                 "delete the folder and encode again"
             )
+        _check_manifest(self.manifest, path)
         longest = self.manifest["max_length"]
         self.max_length = longest if max_length is None else max_length
         if self.max_length < longest:
@@ -64,17 +67,58 @@ class EncodedDataset:
         files = [str(folder / name) for name in self.manifest["shards"]]
         if missing := [name for name in files if not Path(name).is_file()]:
             raise UserError(f"{missing[0]} is missing: delete {folder} and encode again")
-        empty = unpack((folder / EMPTY_TEXT).read_bytes())["text_embeds"]
-        self.empty_text_embeds = _pad(empty, self.max_length)
+        self.empty_text_embeds = _pad(_empty_text(folder / EMPTY_TEXT, longest), self.max_length)
         self._records = grain.sources.ArrayRecordDataSource(files)
+        if (count := len(self._records)) != self.manifest["count"]:
+            raise UserError(
+                f"{path} counts {self.manifest['count']} clips, its shards hold {count}: delete "
+                "the folder and encode again"
+            )
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One clip: `latent_mean`, `latent_logvar` `[f, h, w, c]`, `text_embeds` `[tokens, dim]`
-        without padding, `caption`, `source`."""
-        return unpack(self._records[index])
+        without padding, `caption`, `source`.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            return unpack(self._records[index])
+        except DAMAGE as error:
+            raise UserError(
+                f"{self.folder}: clip {index} is damaged ({error}): delete the folder and encode "
+                "again"
+            ) from error
+
+
+def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
+    shards = manifest.get("shards")
+    plain = isinstance(shards, list) and all(map(_is_shard, shards))
+    sizes = ("max_length", "count", "num_frames", "height", "width")
+    wrong = [name for name in sizes if type(manifest.get(name)) is not int or manifest[name] < 1]
+    if wrong or not plain or not shards:
+        raise UserError(
+            f"{path} is damaged: {', '.join(wrong) or 'shards'} is not what encoding writes, whole "
+            "numbers and names of files beside it; delete the folder and encode again"
+        )
+
+
+def _is_shard(name: Any) -> bool:
+    return isinstance(name, str) and bool(re.fullmatch(r"clips-\d+\.array_record", name))
+
+
+def _empty_text(path: Path, longest: int) -> np.ndarray:
+    try:
+        empty = unpack(path.read_bytes())["text_embeds"]
+        if empty.ndim == 2 and 1 <= len(empty) <= longest:
+            return empty
+        fault = f"shape {list(empty.shape)}"
+    except (OSError, AttributeError, *DAMAGE) as error:
+        fault = str(error)
+    raise UserError(f"{path} is damaged ({fault}): delete the folder and encode again")
 
 
 def batches(

@@ -1,6 +1,5 @@
 """The encoded clips of a run: found where the config says, or made there first."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 from qvgen_jax import storage
 from qvgen_jax.data.encode import MANIFEST, encode_folder
 from qvgen_jax.errors import UserError
+from qvgen_jax.json_file import read_object
 
 if TYPE_CHECKING:
     from qvgen_jax.pipeline import Pipeline
@@ -107,10 +107,10 @@ def ensure_held_out(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> P
 
 
 def _check_size(encoded: Path, size: Mapping[str, int]) -> None:
-    manifest = json.loads((encoded / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_object(encoded / MANIFEST, "delete the folder and encode again")
     for name, value in size.items():
-        if manifest[name] != value:
+        if (found := manifest.get(name)) != value:
             raise UserError(
-                f"{encoded} holds clips with {name} {manifest[name]}, config.data.{name} is "
-                f"{value}: set it to {manifest[name]}, or give the videos as config.data.source"
+                f"{encoded} holds clips with {name} {found}, config.data.{name} is "
+                f"{value}: set it to {found}, or give the videos as config.data.source"
             )

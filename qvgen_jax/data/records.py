@@ -11,6 +11,8 @@ _DTYPES = {
     "float32": np.dtype("<f4"),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+DAMAGE = (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException)
+"""What `unpack` may raise of bytes that `pack` did not make."""
 
 
 def pack(record: Mapping[str, Any]) -> bytes:
