@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test parity parity-table aot aot-in lint clean
+.PHONY: demo test fuzz audit parity parity-table aot aot-in lint clean
 
 demo: $(VENV)/.ready-base
 	$(RUN) main.py --config configs/tiny_w4a4.py
@@ -15,6 +15,23 @@ test: $(VENV)/.ready-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest -n 2 --dist worksteal --ignore=tests/parity --ignore=tests/aot $(PYTEST_ARGS)
+
+# More inputs of what tests/fuzz tries, of another seed: QVGEN_FUZZ=5 is five times as many.
+QVGEN_FUZZ ?= 5
+fuzz: $(VENV)/.ready-test
+	QVGEN_FUZZ=$(QVGEN_FUZZ) $(RUN) -m pytest -n 2 --dist worksteal tests/fuzz $(PYTEST_ARGS)
+
+# Known holes in what constraints.txt pins; asks a service over the network, and fails where that does
+# not answer for a package. In an environment of its own: what it needs is not what we need.
+audit: $(VENV)-audit/.ready
+	$(VENV)-audit/bin/python -m pip_audit --requirement constraints.txt --no-deps --disable-pip --strict \
+	  --progress-spinner off $(AUDIT_ARGS)
+
+$(VENV)-audit/.ready:
+	$(if $(UV),$(UV) venv --quiet --python $(PYTHON) $(VENV)-audit,$(PYTHON) -m venv $(VENV)-audit)
+	$(if $(UV),$(UV) pip install --quiet --python $(VENV)-audit/bin/python,$(VENV)-audit/bin/python \
+	  -m pip install --quiet --disable-pip-version-check) 'pip-audit>=2.9'
+	touch $@
 
 # Numbers against PyTorch diffusers and transformers (installs torch).
 parity: $(VENV)/.ready-parity
@@ -63,4 +80,4 @@ $(VENV)/.ready-aot: $(VENV)/bin/python pyproject.toml constraints.txt constraint
 	touch $@ $(VENV)/.ready-base $(VENV)/.ready-test
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-audit build *.egg-info
