@@ -49,6 +49,7 @@ class Range:
 Positive = Annotated[float, Range(above=0)]
 MOST_LEVELS = 12
 """Of a VAE: each halves the video, and more leave nothing of it."""
+Layers = Annotated[int, Range(least=1, below=1000)]  # Of what has names of its own.
 Few = Annotated[int, Range(least=1, below=100)]  # Of what is built one by one.
 Even = Annotated[int, Range(least=2, even=True)]
 

@@ -326,3 +326,9 @@ def test_a_size_that_would_take_for_ever_to_build_is_refused_at_once(field, valu
     with pytest.raises(UserError, match=f"{field} is ") as told:
         WanVAEConfig.from_json({field: value})
     assert len(str(told.value)) < 1000
+
+
+@pytest.mark.parametrize("read", [config_from_json, T5Config.from_json])
+def test_more_layers_than_there_are_names_for_are_refused_at_once(read):
+    with pytest.raises(UserError, match="num_layers is 2147483647 in"):
+        read({"num_layers": 2**31 - 1})

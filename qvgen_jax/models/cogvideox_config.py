@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from qvgen_jax.config_fields import Positive, check_fields, check_value, refusal
+from qvgen_jax.config_fields import Layers, Positive, check_fields, check_value, refusal
 from qvgen_jax.errors import UserError
 
 SUPPORTED = "CogVideoX-2B, CogVideoX-5B and CogVideoX1.5-5B text-to-video"
@@ -41,7 +41,7 @@ class CogVideoXConfig:
     out_channels: int = 16
     time_embed_dim: int = 512
     text_embed_dim: int = 4096
-    num_layers: int = 30
+    num_layers: Layers = 30
     sample_width: int = 90
     sample_height: int = 60
     sample_frames: int = 49

@@ -10,7 +10,7 @@ from flax import nnx
 
 from kernels.fused_quantize import Normalized, gelu
 from kernels.reference import at_least_float32, wide_type
-from qvgen_jax.config_fields import Even, Positive, check_fields
+from qvgen_jax.config_fields import Even, Layers, Positive, check_fields
 from qvgen_jax.errors import UserError
 from qvgen_jax.layer_scan import layer_scan
 from qvgen_jax.models.layers import (
@@ -78,7 +78,7 @@ class WanConfig:
     text_dim: int = 4096
     freq_dim: Even = 256
     ffn_dim: int = 13824
-    num_layers: int = 40
+    num_layers: Layers = 40
     eps: Positive = 1e-6
     rope_max_seq_len: int = 1024
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from kernels.attention import attention
-from qvgen_jax.config_fields import Positive, Range, check_fields, refusal
+from qvgen_jax.config_fields import Layers, Positive, Range, check_fields, refusal
 from qvgen_jax.errors import UserError
 from qvgen_jax.layer_scan import layer_scan
 from qvgen_jax.models.layers import RMSNorm
@@ -32,7 +32,7 @@ class T5Config:
     d_model: int = 4096
     d_kv: int = 64
     d_ff: int = 10240
-    num_layers: int = 24
+    num_layers: Layers = 24
     num_heads: int = 64
     relative_attention_num_buckets: Annotated[int, Range(least=4)] = 32
     relative_attention_max_distance: int = 128
