@@ -312,6 +312,9 @@ class Pipeline:
                 f"flow_shift is {flow_shift}, but this pipeline's {type(self.scheduler).__name__} "
                 "does not sample a flow; leave it away"
             )
+        number = isinstance(flow_shift, int | float | np.number)
+        if not number or isinstance(flow_shift, bool) or not 0 < flow_shift < 1000:
+            raise UserError(f"flow_shift is {flow_shift!r}, expected a number above 0, below 1000")
         return dataclasses.replace(self.scheduler, flow_shift=float(flow_shift))
 
     def _latent_size(self, frames: Any, height: Any, width: Any, latents: Any) -> tuple:

@@ -44,6 +44,7 @@ class Request(NamedTuple):
         return jnp.stack([jax.random.fold_in(jax.random.key(seed), 1) for seed in self.seeds])
 
 
+MOST_STEPS = 10_000  # Ten times what any sampler was trained for: the schedule is an array of them.
 LONGEST_PROMPT = 100_000
 """Characters. Text encoders read at most 512 tokens; what is longer is some other file."""
 
@@ -171,4 +172,12 @@ def check_request(
                 "[prompts, frames, height, width, channels] in the transformer's space; "
                 "change them or num_frames, height and width"
             )
-    return Request(prompts, negatives, listed, shape, whole_number(steps, "steps"), scale, latents)
+    return Request(
+        prompts,
+        negatives,
+        listed,
+        shape,
+        whole_number(steps, "steps", high=MOST_STEPS),
+        scale,
+        latents,
+    )

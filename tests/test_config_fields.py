@@ -332,3 +332,13 @@ def test_a_size_that_would_take_for_ever_to_build_is_refused_at_once(field, valu
 def test_more_layers_than_there_are_names_for_are_refused_at_once(read):
     with pytest.raises(UserError, match="num_layers is 2147483647 in"):
         read({"num_layers": 2**31 - 1})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("flow_shift", 1e308), ("solver_order", 2**30), ("num_train_timesteps", 2**30)],
+)
+def test_a_scheduler_whose_numbers_no_schedule_holds_is_refused(field, value):
+    fields = json.loads(Path("assets/tiny_wan/scheduler/scheduler_config.json").read_text())
+    with pytest.raises(UserError, match=f"{field} is "):
+        scheduler_from_json(fields | {field: value})

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvgen_jax.config_fields import Positive, check_fields
+from qvgen_jax.config_fields import check_fields
 from qvgen_jax.diffusion.flow import shift_sigma
-from qvgen_jax.diffusion.scheduler_config import FILE, Levels, check_options, check_steps
+from qvgen_jax.diffusion.scheduler_config import FILE, Levels, Shift, check_options, check_steps
 
 _SUPPORTED = {
     "_class_name": ("FlowMatchEulerDiscreteScheduler",),
@@ -29,7 +29,7 @@ class FlowEulerConfig:
     """The part of `scheduler_config.json` that sampling depends on; `flow_shift` is its `shift`."""
 
     num_train_timesteps: Levels = 1000
-    flow_shift: Positive = 1.0
+    flow_shift: Shift = 1.0
 
     @classmethod
     def from_json(cls, fields: Mapping) -> "FlowEulerConfig":

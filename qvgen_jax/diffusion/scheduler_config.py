@@ -10,8 +10,10 @@ from qvgen_jax.errors import UserError
 
 FILE = "scheduler_config.json"
 
-Levels = Annotated[int, Range(least=2)]
+Levels = Annotated[int, Range(least=2, below=1_000_000)]
 """Noise levels of a process: on a single one there is no path from noise to latents."""
+Shift = Annotated[float, Range(above=0, below=1000)]
+"""Of a flow's noise levels. Far beyond, all of them are the same number to float32."""
 
 
 def check_options(

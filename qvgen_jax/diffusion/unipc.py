@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvgen_jax.config_fields import Positive, Range, check_fields
+from qvgen_jax.config_fields import Range, check_fields
 from qvgen_jax.diffusion.flow import denoise, shift_sigma
-from qvgen_jax.diffusion.scheduler_config import FILE, Levels, check_options, check_steps
+from qvgen_jax.diffusion.scheduler_config import FILE, Levels, Shift, check_options, check_steps
 
 _SUPPORTED = {
     "_class_name": ("UniPCMultistepScheduler",),
@@ -44,8 +44,8 @@ class UniPCConfig:
     """The part of `scheduler_config.json` that flow sampling depends on."""
 
     num_train_timesteps: Levels = 1000
-    flow_shift: Positive = 1.0
-    solver_order: int = 2
+    flow_shift: Shift = 1.0
+    solver_order: Annotated[int, Range(least=1, below=20)] = 2
     disable_corrector: tuple[Annotated[int, Range(least=0)], ...] = ()
 
     @classmethod
