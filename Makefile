@@ -16,7 +16,7 @@ test: $(VENV)/.ready-test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest -n 2 --dist worksteal --ignore=tests/parity --ignore=tests/aot $(PYTEST_ARGS)
 
-# More inputs of what tests/fuzz tries, of another seed: QVGEN_FUZZ=5 is five times as many.
+# More inputs than `make test` tries: QVGEN_FUZZ times as many; QVGEN_FUZZ_SEED draws others.
 QVGEN_FUZZ ?= 5
 fuzz: $(VENV)/.ready-test
 	QVGEN_FUZZ=$(QVGEN_FUZZ) $(RUN) -m pytest -n 2 --dist worksteal tests/fuzz $(PYTEST_ARGS)
