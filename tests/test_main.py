@@ -45,7 +45,7 @@ def test_wrong_arguments_get_one_line_and_exit_code_2(arguments, message):
     [
         (("--config.model=assets/nowhere",), "assets/nowhere"),
         (("--config.data.source=assets/nowhere",), "assets/nowhere"),
-        (("--config.quant.weight_bits=9",), "expected (weight bits, activation bits), 2 to 8"),
+        (("--config.quant.weight_bits=9",), "expected whole numbers of bits from 2 to 8"),
         (("--config.quant.decay_fraction=1.5",), "decay_fraction=1.5"),
         (("--config.train.steps=3", "--config.train.warmup_steps=0"), "less than one step"),
         (("--config.train.steps=3",), "the warm-up must end"),
@@ -70,6 +70,7 @@ def test_wrong_arguments_get_one_line_and_exit_code_2(arguments, message):
         (("--config.train.batch_size=99999999999",), "from 1 to below 2^31"),
         (("--config.data.num_frames=0",), "from 1 to below 2^31"),
         (("--config.quant.bits=(1,)",), "such as (('blocks.attn1.to_q', 8, 8),)"),
+        (("--config.quant.bits=(('blocks.attn1.to_q', 4, 16),)",), "bits from 2 to 8"),
         (("--config.quant.full_precision=(({},),)",), "expected names of layers"),
         (("--config.train.remat=all",), "expected one of none, blocks, attention, offload"),
     ],

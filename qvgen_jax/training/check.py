@@ -123,6 +123,8 @@ def check_config(config: Mapping) -> None:
             raise UserError(f"--config.{name}={value}; expected 0 to 1, a share")
     if not 0 < train.get("shift", 1) < 1000:
         raise UserError(f"--config.train.shift={train['shift']}; expected above 0, below 1000")
+    for name in ("weight_bits", "act_bits"):
+        _check_bits(f"quant.{name}", quant[name])
     _check_layers(quant["bits"], quant["full_precision"])
     _check_validation(train, config["evaluate"])
     _check_table(quant["time_table"], quant["table_steps"])
@@ -189,6 +191,12 @@ def _check_table(time_table: bool, steps: tuple[int, ...]) -> None:
         )
 
 
+def _check_bits(name: str, *bits: int) -> None:
+    if not all(2 <= width <= 8 for width in bits):
+        shown = ", ".join(map(str, bits))
+        raise UserError(f"--config.{name}={shown}; expected whole numbers of bits from 2 to 8")
+
+
 def _check_layers(bits: tuple, full_precision: tuple) -> None:
     for entry in bits:
         kinds = [type(part) for part in entry] if isinstance(entry, tuple | list) else []
@@ -197,6 +205,7 @@ def _check_layers(bits: tuple, full_precision: tuple) -> None:
                 f"--config.quant.bits={bits!r}; expected (layer's name, weight bits, activation "
                 "bits) of each layer that differs, such as (('blocks.attn1.to_q', 8, 8),)"
             )
+        _check_bits(f"quant.bits of {entry[0]}", *entry[1:])
     if not all(isinstance(name, str) for name in full_precision):
         raise UserError(
             f"--config.quant.full_precision={full_precision!r}; expected names of layers, such as "
