@@ -25,6 +25,7 @@ def config_of(**train) -> dict:
     return {**CONFIG, "train": {**CONFIG["train"], "keep_checkpoints": 1, **train}}
 
 
+@pytest.mark.slow
 def test_the_best_without_a_branch_is_kept_and_exported(teacher, tmp_path):
     """The branch lives up to the fourth of six steps; the fifth is better than the last."""
     losses = iter([0.1, 0.1, 0.1, 0.1, 0.5, 0.6])
