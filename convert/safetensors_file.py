@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ _EXPONENTS = {
     "BF16": (np.uint16, 0x7F80),
 }
 _MAX_HEADER = 100_000_000  # The reference implementation's limit.
+_HALVES = re.compile("[\ud800-\udfff]")
 _LARGEST = 2**63 - 1  # Of a size or an offset: what files and numpy can hold.
 _MOST_AXES = 64  # numpy's.
 _SHOWN = 20  # Faults of one file.
@@ -114,7 +116,7 @@ def parse_header(path: Path, text: str, size: int | None = None) -> tuple[Tensor
     if not isinstance(fields, dict):
         raise _refusal(path, f"its header is a {type(fields).__name__}, expected an object")
     metadata = fields.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, metadata.values())):
         raise _refusal(path, "its __metadata__ is not an object of strings")
     start = 8 + len(text.encode())
     faults, tensors = [], []
@@ -207,8 +209,15 @@ def _misplaced(tensors: list[TensorInfo], start: int, size: int | None) -> list[
     return faults
 
 
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that UTF-8 can say: JSON's escapes can name half a character."""
+    return isinstance(value, str) and (value.isascii() or not _HALVES.search(value))
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = Counter(name for name, _ in pairs)
+    if strange := [name for name in names if not _is_text(name)]:
+        raise ValueError(f"{strange[0]!r} is half a character")
     if len(names) != len(pairs):
         twice = sorted(_short(name) for name, count in names.items() if count > 1)
         raise ValueError(f"{first_few(twice, ', ')} given twice")

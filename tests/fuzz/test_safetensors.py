@@ -148,6 +148,11 @@ FOUND = {
     "a product too long to print": (entry(f"[{','.join(['9' * 4200] * 10)}]"), "2\\^63"),
     "more axes than numpy has": (entry(f"[{','.join('1' * 70)}]", "[0,1]"), "room for"),
     "empty, but for numpy too large": (entry("[0,4611686018427387904,4]"), "room for"),
+    "half a character": (r'{"\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', "half a"),
+    "half a character about it": (
+        r'{"__metadata__":{"a":"\ud800"},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        "not an object of strings",
+    ),
     "every name twice": (
         "{" + ",".join(f'"{i // 2}":1' for i in range(60000)) + "}",
         "and 29980 more given twice",
