@@ -100,7 +100,7 @@ def test_a_process_that_dies_is_told_by_the_others_and_the_run_goes_on(alone, tm
     assert_the_same(tmp_path, 2, 2, alone(2))
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_one_process_that_is_told_to_stop_stops_all_and_the_run_goes_on(alone, tmp_path):
     processes = start(2, tmp_path)
     while all(each.poll() is None for each in processes) and not count_lines(tmp_path):

@@ -37,6 +37,7 @@ def test_the_tiny_step_compiles_for_four_chips_and_takes_what_the_plan_counts(re
     assert arriving(found, "s8", "u8", "u32") > 0  # Codes travel.
 
 
+@pytest.mark.slow
 def test_the_tiny_step_compiles_for_a_node_of_gpus():
     pytest.importorskip("jax_cuda13_plugin", reason="jax[cuda13] is not installed")
     found, guess = compiled("tiny_w4a4", "h200:8")

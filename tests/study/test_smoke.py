@@ -11,7 +11,7 @@ from tests.study.records import grid
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_the_smoke_grid_runs_end_to_end_and_then_has_nothing_to_do(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     asked = grid("smoke", scratch=str(tmp_path / "scratch"))
