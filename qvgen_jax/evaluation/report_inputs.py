@@ -87,7 +87,8 @@ def _misfit(value: Any, shape: Any, where: str) -> str | None:
 
 def _is(value: Any, kind: Any) -> bool:
     if kind is FILE:
-        return isinstance(value, str) and value not in ("", "..") and not set(value) & set("/\\\0")
+        plain = isinstance(value, str) and value.isprintable() and 0 < len(value) < 256
+        return plain and value != ".." and not set(value) & set("/\\")
     if kind is NUMBER:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and not abs(value) >= 1e18  # NaN is one, too.

@@ -220,7 +220,9 @@ def test_a_run_without_alarms_tells_of_none(page):
     assert "alarms" not in page.partition("<body")[2].partition("Do it again")[0]
 
 
-@pytest.mark.parametrize("name", ["../../secret.mp4", "/etc/hostname", "..", 3])
+@pytest.mark.parametrize(
+    "name", ["../../secret.mp4", "/etc/hostname", "..", "", "a\0", "\ud800", 3]
+)
 def test_samples_name_files_beside_them(workdir, name):
     pairs = json.loads((workdir / "samples/samples.json").read_text())
     pairs[0]["student"] = name
