@@ -8,6 +8,7 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.training import loop
 from qvgen_jax.training.best import is_better, read_best, write_best
 from qvgen_jax.training.check import check_config
+from qvgen_jax.training.checkpoint import Checkpoints
 from tests.training.test_run import (
     CONFIG,
     MODEL,
@@ -53,9 +54,11 @@ def test_the_best_without_a_branch_is_kept_and_exported(teacher, tmp_path):
 
 
 def test_where_nothing_was_validated_there_is_no_best(teacher, tmp_path):
-    config = config_of(export_best=True)
-    with pytest.raises(UserError, match="has no best checkpoint: no step without a branch"):
-        loop.run_steps(config, tmp_path, MODEL, SCHEDULER, teacher, Clips())
+    with (
+        Checkpoints(tmp_path, keep=1) as checkpoints,
+        pytest.raises(UserError, match="has no best checkpoint: no step without a branch"),
+    ):
+        loop.best_state(config_of(export_best=True), tmp_path, MODEL, teacher, checkpoints)
 
 
 def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
