@@ -13,6 +13,7 @@ run by run: the same command goes on to the numbers that are asked for.
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -223,7 +224,7 @@ def damage_checkpoints(whole: Path, scratch: Path, count: int, seed: int) -> dic
 
     found = {how: Counter() for how in DAMAGES}
     rng = random.Random(f"corruptions {seed}")
-    for _, how in zip(range(count), every(DAMAGES), strict=False):
+    for _, how in zip(range(count), itertools.cycle(DAMAGES), strict=False):
         workdir = scratch / "damaged"
         shutil.copytree(whole / "checkpoints", workdir / "checkpoints")
         steps = sorted(saved) if rng.random() < 0.2 else sorted(saved)[-1:]
@@ -234,12 +235,6 @@ def damage_checkpoints(whole: Path, scratch: Path, count: int, seed: int) -> dic
         found[how][after_damage(workdir, keep, like, saved)] += 1
         shutil.rmtree(workdir)
     return {how: dict(outcomes) for how, outcomes in found.items()}
-
-
-def every(names: tuple) -> Iterator[str]:
-    """Round and round."""
-    while True:
-        yield from names
 
 
 def after_damage(workdir: Path, keep: int, like: Callable, saved: dict) -> str:

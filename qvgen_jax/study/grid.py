@@ -30,8 +30,9 @@ _FREE = (
     "train.keep_checkpoints",
     "train.log_every",
     "train.log_spectrum",
-    "train.validate_every",
+    "train.most_skipped",
     "train.remat",
+    "train.validate_every",
     "train.wandb_project",
 )
 

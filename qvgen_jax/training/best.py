@@ -5,9 +5,11 @@ Only students without a branch compete: no other ships.
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from qvgen_jax import hosts
+from qvgen_jax.training.checkpoint import Checkpoints
 
 FILE = "best.json"
 
@@ -24,10 +26,14 @@ def is_better(workdir: Path, loss: float) -> bool:
     return math.isfinite(loss) and (best is None or loss < best["held_out_loss"])
 
 
-def write_best(workdir: Path, step: int, loss: float) -> None:
-    """For when the checkpoint of the step is complete: a crash between leaves the one before."""
-    if not hosts.is_first():
-        return
-    partial = workdir / f"{FILE}.tmp"
-    partial.write_text(json.dumps({"step": step, "held_out_loss": loss}))
-    partial.replace(workdir / FILE)
+def keep_best(workdir: Path, checkpoints: Checkpoints, state: Mapping, loss: float) -> None:
+    """Save the state as the best one, whole, before it is called that: a crash between leaves the
+    one before."""
+    step, before = int(state["step"]), read_best(workdir)
+    checkpoints.keep(step, instead_of=before and before["step"])
+    checkpoints.save(state)
+    checkpoints.finish()
+    if hosts.is_first():
+        partial = workdir / f"{FILE}.tmp"
+        partial.write_text(json.dumps({"step": step, "held_out_loss": loss}))
+        partial.replace(workdir / FILE)

@@ -69,6 +69,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int, always: Sequence[int] = ()):
         self.folder = storage.checkpoints(workdir)
         self._keep, self._always = keep, set(always)
+        self._error: Exception | None = None  # Of a save that failed at once.
         self._manager = self._open()
 
     def __enter__(self) -> "Checkpoints":
@@ -197,8 +198,6 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(saved))
         except Exception as error:
             self._error = error
-
-    _error: Exception | None = None
 
     def _failure(self, *, wait: bool = False) -> Exception | None:
         """What the last save failed of, as far as is known by now."""

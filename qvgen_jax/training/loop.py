@@ -19,7 +19,7 @@ from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.low_rank import drop_branch, on_every_branch, reverse, small_singular_share
 from qvgen_jax.quant.schedule import RankDecay, boundaries, gate_at, phase_steps_for
 from qvgen_jax.training import checkpoint
-from qvgen_jax.training.best import is_better, read_best, write_best
+from qvgen_jax.training.best import is_better, keep_best, read_best
 from qvgen_jax.training.calibrate import activation_maxima, unmeasured
 from qvgen_jax.training.checkpoint import Checkpoints
 from qvgen_jax.training.feed import feed
@@ -316,7 +316,7 @@ def _steps(
             loss = validate(_student(config, model, state, branch))
             line = {**line, "held_out_loss": loss}
             if not branch and is_better(workdir, loss):
-                _keep_best(workdir, checkpoints, state, loss)
+                keep_best(workdir, checkpoints, state, loss)
             watchdog.fed()
         if line:
             writer.write(step, line)
@@ -345,12 +345,3 @@ def _student(config: Mapping, model: TransformerConfig, state: dict, branch: boo
     params = state["params"] if branch else exported_params(state)
     gate = gate_at(state["step"] - 1, rank_decay(config)) if branch else None
     return Transformer(model, definition, (params, state["levels"]), gate)
-
-
-def _keep_best(workdir: Path, checkpoints: Checkpoints, state: dict, loss: float) -> None:
-    """Save the state as the best one, whole, before it is called that."""
-    step, before = int(state["step"]), read_best(workdir)
-    checkpoints.keep(step, instead_of=before and before["step"])
-    checkpoints.save(state)
-    checkpoints.finish()
-    write_best(workdir, step, loss)

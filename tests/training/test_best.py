@@ -6,7 +6,7 @@ import pytest
 
 from qvgen_jax.errors import UserError
 from qvgen_jax.training import loop
-from qvgen_jax.training.best import is_better, read_best, write_best
+from qvgen_jax.training.best import is_better, keep_best, read_best
 from qvgen_jax.training.check import check_config
 from qvgen_jax.training.checkpoint import Checkpoints
 from tests.training.test_run import (
@@ -64,7 +64,9 @@ def test_where_nothing_was_validated_there_is_no_best(teacher, tmp_path):
 def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
     assert not is_better(tmp_path, float("nan"))
     assert is_better(tmp_path, 3.0)
-    write_best(tmp_path, 4, 3.0)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        keep_best(tmp_path, checkpoints, {"step": np.int32(4)}, 3.0)
+        assert checkpoints.steps() == [4]
     assert not is_better(tmp_path, 3.0)
     assert is_better(tmp_path, 2.9)
 

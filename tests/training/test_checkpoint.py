@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.faults import DAMAGES, damage
 from qvgen_jax.errors import UserError
 from qvgen_jax.training import checkpoint
 from qvgen_jax.training.checkpoint import Checkpoints
@@ -83,19 +84,7 @@ def data_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
 
 
-def damage(path: Path, how: str, rng: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    if how == "missing":
-        path.unlink()
-    elif how == "cut":
-        path.write_bytes(content[: rng.randrange(len(content))])
-    else:
-        place = rng.randrange(8 * len(content))
-        content[place // 8] ^= 1 << place % 8
-        path.write_bytes(content)
-
-
-@pytest.mark.parametrize("how", ["missing", "cut", "flipped"])
+@pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path, how, capsys):
     """Or the damage lies where nothing is read from; never is another state taken for the right."""
     whole = tmp_path / "whole"
