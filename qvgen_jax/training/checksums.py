@@ -13,16 +13,20 @@ import numpy as np
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
-@jax.jit
 def checksums(state: Any) -> jax.Array:
     """uint32 `[leaves]`, in the order of `jax.tree.leaves`.
 
     Each is the sum of the array's words, every word times an odd number that depends on its place,
     modulo 2^32: a word that changes alone always changes it, whatever the slices.
     """
-    return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(state)])
+    # A program per shape: one of all arrays takes as long to compile as half a training step.
+    return _stack([_checksum(leaf) for leaf in jax.tree.leaves(state)])
 
 
+_stack = jax.jit(jnp.stack)
+
+
+@jax.jit
 def _checksum(array: jax.Array) -> jax.Array:
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
