@@ -216,7 +216,8 @@ def train_step(
     Returns:
         The new state, and scalars: loss, grad_norm, motion (the student's by the teacher's),
         skipped, gate, rank and a rate per group.
-        Beside them `finite`, bool of each array of the gradient, in the order of its leaves.
+        Beside them `finite`, bool of each array of the gradient (of the sum of its squares), in the
+        order of its leaves.
     """
     step = state["step"]
     keys = sample_keys(order_seed(seed, state["order"]), step, batch["sample_index"])
@@ -233,7 +234,8 @@ def train_step(
     updates, opt = recipe.optimizer.update(grads, state["opt"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     params = keep_scales_positive(params, state["params"])
-    norm = optax.global_norm(grads)
+    squares = jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)])
+    norm = jnp.sqrt(jnp.sum(squares))
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     params, opt = unless_bad(good, (params, opt), (state["params"], state["opt"]))
     skipped = {
@@ -248,7 +250,7 @@ def train_step(
         # Of one frame there is none: both are level then.
         "motion": jnp.where(moved["teacher"] > 0, moved["student"] / moved["teacher"], 1.0),
         "skipped": skipped["in_all"],
-        "finite": jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)]),
+        "finite": jnp.isfinite(squares),
         "gate": fade_at(step, recipe.decay) * (rank > 0),
         "rank": rank,
         **{f"lr_{group}": jnp.asarray(rate(step), jnp.float32) for group, rate in rates.items()},
