@@ -39,6 +39,7 @@ from qvgen_jax.quant.dense import Dense, Levels, QuantContext, dense_factory
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.packed import packed_bytes
 from qvgen_jax.quant.time_table import nearest_entry, stored_table
+from tests.compiling import optimized
 from tests.golden.tiny_models import WAN_ODD
 
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
@@ -145,7 +146,8 @@ class Exported:
         noise = jax.random.normal(keys[0], (2, 3, 4, 6, self.model.in_channels))
         text, empty = (jax.random.normal(key, (2, 5, 10)) for key in keys[1:])
         schedule = make_schedule(self.scheduler, steps)
-        return np.asarray(transformer.sample(noise, text, empty, 3.0, schedule))
+        run = optimized(lambda *x: transformer.sample(*x, 3.0, schedule))
+        return np.asarray(run(noise, text, empty))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

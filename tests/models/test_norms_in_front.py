@@ -18,6 +18,7 @@ from qvgen_jax.models import (
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, dense_factory
 from qvgen_jax.quant.initialize import quantize_params
+from tests.compiling import optimized
 from tests.golden import tiny_models
 
 FIELDS = {
@@ -64,7 +65,7 @@ def test_training_has_the_bits_of_the_formula_written_out(monkeypatch, model, dt
     text = jax.random.normal(jax.random.key(3), (2, 5, width))
 
     def forward():
-        run = jax.jit(lambda *x: nnx.merge(graph, params, levels)(*x))
+        run = optimized(lambda *x: nnx.merge(graph, params, levels)(*x))
         return run(latents, jnp.asarray([951.0, 20.0]), text)
 
     found = forward()

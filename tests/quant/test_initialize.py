@@ -12,6 +12,7 @@ from qvgen_jax.quant.clips import clip_index
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, dense_factory
 from qvgen_jax.quant.initialize import quantization_errors, quantize_params, round_to_nearest
+from tests.compiling import optimized
 
 MODEL = WanConfig(
     num_attention_heads=2,
@@ -88,7 +89,7 @@ def test_eight_bits_are_close_to_the_teacher_and_fewer_are_farther(teacher):
 @pytest.mark.slow
 def test_both_guidance_branches_use_the_same_clips_as_training(student):
     graphdef = network(dense_factory(QUANT, "train"))[0]
-    run = jax.jit(lambda *a, **k: nnx.merge(graphdef, *student)(*a, gate=jnp.ones(3), **k))
+    run = optimized(lambda *a, **k: nnx.merge(graphdef, *student)(*a, gate=jnp.ones(3), **k))
     latents, timesteps, text = inputs()
     alone = run(latents, timesteps, text)
     index = clip_index(timesteps, "bucket")

@@ -20,6 +20,7 @@ from qvgen_jax.training import loop
 from qvgen_jax.training.calibrate import BATCHES, activation_maxima, unmeasured
 from qvgen_jax.training.step import noisy_inputs, sample_keys
 from qvgen_jax.training.student import quant_config, student_definition
+from tests.compiling import optimized
 from tests.convert.test_export import pipeline_folder
 from tests.training.test_run import CONFIG, MODEL, SCHEDULER, Clips, teacher  # noqa: F401
 
@@ -166,4 +167,5 @@ def exported_as_trained(state: dict, tmp_path: Path) -> None:
         np.array([900.0, 30.0], np.float32),
         rng.normal(size=(2, 3, 8)).astype(np.float32),
     )
-    np.testing.assert_array_equal(loaded(*batch), trained(*batch))
+    found, expected = (optimized(lambda *x, of=each: of(*x)) for each in (loaded, trained))
+    np.testing.assert_array_equal(found(*batch), expected(*batch))
