@@ -16,6 +16,7 @@ jax.config.update("jax_num_cpu_devices", int(os.environ["DEVICES"]))
 
 from qvgen_jax import hosts  # noqa: E402
 
+hosts._SECONDS_SILENT = 20  # A minute is for pods.
 hosts.join()
 
 from qvgen_jax.errors import LostProcess, Preempted  # noqa: E402
