@@ -21,6 +21,7 @@ from etils import epath
 
 from qvgen_jax import hosts
 from qvgen_jax.errors import UserError
+from qvgen_jax.json_file import read_object
 
 _ADDRESS = re.compile(r"[a-z0-9]+://")
 _ORIGIN = ".origin"  # In a copy: the address it is of.
@@ -149,7 +150,9 @@ def _remote_files(
 
 def _push(workdir: Path, base: epath.Path) -> None:
     record = workdir / _PUSHED
-    pushed = json.loads(record.read_text()) if record.is_file() else {}
+    pushed = {}
+    if record.is_file():
+        pushed = read_object(record, "delete it: then everything is written once more")
     for path in sorted(workdir.rglob("*")):
         name = path.relative_to(workdir)
         if name.parts[0] in _APART or path.name[0] == "." or path.suffix in (".tmp", ".part"):

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation.drift import RESULT as HELD_OUT
 from qvgen_jax.evaluation.report import read_metrics
+from qvgen_jax.json_file import read_object
 from qvgen_jax.study.grid import Cell, differences, digest, relevant
 
 _CURVES = ("loss", "grad_norm", "rank", "gate", "small_singular_share", "lr_weights")
@@ -42,10 +42,7 @@ def read(path: Path) -> dict:
     Raises:
         UserError: it is no valid JSON.
     """
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not readable ({error}); delete it to run it again") from error
+    return read_object(path, "delete it to run it again")
 
 
 def read_stage(study: Path, stage: str) -> list[dict]:

@@ -9,15 +9,27 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qvgen_jax import hosts
+from qvgen_jax.errors import UserError
+from qvgen_jax.json_file import read_object
 from qvgen_jax.training.checkpoint import Checkpoints
 
 FILE = "best.json"
 
 
 def read_best(workdir: Path) -> dict | None:
-    """`step` and `held_out_loss` of the best so far; None before the first."""
+    """`step` and `held_out_loss` of the best so far; None before the first.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = workdir / FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    remedy = "delete it: the next validation writes it anew"
+    best = read_object(path, remedy)
+    if type(best.get("step")) is not int or not isinstance(best.get("held_out_loss"), float):
+        raise UserError(f"{path} holds no step and held_out_loss; {remedy}")
+    return best
 
 
 def is_better(workdir: Path, loss: float) -> bool:

@@ -21,6 +21,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 
 from qvgen_jax import hosts, storage
 from qvgen_jax.errors import UserError
+from qvgen_jax.json_file import read_object
 from qvgen_jax.training.checksums import changed, checksums
 
 # Sections of a config that decide what the run computes; the others may change between calls.
@@ -290,12 +291,7 @@ def compare_workdir(workdir: Path, config: Mapping) -> None:
     record = workdir / "config.json"
     if not record.is_file():
         return
-    try:
-        old = json.loads(record.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{record} is not readable ({error}); move it away or give another --workdir"
-        ) from error
+    old = read_object(record, "move it away or give another --workdir")
     differences = _differences(_fingerprint(old), _fingerprint(config))
     if differences:
         raise UserError(

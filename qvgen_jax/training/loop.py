@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,31 @@ from qvgen_jax.training.student import (
     teacher_definition,
 )
 from qvgen_jax.training.watchdog import Watchdog
+
+
+class Run(NamedTuple):
+    """What all steps of a run work with.
+
+    Attributes:
+        config, workdir: of the run.
+        model: sizes of both networks.
+        scheduler: the pipeline's.
+        teacher: full-precision parameters, as the steps hold them.
+        dataset: encoded clips.
+        checkpoints: the workdir's.
+        mesh: None for one device.
+        validate: the held-out loss of a student; None where the run does not ask for it.
+    """
+
+    config: Mapping
+    workdir: Path
+    model: TransformerConfig
+    scheduler: Scheduler
+    teacher: dict
+    dataset: EncodedDataset
+    checkpoints: Checkpoints
+    mesh: Mesh | None
+    validate: Callable[[Transformer], float] | None
 
 
 def rank_decay(config: Mapping) -> RankDecay:
@@ -162,12 +188,8 @@ def run_steps(
     """Train from wherever the workdir stands to `train.steps`.
 
     Args:
-        config, workdir: of the run.
-        model: sizes of both networks.
-        scheduler: the pipeline's.
+        config, workdir, model, scheduler, dataset, mesh: see `Run`.
         teacher: full-precision parameters.
-        dataset: encoded clips.
-        mesh: None for one device.
         validate: the held-out loss of a student, asked after every `train.validate_every` steps.
 
     Returns:
@@ -188,10 +210,11 @@ def run_steps(
             state = initial_state(config, model, teacher, activations, mesh)
             state = checkpoint.committed(state)
         teacher = as_held(teacher, jnp.dtype(config["compute_dtype"]))
-        parts = (model, scheduler, teacher, dataset, checkpoints, mesh, validate)
+        parts = (scheduler, teacher, dataset, checkpoints, mesh, validate)
+        run = Run(config, workdir, model, *parts)
         while True:
             try:
-                state = _run_from(config, workdir, state, *parts)
+                state = _run_from(run, state)
                 break
             except NotFinite as bad:
                 state = newest_state(config, model, teacher, checkpoints, mesh)
@@ -247,53 +270,35 @@ def _gone_back(config: Mapping, bad: NotFinite, state: dict | None) -> dict:
     }
 
 
-def _run_from(
-    config: Mapping,
-    workdir: Path,
-    state: dict,
-    model: TransformerConfig,
-    scheduler: Scheduler,
-    teacher: dict,
-    dataset: EncodedDataset,
-    checkpoints: Checkpoints,
-    mesh: Mesh | None,
-    validate: Callable[[Transformer], float] | None,
-) -> dict:
+def _run_from(run: Run, state: dict) -> dict:
     """The last state of `train.steps`, with everything that goes on beside the steps."""
-    train, start = config["train"], int(state["step"])
-    writer = metric_writer(workdir, start, train["steps"], train["wandb_project"], "train")
-    profile = Profile(workdir / "profile", start, train["profile_steps"])
+    train, start = run.config["train"], int(state["step"])
+    name = train["wandb_project"]
+    writer = metric_writer(run.workdir, start, train["steps"], name, "train")
+    profile = Profile(run.workdir / "profile", start, train["profile_steps"])
     with writer, profile, Stop() as stop, Watchdog(train["hang_minutes"]) as watchdog:
-        arguments = (model, scheduler, teacher, dataset, writer, profile, checkpoints, mesh)
-        return _steps(config, workdir, state, *arguments, stop, watchdog, validate)
+        return _steps(run, state, writer, profile, stop, watchdog)
 
 
 def _steps(
-    config: Mapping,
-    workdir: Path,
+    run: Run,
     state: dict,
-    model: TransformerConfig,
-    scheduler: Scheduler,
-    teacher: dict,
-    dataset: EncodedDataset,
     writer: MetricWriter | Silent,
     profile: Profile,
-    checkpoints: Checkpoints,
-    mesh: Mesh | None,
     stop: Stop,
     watchdog: Watchdog,
-    validate: Callable[[Transformer], float] | None,
 ) -> dict:
     """From the state's step to the last."""
+    config, workdir, model, mesh = run.config, run.workdir, run.model, run.mesh
     train, decay, start = config["train"], rank_decay(config), int(state["step"])
-    empty_text, seed = jnp.asarray(dataset.empty_text_embeds), jnp.int32(config["seed"])
+    empty_text, seed = jnp.asarray(run.dataset.empty_text_embeds), jnp.int32(config["seed"])
     if mesh is not None:
         empty_text, seed = jax.device_put((empty_text, seed), sharding.whole(mesh))
     milestones = boundaries(decay, train["steps"])
-    data = feed(dataset, config, start, mesh, int(state["order"]))
+    data = feed(run.dataset, config, start, mesh, int(state["order"]))
     alarms = Alarms()
     compiled: dict[bool, Callable] = {}
-    pace = Pace(start, work_of(config, model, dataset[0]["latent_mean"].shape))
+    pace = Pace(start, work_of(config, model, run.dataset[0]["latent_mean"].shape))
     for step in range(start, train["steps"]):
         profile.before(step)
         entered = enter_step(state, step, decay, config["quant"]["branch_moments"])
@@ -301,10 +306,10 @@ def _steps(
             state = sharding.place(entered, mesh)
         branch = has_branch(decay, step + 1)
         if branch not in compiled:
-            recipe = make_recipe(config, model, scheduler, branch=branch)
+            recipe = make_recipe(config, model, run.scheduler, branch=branch)
             places = None if mesh is None else sharding.shard(state, mesh)
             compiled[branch] = compile_step(recipe, places)
-        state, metrics = compiled[branch](state, next(data), teacher, empty_text, seed)
+        state, metrics = compiled[branch](state, next(data), run.teacher, empty_text, seed)
         done, line = step + 1, {}
         writer.advance(done)
         watchdog.fed()
@@ -312,11 +317,11 @@ def _steps(
             jax.block_until_ready(metrics)
             speed, spectrum = pace(done), branch and train["log_spectrum"]
             line = log_line(metrics, state["params"], spectrum, speed)
-        if validate is not None and done % train["validate_every"] == 0:
-            loss = validate(_student(config, model, state, branch))
+        if run.validate is not None and done % train["validate_every"] == 0:
+            loss = run.validate(_student(config, model, state, branch))
             line = {**line, "held_out_loss": loss}
             if not branch and is_better(workdir, loss):
-                keep_best(workdir, checkpoints, state, loss)
+                keep_best(workdir, run.checkpoints, state, loss)
             watchdog.fed()
         if line:
             writer.write(step, line)
@@ -330,10 +335,10 @@ def _steps(
             # Not while updates are skipped: what the run would go back to is the one before.
             last = done == train["steps"] or stopping
             if last or not int(state["skipped"]["in_a_row"]):
-                checkpoints.save(state)
+                run.checkpoints.save(state)
             storage.push(workdir)
         if stopping:
-            checkpoints.finish()
+            run.checkpoints.finish()
             stop.leave(done)
     return state
 

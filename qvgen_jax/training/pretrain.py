@@ -21,6 +21,7 @@ from qvgen_jax.diffusion.unipc import UniPCConfig
 from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation.evaluate import held_out, score
 from qvgen_jax.generation_config import WAN_DEFAULTS
+from qvgen_jax.json_file import read_object
 from qvgen_jax.models.wan import WanConfig, WanTransformer
 from qvgen_jax.pipeline import Pipeline
 from qvgen_jax.text.t5 import T5Config, T5Encoder
@@ -33,7 +34,7 @@ from qvgen_jax.training.pretrain_vae import TrainedVAE, load_clips, pretrain_vae
 def _read(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path} is missing; the architecture folder has the tiny pipeline's files")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_object(path, "take it from the tiny pipeline again")
 
 
 def vae_of(trained: TrainedVAE) -> VAE:

@@ -71,6 +71,13 @@ def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
     assert is_better(tmp_path, 2.9)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"step": "4", "held_out_loss": 1.0}'])
+def test_a_damaged_record_of_the_best_is_told(tmp_path, text):
+    (tmp_path / "best.json").write_text(text)
+    with pytest.raises(UserError, match=r"best.json .* delete it: the next validation writes it"):
+        is_better(tmp_path, 1.0)
+
+
 @pytest.mark.parametrize(
     ("train", "message"),
     [
