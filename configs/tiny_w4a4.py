@@ -32,6 +32,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.num_frames = 17
     config.data.height = 64
     config.data.width = 64
+    # Frames a second that clips are resampled to, the model's; 0 thins each video to one clip.
+    config.data.fps = 0.0
+    config.data.clips_per_video = 1  # At most; a long one gives several, spread evenly.
+    config.data.crop = "centre"  # Or "random".
+    # Sizes such as "49x480x832"; each video goes to the one that loses least. (): the size above.
+    config.data.buckets = ()
     config.data.max_length = 16
     config.data.encode_batch_size = 8
     config.data.most_refused = 0.1  # Share of videos that may be unusable; more end the run.

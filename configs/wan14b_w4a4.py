@@ -35,6 +35,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.num_frames = 49
     config.data.height = 480
     config.data.width = 832
+    # Frames a second that clips are resampled to, the model's; 0 thins each video to one clip.
+    config.data.fps = 16.0
+    config.data.clips_per_video = 1  # At most; a long one gives several, spread evenly.
+    config.data.crop = "centre"  # Or "random".
+    # Sizes such as "49x480x832"; each video goes to the one that loses least. (): the size above.
+    config.data.buckets = ()
     config.data.max_length = 512
     config.data.encode_batch_size = 1
     config.data.most_refused = 0.1  # Share of videos that may be unusable; more end the run.

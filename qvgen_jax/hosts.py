@@ -1,5 +1,6 @@
 """The processes of a run: found in the environment, told apart, waiting for each other."""
 
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from qvgen_jax.errors import LostProcess, UserError
 
 _MINUTES = 10  # That the others may be behind: one of them may still read its slices.
+_meetings = itertools.count()
 _SECONDS_SILENT = 60  # After which a process counts as dead.
 _ADDRESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -115,6 +117,24 @@ def agreed(here: bool) -> bool:
     return bool(process_allgather(np.asarray(here)).all())
 
 
+def share(folder: Path) -> bool:
+    """Whether every process of the run sees what the first one writes to a folder."""
+    if is_alone():
+        return True
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    number = int(broadcast_one_to_all(np.int32(int.from_bytes(os.urandom(3)))))
+    token = folder / f".seen-{number}"
+    if is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    barrier(f"{folder} is looked at ({number})")
+    seen = agreed(token.exists())
+    if is_first():
+        token.unlink()
+    return seen
+
+
 def barrier(name: str, minutes: float = _MINUTES) -> None:
     """Wait for every process of the run.
 
@@ -126,7 +146,9 @@ def barrier(name: str, minutes: float = _MINUTES) -> None:
     from jax._src.distributed import global_state  # What orbax waits with too; there is no other.
 
     try:
-        global_state.client.wait_at_barrier(f"qvgen_jax {name}", int(minutes * 60_000))
+        # A name is good for one meeting; all processes come to the same ones in the same order.
+        key = f"qvgen_jax {next(_meetings)} {name}"
+        global_state.client.wait_at_barrier(key, int(minutes * 60_000))
     except jax.errors.JaxRuntimeError as error:
         raise LostProcess(
             f"not all processes reached {name!r} within {minutes:g} minutes: {_first_line(error)}"

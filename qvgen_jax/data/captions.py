@@ -1,4 +1,4 @@
-"""Which videos a folder holds and what each shows, in the three ways people write that down."""
+"""Which videos there are and what each shows, in the three ways people write that down."""
 
 import csv
 import io
@@ -25,18 +25,36 @@ class CaptionedFile(NamedTuple):
     caption: str
 
 
-def read_captions(folder: str | Path) -> list[CaptionedFile]:
-    """Every video that the folder's captions file lists, in that file's order.
+def folder_of(source: str | Path) -> Path:
+    """Where the videos of a source lie: the folder that it is, or that its captions file is in."""
+    source = Path(source)
+    return source if source.is_dir() else source.parent
+
+
+def read_captions(source: str | Path) -> list[CaptionedFile]:
+    """Every video that a captions file lists, in that file's order.
+
+    Args:
+        source: a folder with its captions file, or such a file itself, .jsonl or .csv.
 
     Raises:
         UserError: no folder, no captions file, or one that is empty or malformed, names a file
             outside the folder, or holds a caption that is no text; it names the line. A video that
             is listed but missing is not checked here.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"data folder {folder} does not exist; give the folder of the videos")
-    if (folder / "captions.jsonl").is_file():
+    source = Path(source)
+    folder = folder_of(source)
+    if source.is_file():
+        read = {".jsonl": _read_jsonl, ".csv": _read_csv}.get(source.suffix)
+        if read is None:
+            raise UserError(f"{source} is no list of videos: {_EXPECTED}")
+        path, found = source, read(source)
+    elif not source.is_dir():
+        raise UserError(
+            f"data folder {source} does not exist; give the folder of the videos, or a .jsonl or "
+            ".csv file that lists them"
+        )
+    elif (folder / "captions.jsonl").is_file():
         path, found = folder / "captions.jsonl", _read_jsonl(folder / "captions.jsonl")
     elif (folder / "captions.csv").is_file():
         path, found = folder / "captions.csv", _read_csv(folder / "captions.csv")

@@ -1,18 +1,19 @@
 """Encoded clips as an endless stream of batches whose order is a function of (seed, step).
 
 Nothing about the stream is saved in a checkpoint: to resume at step k is to ask for the batches
-from step k on.
+from step k on. All clips of a batch have one size.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
+from qvgen_jax.data.clips import Size, parse_size
 from qvgen_jax.data.encode import EMPTY_TEXT, FORMAT_VERSION, MANIFEST
 from qvgen_jax.data.records import DAMAGE, unpack
 from qvgen_jax.errors import UserError
@@ -27,7 +28,8 @@ class EncodedDataset:
 
     Attributes:
         folder: where they are.
-        manifest: the folder's `manifest.json`: size, counts, settings, refused videos.
+        manifest: the folder's `manifest.json`: sizes, counts, settings, refused videos.
+        buckets: the indices of each size's clips; a size without clips is none.
         max_length: text tokens that batches are padded to.
         empty_text_embeds: the empty prompt, `[max_length, dim]`, zero behind its tokens.
     """
@@ -64,7 +66,8 @@ class EncodedDataset:
                 f"{folder} holds texts of up to {longest} tokens, max_length is {max_length}: "
                 "raise it, or encode again with it to another folder"
             )
-        files = [str(folder / name) for name in self.manifest["shards"]]
+        clips = self.manifest["clips"]
+        files = [str(folder / name) for bucket in clips.values() for name in bucket["shards"]]
         if missing := [name for name in files if not Path(name).is_file()]:
             raise UserError(f"{missing[0]} is missing: delete {folder} and encode again")
         self.empty_text_embeds = _pad(_empty_text(folder / EMPTY_TEXT, longest), self.max_length)
@@ -74,6 +77,14 @@ class EncodedDataset:
                 f"{path} counts {self.manifest['count']} clips, its shards hold {count}: delete "
                 "the folder and encode again"
             )
+
+        self.buckets: dict[Size, range] = {}
+        start = 0
+        for name, bucket in clips.items():
+            if bucket["count"]:
+                end = start + bucket["count"]
+                self.buckets[parse_size(name)] = range(start, end)
+                start = end
 
     def __len__(self) -> int:
         return len(self._records)
@@ -95,19 +106,33 @@ class EncodedDataset:
 
 
 def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
-    shards = manifest.get("shards")
-    plain = isinstance(shards, list) and all(map(_is_shard, shards))
-    sizes = ("max_length", "count", "num_frames", "height", "width")
-    wrong = [name for name in sizes if type(manifest.get(name)) is not int or manifest[name] < 1]
-    if wrong or not plain or not shards:
+    wrong = [name for name in ("max_length", "count") if not _is_count(manifest.get(name), 1)]
+    clips = manifest.get("clips")
+    if not isinstance(clips, dict) or not all(map(_is_bucket, clips, clips.values())):
+        wrong.append("clips")
+    elif "count" not in wrong:
+        wrong += ["count"] * (sum(b["count"] for b in clips.values()) != manifest["count"])
+    if wrong:
         raise UserError(
-            f"{path} is damaged: {', '.join(wrong) or 'shards'} is not what encoding writes, whole "
-            "numbers and names of files beside it; delete the folder and encode again"
+            f"{path} is damaged: {', '.join(wrong)} is not what encoding writes, whole numbers and "
+            "names of files beside it; delete the folder and encode again"
         )
 
 
-def _is_shard(name: Any) -> bool:
-    return isinstance(name, str) and bool(re.fullmatch(r"clips-\d+\.array_record", name))
+def _is_count(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_bucket(name: str, bucket: Any) -> bool:
+    """Whether it is `{"count": ..., "shards": [...]}` of a size's name."""
+    size = r"[1-9]\d{0,4}(x[1-9]\d{0,4}){2}"
+    if not re.fullmatch(size, name) or not isinstance(bucket, Mapping):
+        return False
+    shards, file = bucket.get("shards"), rf"clips-\d+-{name}\.array_record"
+    plain = isinstance(shards, list) and all(
+        isinstance(shard, str) and re.fullmatch(file, shard) for shard in shards
+    )
+    return plain and _is_count(bucket.get("count"), 0) and bool(shards) == bool(bucket["count"])
 
 
 def _empty_text(path: Path, longest: int) -> np.ndarray:
@@ -133,6 +158,9 @@ def batches(
 ) -> Iterator[dict[str, Any]]:
     """Batches for ever, from `start_step` on; every epoch is a new shuffle of all clips.
 
+    Of several sizes, each has its share of an epoch's batches, and which comes when is shuffled
+    too.
+
     Args:
         dataset: the clips.
         seed: of the order.
@@ -154,20 +182,68 @@ def batches(
     if batch_size <= 0:
         raise ValueError(f"batch_size is {batch_size}, expected a positive number")
     rows = range(batch_size) if rows is None else rows
-    samples = (
-        grain.MapDataset.source(dataset).shuffle(seed=seed).repeat(None).map_with_index(_numbered)
-    )
+    places = list(dataset.buckets.values())
+    shuffled = [
+        grain.MapDataset.range(place.start, place.stop).shuffle(seed=seed).repeat(None)
+        for place in places
+    ]
+    turns = Turns([len(place) for place in places], batch_size, seed)
+
+    def sample(n: int) -> dict[str, Any]:
+        step, row = n // len(rows), rows[n % len(rows)]
+        bucket, turn = turns(step)
+        clip = dataset[int(shuffled[bucket][turn * batch_size + row])]
+        return {**clip, "sample_index": step * batch_size + row}
+
     stream = (
         grain.MapDataset.range(_FOR_EVER * len(rows))
         .slice(slice(start_step * len(rows), None))
-        .map(lambda n: samples[n // len(rows) * batch_size + rows[n % len(rows)]])
+        .map(sample)
         .batch(len(rows), batch_fn=partial(_collate, dataset.max_length, captions))
     )
     return iter(stream.to_iter_dataset(grain.ReadOptions(threads, threads)))
 
 
-def _numbered(index: int, clip: dict[str, Any]) -> dict[str, Any]:
-    return {**clip, "sample_index": index}
+def steps_by_shape(dataset: EncodedDataset, batch_size: int) -> dict[tuple[int, ...], int]:
+    """How many batches of an epoch have clips with latents `[f, h, w, c]` of each shape."""
+    found: dict[tuple[int, ...], int] = {}
+    for place in dataset.buckets.values():
+        shape = dataset[place.start]["latent_mean"].shape
+        found[shape] = found.get(shape, 0) + -(-len(place) // batch_size)
+    return found
+
+
+class Turns:
+    """Which bucket a step's batch is of, and how many of its batches came before: of step alone."""
+
+    def __init__(self, counts: Sequence[int], batch_size: int, seed: int):
+        """
+        Args:
+            counts: of each bucket's clips, above 0.
+            batch_size: of a step.
+            seed: of the order.
+        """
+        self.batches = [-(-count // batch_size) for count in counts]
+        labels, seed = np.repeat(np.arange(len(counts)), self.batches), int(seed)
+
+        @lru_cache(maxsize=4)  # Threads read ahead over the end of an epoch.
+        def epoch(number: int) -> tuple[np.ndarray, np.ndarray]:
+            order = np.random.default_rng([seed, number]).permutation(labels)
+            before = np.zeros(len(order), int)
+            for bucket in range(len(counts)):
+                mine = order == bucket
+                before[mine] = np.arange(mine.sum())
+            return order, before
+
+        self._epoch = epoch
+
+    def __call__(self, step: int) -> tuple[int, int]:
+        if len(self.batches) == 1:
+            return 0, step
+        number, place = divmod(step, sum(self.batches))
+        order, before = self._epoch(number)
+        bucket = int(order[place])
+        return bucket, number * self.batches[bucket] + int(before[place])
 
 
 def _collate(max_length: int, captions: bool, clips: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -3,42 +3,52 @@
 A folder of encoded clips holds
 
     settings.json            what it was made from and with; a run with other settings is refused
-    clips-00000.array_record one record per clip: `latent_mean`, `latent_logvar` (float32
-                             `[f, h, w, c]`, in the transformer's normalised space), `text_embeds`
-                             `[tokens, dim]` without padding, `caption`, `source`
-    clips-00000.json         how many clips the shard holds, which videos were refused and why
+    clips-00000-17x64x64.array_record
+                             one record per clip of that size: `latent_mean`, `latent_logvar`
+                             (float32 `[f, h, w, c]`, in the transformer's normalised space),
+                             `text_embeds` `[tokens, dim]` without padding, `caption`, `source`,
+                             `seconds` where it begins in its video
+    clips-00000.json         how many clips the shard's files hold, which videos were refused, why
     empty_text_embeds.msgpack  the empty prompt, for caption dropout
     refused.jsonl            one line {"file", "reason"} per video that was set aside
-    manifest.json            all of it in one place; written last, so its presence means "complete"
+    manifest.json            all of it in one place, and with which versions it was made; written
+                             last, so its presence means "complete"
 
-The posterior is stored, not a sample of it, so that every epoch draws its own latents.
+The posterior is stored, not a sample of it, so that every epoch draws its own latents. A shard is
+written whole or not at all, and the same videos give the same bytes however often the work was
+stopped and taken up again.
 """
 
 import hashlib
 import json
-import os
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 
+from qvgen_jax import hosts
 from qvgen_jax.components import fingerprint
-from qvgen_jax.data.captions import CaptionedFile, read_captions
+from qvgen_jax.data.captions import folder_of, read_captions
+from qvgen_jax.data.clips import Cut
 from qvgen_jax.data.records import pack
-from qvgen_jax.data.video import read_video
+from qvgen_jax.data.shard import ShardWriter, replace_text, stamp, without_padding, write_json
 from qvgen_jax.errors import UserError
 from qvgen_jax.json_file import read_object
 
 if TYPE_CHECKING:
     from qvgen_jax.pipeline import Pipeline
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 EMPTY_TEXT = "empty_text_embeds.msgpack"
 REFUSED = "refused.jsonl"
+_PACKAGES = ("qvgen-jax", "jax", "av", "numpy")
+_SECONDS_QUIET = 10  # Between two lines about how far it is.
+_DAYS = 24 * 60.0  # Minutes that one host may take longer than another.
 
 
 def encode_folder(
@@ -46,32 +56,33 @@ def encode_folder(
     source: str | Path,
     out: str | Path,
     *,
-    num_frames: int,
-    height: int,
-    width: int,
+    cut: Cut,
     max_length: int | None = None,
     shard_size: int = 256,
     batch_size: int = 8,
     most_refused: float = 1.0,
     retry: bool = True,
+    model: str = "",
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Encodes a folder of videos; the same call again continues where it stopped.
 
-    Videos are scaled and centre-cropped to the size. A longer one is thinned to every
-    `frames // num_frames`-th frame, as in the release's data loader; a shorter one, or one that
-    does not decode, is set aside with its reason.
+    Videos are turned upright, resampled to the rate, sent to the bucket that fits, scaled to cover
+    it and cropped, see `qvgen_jax.data.clips`. One that is too short or does not decode is set
+    aside with its reason. Over several processes that share a disk, each encodes its part.
 
     Args:
         pipe: gives `vae_posterior` and `encode_prompt`.
-        source: the folder of videos with their captions file, see `captions.read_captions`.
+        source: the folder of videos with their captions file, or that file, see
+            `captions.read_captions`.
         out: the folder to write to.
-        num_frames, height, width: of every clip, in frames and pixels.
+        cut: how clips are cut from videos.
         max_length: text tokens; by default the pipeline's own.
-        shard_size: clips per file.
+        shard_size: videos per shard.
         batch_size: clips per call of the VAE.
         most_refused: share of the videos that may be set aside.
         retry: whether to try again those of finished shards that were replaced since.
+        model: what the pipeline is called, for the manifest.
         log: takes one line of progress.
 
     Returns:
@@ -88,52 +99,121 @@ def encode_folder(
         "source": str(source),
         "captions": _digest(json.dumps(entries)),
         "model": fingerprint(pipe.vae, pipe.text_encoder),
-        "num_frames": num_frames,
-        "height": height,
-        "width": width,
+        "buckets": [str(size) for size in cut.sizes],
+        "fps": cut.fps,
+        "clips_per_video": cut.most,
+        "crop": cut.crop,
         "max_length": pipe.defaults["max_length"] if max_length is None else max_length,
         "shard_size": shard_size,
     }
-    _claim(out, settings)
-    shards, changed = [], not (out / MANIFEST).exists()
-    for start in range(0, len(entries), shard_size):
-        file = out / f"clips-{start // shard_size:05d}.array_record"
-        shard = _finished_shard(source, file, retry)
+    shared = _claim(out, settings)
+    parts = [entries[start : start + shard_size] for start in range(0, len(entries), shard_size)]
+    files = [out / f"clips-{number:05d}.json" for number in range(len(parts))]
+    every = jax.process_count() if shared else 1  # Else each process has a disk to fill.
+    here = range(jax.process_index() % every, len(parts), every)
+    changed, told = not (out / MANIFEST).exists(), _Told(sum(len(parts[i]) for i in here), log)
+    for number in here:
+        shard = _finished_shard(folder_of(source), files[number], retry)
         if shard is None:
-            mine = entries[start : start + shard_size]
-            shard, changed = _write_shard(pipe, source, file, mine, settings, batch_size), True
+            writer = ShardWriter(pipe, folder_of(source), files[number], cut, batch_size)
+            shard, changed = writer.write(parts[number], settings["max_length"], told.add), True
             for name, reason in shard["refused"].items():
                 log(f"set aside {name}: {reason}")
-            log(f"encoded {start + len(mine)} of {len(entries)} videos")
-        shards.append(shard)
-        _check_refused(out, shards, len(entries), most_refused)
-    if not changed:
-        return read_object(out / MANIFEST, "delete it, and encode again")
-    return _write_manifest(pipe, out, settings, shards)
+        else:
+            told.skip(len(parts[number]))
+        _check_refused(out, files, len(entries), most_refused)
+    told.end()
+    if shared:
+        hosts.barrier("clips are encoded", minutes=_DAYS)
+    if hosts.is_first() or not shared:
+        _check_refused(out, files, len(entries), most_refused)
+        if changed or not _is_newest(out / MANIFEST, files):
+            _write_manifest(pipe, out, settings, files, model)
+    if shared:
+        hosts.barrier("the manifest of clips is written")
+    return read_object(out / MANIFEST, "delete it, and encode again")
 
 
-def _claim(out: Path, settings: dict) -> None:
-    """Makes `out` the folder of an encoding with these settings."""
-    path = out / "settings.json"
+class _Told:
+    """How far it is, said now and then."""
+
+    def __init__(self, total: int, log: Callable[[str], None]):
+        self._total, self._log, self._done, self._skipped = total, log, 0, 0
+        self._bytes = self._clips = 0
+        self._start = self._last = time.monotonic()
+
+    def skip(self, videos: int) -> None:
+        """Of a shard that was finished before."""
+        self._done += videos
+        self._skipped += videos
+
+    def add(self, videos: int, clips: int, size: int) -> None:
+        """So many more are done."""
+        self._done, self._clips, self._bytes = (
+            self._done + videos,
+            self._clips + clips,
+            self._bytes + size,
+        )
+        if time.monotonic() > self._last + _SECONDS_QUIET and self._done < self._total:
+            self._say()
+
+    def end(self) -> None:
+        """Say the whole, if there was anything to do."""
+        if self._done > self._skipped:
+            self._say()
+
+    def _say(self) -> None:
+        self._last = time.monotonic()
+        seconds, new = self._last - self._start, self._done - self._skipped
+        left = seconds / new * (self._total - self._done)
+        each = f"{seconds / new:.2f} s a video"
+        if self._clips:
+            each += f", {self._bytes / self._clips / 1e6:.3f} MB a clip"
+        ahead = f"; {left / 60:.0f} min left" if self._done < self._total else ""
+        self._log(
+            f"encoded {self._done} of {self._total} videos, {self._clips} clips ({each}){ahead}"
+        )
+
+
+def _is_newest(manifest: Path, files: Sequence[Path]) -> bool:
+    """Whether no shard was written after the manifest was: by a run that another host stopped."""
+    return all(path.stat().st_mtime_ns <= manifest.stat().st_mtime_ns for path in files)
+
+
+def _claim(out: Path, settings: dict) -> bool:
+    """Makes `out` the folder of an encoding with these settings; whether several processes share
+    it.
+
+    Raises:
+        UserError: it is another's.
+    """
+    shared = not hosts.is_alone() and hosts.share(out)
+    if hosts.is_first() or not shared:
+        _claim_here(out / "settings.json", settings)
+    hosts.barrier("the folder of clips is claimed")
+    return shared
+
+
+def _claim_here(path: Path, settings: dict) -> None:
     if not path.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        _write_json(path, settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
         return
-    before = read_object(path, f"delete {out}, and encode again")
+    before = read_object(path, f"delete {path.parent}, and encode again")
     changed = [key for key in settings if before.get(key) != settings[key]]
     if changed:
         differences = ", ".join(f"{k} {before.get(k)!r} -> {settings[k]!r}" for k in changed)
         raise UserError(
-            f"{out} holds clips encoded with other settings ({differences}): "
+            f"{path.parent} holds clips encoded with other settings ({differences}): "
             "delete that folder or encode to another"
         )
 
 
-def _check_refused(out: Path, shards: Sequence[dict], total: int, most: float) -> None:
+def _check_refused(out: Path, files: Sequence[Path], total: int, most: float) -> None:
     """Lists what was set aside so far, and ends it where that is too much already."""
-    refused = _refused(shards)
+    refused = _refused(_described(files))
     rows = ({"file": name, "reason": reason} for name, reason in refused.items())
-    _replace(out / REFUSED, "".join(json.dumps(row) + "\n" for row in rows))
+    replace_text(out / REFUSED, "".join(json.dumps(row) + "\n" for row in rows))
     if len(refused) <= most * total and len(refused) < total:
         return
     reasons = list(refused.values())
@@ -150,128 +230,51 @@ def _check_refused(out: Path, shards: Sequence[dict], total: int, most: float) -
     )
 
 
+def _described(files: Sequence[Path]) -> list[dict]:
+    """Of the shards that are finished."""
+    return [read_object(path, "delete it, and encode again") for path in files if path.exists()]
+
+
 def _refused(shards: Sequence[dict]) -> dict[str, str]:
     return {name: reason for shard in shards for name, reason in shard["refused"].items()}
 
 
-def _finished_shard(source: Path, file: Path, retry: bool) -> dict | None:
+def _finished_shard(folder: Path, described: Path, retry: bool) -> dict | None:
     """A shard's description if it is finished and, to `retry`, no refused video was replaced."""
-    described = file.with_suffix(".json")
     if not described.exists():
         return None
     shard = read_object(described, "delete it, and encode again")
     if not retry:
         return shard
-    replaced = any(_stamp(source / name) != shard["stamps"][name] for name in shard["refused"])
+    replaced = any(stamp(folder / name) != shard["stamps"][name] for name in shard["refused"])
     return None if replaced else shard
 
 
-def _write_shard(
-    pipe: "Pipeline",
-    source: Path,
-    file: Path,
-    entries: Sequence[CaptionedFile],
-    settings: dict,
-    batch_size: int,
-) -> dict:
-    part = file.with_suffix(".part")
-    refused: dict[str, str] = {}
-    count = 0
-    # group_size 1: records are read one at a time, in random order.
-    writer = ArrayRecordWriter(str(part), "group_size:1")
-    for first in range(0, len(entries), batch_size):
-        batch = entries[first : first + batch_size]
-        for record in _encode_batch(pipe, source, batch, settings, batch_size, refused):
-            writer.write(pack(record))
-            count += 1
-    writer.close()
-    os.replace(part, file)
-    stamps = {name: _stamp(source / name) for name in refused}
-    shard = {"file": file.name, "count": count, "refused": refused, "stamps": stamps}
-    _write_json(file.with_suffix(".json"), shard)
-    return shard
-
-
-def _stamp(path: Path) -> list[int] | None:
-    if not path.is_file():
-        return None
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def _encode_batch(
-    pipe: "Pipeline",
-    source: Path,
-    batch: Sequence[CaptionedFile],
-    settings: dict,
-    batch_size: int,
-    refused: dict[str, str],
-) -> list[dict]:
-    """The records of the videos that can be read; adds the others to `refused`."""
-    good, videos = [], []
-    with ThreadPoolExecutor(4) as pool:
-        for entry, video in zip(
-            batch, pool.map(lambda e: _read_clip(source / e.file, settings), batch), strict=True
-        ):
-            if isinstance(video, UserError):
-                refused[entry.file] = str(video)
-            else:
-                good.append(entry)
-                videos.append(video)
-    if not good:
-        return []
-    padded = videos + [videos[-1]] * (batch_size - len(videos))  # One shape, one compilation.
-    mean, logvar = pipe.vae_posterior(np.stack(padded).astype(np.float32) / 127.5 - 1.0)
-    texts = pipe.encode_prompt([entry.caption for entry in good], settings["max_length"])
-    mean, logvar, texts = np.asarray(mean), np.asarray(logvar), np.asarray(texts)
-    return [
-        {
-            "latent_mean": mean[i].astype(np.float32),
-            "latent_logvar": logvar[i].astype(np.float32),
-            "text_embeds": _without_padding(texts[i]),
-            "caption": entry.caption,
-            "source": entry.file,
-        }
-        for i, entry in enumerate(good)
-    ]
-
-
-def _read_clip(path: Path, settings: dict) -> np.ndarray | UserError:
-    """uint8 `[num_frames, height, width, 3]`, or the reason why not."""
-    wanted = settings["num_frames"]
-    try:
-        video = read_video(path, cover=(settings["height"], settings["width"]))
-    except UserError as error:
-        return error
-    if len(video) < wanted:
-        return UserError(f"{path} has {len(video)} frames, needed are {wanted}: use longer videos")
-    return video[:: len(video) // wanted][:wanted]
-
-
-def _without_padding(text: np.ndarray) -> np.ndarray:
-    """`[tokens, dim]` up to the last row that is not zero; the encoder zeroes what pads."""
-    rows = np.flatnonzero(text.any(axis=-1))
-    return text[: rows[-1] + 1 if len(rows) else 1]
-
-
-def _write_manifest(pipe: "Pipeline", out: Path, settings: dict, shards: list[dict]) -> dict:
-    refused, count = _refused(shards), sum(shard["count"] for shard in shards)
+def _write_manifest(
+    pipe: "Pipeline", out: Path, settings: dict, files: Sequence[Path], model: str
+) -> None:
+    shards = _described(files)
+    if len(shards) < len(files):
+        raise UserError(
+            f"{out} misses {len(files) - len(shards)} of {len(files)} shards, which other "
+            "processes wrote: give config.data.encoded a folder that all of them share"
+        )
     empty = np.asarray(pipe.encode_prompt([""], settings["max_length"]))[0]
-    (out / EMPTY_TEXT).write_bytes(pack({"text_embeds": _without_padding(empty)}))
-    files = [shard["file"] for shard in shards if shard["count"]]
-    manifest = {**settings, "count": count, "shards": files, "refused": refused}
-    _write_json(out / MANIFEST, manifest)
-    return manifest
-
-
-def _write_json(path: Path, content: dict) -> None:
-    _replace(path, json.dumps(content, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    (out / EMPTY_TEXT).write_bytes(pack({"text_embeds": without_padding(empty)}))
+    buckets = {}
+    for name in settings["buckets"]:
+        mine = [shard["files"][name] for shard in shards if name in shard["files"]]
+        count = sum(file["count"] for file in mine)
+        buckets[name] = {"count": count, "shards": [file["file"] for file in mine]}
+    manifest = {
+        **settings,
+        "count": sum(bucket["count"] for bucket in buckets.values()),
+        "clips": buckets,
+        "refused": _refused(shards),
+        "model_name": model,
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+    write_json(out / MANIFEST, manifest)
 
 
 def _digest(text: str) -> str:

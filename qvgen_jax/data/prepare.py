@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvgen_jax import storage
+from qvgen_jax.data.clips import Cut, cut_of
 from qvgen_jax.data.encode import MANIFEST, encode_folder
 from qvgen_jax.errors import UserError
 from qvgen_jax.json_file import read_object
@@ -34,9 +35,10 @@ def check_source(config: Mapping, workdir: str | Path) -> None:
             "config.data.source is empty: give the folder of your videos and their captions, "
             "--config.data.source=FOLDER"
         )
-    if not storage.local(data["source"]).is_dir():
+    if not storage.local(data["source"]).exists():
         raise UserError(
-            f"data folder {data['source']} does not exist; give the folder of the videos"
+            f"data folder {data['source']} does not exist; give the folder of the videos, or a "
+            ".jsonl or .csv file that lists them"
         )
 
 
@@ -52,8 +54,8 @@ def ensure_encoded(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Pa
     only the encoded clips were copied to a machine, they are used as they are.
 
     Args:
-        config: reads `data.source`, `encoded` ("" means inside the workdir), `num_frames`,
-            `height`, `width`, `max_length`, `encode_batch_size`, `most_refused`.
+        config: reads `model` and `data.source`, `encoded` ("" means inside the workdir),
+            `max_length`, `encode_batch_size`, `most_refused`, and what `clips.cut_of` reads.
         workdir: of the run.
         pipe: whose VAE and text encoder make the clips.
 
@@ -63,10 +65,10 @@ def ensure_encoded(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Pa
     """
     data = config["data"]
     encoded = _encoded(config, workdir)
-    size = {name: data[name] for name in ("num_frames", "height", "width", "max_length")}
+    cut = cut_of(data)
     source = storage.local(data["source"]) if data["source"] else None
-    if (encoded / MANIFEST).is_file() and not (source and source.is_dir()):
-        _check_size(encoded, size)
+    if (encoded / MANIFEST).is_file() and not (source and source.exists()):
+        _check_cut(encoded, cut, data["max_length"])
         return encoded
     check_source(config, workdir)
     batch_size = data["encode_batch_size"]
@@ -76,10 +78,12 @@ def ensure_encoded(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Pa
         pipe,
         source,
         encoded,
-        **size,
+        cut=cut,
+        max_length=data["max_length"],
         batch_size=batch_size,
         most_refused=data["most_refused"],
         retry=not begun,
+        model=str(config["model"]),
     )
     return encoded
 
@@ -88,7 +92,10 @@ def _held_out(config: Mapping, workdir: str | Path) -> dict:
     """The config with its held-out clips in the place of those to train on."""
     evaluate = config["evaluate"]
     encoded = evaluate["held_out_encoded"] or str(Path(workdir) / "held_out")
-    return {"data": {**config["data"], "source": evaluate["held_out"], "encoded": encoded}}
+    # Compared as one array: of one size, and one clip of each video.
+    same = {"buckets": (), "clips_per_video": 1, "crop": "centre"}
+    data = {**config["data"], **same, "source": evaluate["held_out"], "encoded": encoded}
+    return {**config, "data": data}
 
 
 def check_held_out(config: Mapping, workdir: str | Path) -> None:
@@ -106,11 +113,12 @@ def ensure_held_out(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> P
     return ensure_encoded(_held_out(config, workdir), workdir, pipe)
 
 
-def _check_size(encoded: Path, size: Mapping[str, int]) -> None:
+def _check_cut(encoded: Path, cut: Cut, max_length: int) -> None:
     manifest = read_object(encoded / MANIFEST, "delete the folder and encode again")
-    for name, value in size.items():
+    asked = {"buckets": [str(size) for size in cut.sizes], "fps": cut.fps, "max_length": max_length}
+    for name, value in asked.items():
         if (found := manifest.get(name)) != value:
             raise UserError(
-                f"{encoded} holds clips with {name} {found}, config.data.{name} is "
-                f"{value}: set it to {found}, or give the videos as config.data.source"
+                f"{encoded} holds clips with {name} {found}, config.data asks for {value}: set it "
+                "to what is there, or give the videos as config.data.source"
             )

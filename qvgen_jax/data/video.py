@@ -1,7 +1,10 @@
 """Video files to arrays and back, through PyAV."""
 
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -41,22 +44,131 @@ def read_video(path: str | Path, cover: tuple[int, int] | None = None) -> np.nda
         UserError: the file is missing, does not decode, is damaged, cut short or too large, or
             holds no frames; it names the file.
     """
+    frames: list[np.ndarray] = []
+    with _opened(path) as (container, stream):
+        for frame in _decoded(path, container, stream):
+            frames.append(_pixels(path, frame, _ratio(stream), cover))
+            if frames[-1].shape != frames[0].shape:
+                raise _refusal(path, f"changes its size at frame {len(frames) - 1}")
+            _check_bytes(path, len(frames), frames[0])
+    if not frames:
+        raise _refusal(path, "holds no video frames")
+    return np.stack(frames)
+
+
+class Survey(NamedTuple):
+    """What is known of a video before its frames are wanted.
+
+    Attributes:
+        times: seconds when each frame appears, ascending.
+        stamps: the same as the file counts.
+        clocked: whether it does; else stamps are the frames' order, and their rate is even.
+        height, width: as it is shown, upright and with square pixels.
+    """
+
+    times: np.ndarray
+    stamps: np.ndarray
+    clocked: bool
+    height: int
+    width: int
+
+
+def survey_video(path: str | Path) -> Survey:
+    """When each frame of a file appears, and its size; one frame alone is decoded.
+
+    Raises:
+        UserError: as `read_video`, for what can be seen without decoding the rest.
+    """
+    with _opened(path) as (container, stream):
+        stamps: list[int | None] = []
+        first = None
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                stamps.append(packet.pts)
+            if first is None:
+                first = next(iter(packet.decode()), None)
+        rate = stream.average_rate or stream.guessed_rate
+        base = stream.time_base
+        ratio = _ratio(stream)
+    if first is None:
+        raise _refusal(path, "holds no video frames")
+    size = _upright(_square(first, ratio), _quarter_turns(first))
+    if None in stamps or len(set(stamps)) < len(stamps) or base is None:  # AVI, say.
+        if not rate:
+            raise _refusal(path, "does not say when its frames appear")
+        order = np.arange(len(stamps))
+        return Survey(order / float(rate), order, False, *size)
+    found = np.sort(np.array(stamps, np.int64))
+    return Survey(found * float(base), found, True, *size)
+
+
+def read_frames(
+    path: str | Path,
+    survey: Survey,
+    indices: Sequence[int],
+    cover: tuple[int, int],
+    place: tuple[float, float] = (0.5, 0.5),
+) -> np.ndarray:
+    """Reads some frames of a video, upright and scaled: uint8 `[indices, height, width, 3]`.
+
+    Args:
+        path: the file.
+        survey: of `survey_video`.
+        indices: of `survey.times`, not descending.
+        cover: (height, width) to scale to and cut out, see `read_video`.
+        place: what is cut lies there in what covers, down and right, 0 to 1.
+
+    Raises:
+        UserError: as `read_video`, but frames behind the last wanted are never looked at.
+    """
+    wanted, found = [int(survey.stamps[index]) for index in indices], []
+    usual = int(np.median(np.diff(survey.stamps))) if len(survey.stamps) > 1 else 1
+    _check_bytes(path, len(wanted), np.broadcast_to(np.uint8(0), (*cover, 3)))
+    with _opened(path) as (container, stream):
+        frames = _decoded(path, container, stream)
+        for frame, until in _on_screen(frames, usual, survey.clocked):
+            if shown := sum(stamp < until for stamp in wanted[len(found) :]):
+                found += [_pixels(path, frame, _ratio(stream), cover, place)] * shown
+            if len(found) == len(wanted):
+                return np.stack(found)
+    raise _refusal(path, f"is damaged: {len(wanted) - len(found)} of its frames do not decode")
+
+
+def _on_screen(
+    frames: Iterable[av.VideoFrame], usual: int, clocked: bool
+) -> Iterator[tuple[av.VideoFrame, float]]:
+    """Each frame and when the next takes its place; the last stays for the `usual` time."""
+    before, since = None, 0
+    for order, frame in enumerate(frames):
+        at = frame.pts if clocked and frame.pts is not None else order
+        if before is not None:
+            yield before, at
+        before, since = frame, at
+    if before is not None:
+        yield before, since + usual
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """A file and its first video stream; what goes wrong with them within is told as refusals."""
     try:
         if _is_cut_short(Path(path)):
             raise _refusal(path, "is cut short: the file ends inside of its data")
         with open_video(path) as container:
             if not container.streams.video:
                 raise _refusal(path, "holds no video stream")
-            frames = _frames(path, container, cover)
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise _refusal(path, "is in a codec that is not known here")
+            _check_size(path, stream.codec_context.height, stream.codec_context.width)
+            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+            yield container, stream
     except UserError:
         raise
     except (av.FFmpegError, OSError) as error:
         raise _refusal(path, f"does not decode as a video ({error.strerror})") from error
     except (ValueError, OverflowError) as error:  # A pixel format that does not convert, say.
         raise _refusal(path, f"does not decode as a video ({error})") from error
-    if not frames:
-        raise _refusal(path, "holds no video frames")
-    return np.stack(frames)
 
 
 def _refusal(path: str | Path, fault: str) -> UserError:
@@ -81,27 +193,15 @@ def _is_cut_short(path: Path) -> bool:
     return place > size
 
 
-def _frames(
-    path: str | Path, container: av.container.InputContainer, cover: tuple[int, int] | None
-) -> list[np.ndarray]:
-    stream, frames = container.streams.video[0], []
-    if stream.codec_context is None:
-        raise _refusal(path, "is in a codec that is not known here")
-    _check_size(path, stream.codec_context.height, stream.codec_context.width)
-    stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
-    for frame in container.decode(stream):
+def _decoded(
+    path: str | Path, container: av.container.InputContainer, stream: av.VideoStream
+) -> Iterator[av.VideoFrame]:
+    """The frames in the order in which they are shown."""
+    for number, frame in enumerate(container.decode(stream)):
         # FFmpeg fills what it cannot read with what it guesses, and says so.
         if frame.is_corrupt:
-            raise _refusal(path, f"is damaged: frame {len(frames)} does not decode")
-        frames.append(_pixels(path, frame, cover))
-        if frames[-1].shape != frames[0].shape:
-            raise _refusal(path, f"changes its size at frame {len(frames) - 1}")
-        if len(frames) * frames[0].nbytes > MOST_BYTES:
-            raise UserError(
-                f"{path} has more than {len(frames) - 1} frames, {MOST_BYTES} bytes of pixels: cut "
-                "it into shorter videos."
-            )
-    return frames
+            raise _refusal(path, f"is damaged: frame {number} does not decode")
+        yield frame
 
 
 def _check_size(path: str | Path, height: int, width: int) -> None:
@@ -112,18 +212,59 @@ def _check_size(path: str | Path, height: int, width: int) -> None:
         )
 
 
-def _pixels(path: str | Path, frame: av.VideoFrame, cover: tuple[int, int] | None) -> np.ndarray:
-    if cover is None or cover == (frame.height, frame.width):
-        return frame.to_ndarray(format="rgb24")
-    height, width = cover
-    scale = max(height / frame.height, width / frame.width)
-    size = max(round(frame.height * scale), height), max(round(frame.width * scale), width)
+def _check_bytes(path: str | Path, count: int, frame: np.ndarray) -> None:
+    if count * frame.size > MOST_BYTES:
+        raise UserError(
+            f"{path} has more than {count - 1} frames, {MOST_BYTES} bytes of pixels: cut it into "
+            "shorter videos."
+        )
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """By which the file says that the frame is turned left to stand upright: phones do not turn
+    pixels."""
+    return round(frame.rotation / 90) % 4
+
+
+def _ratio(stream: av.VideoStream) -> float:
+    """Width of a pixel by its height."""
+    return float(stream.sample_aspect_ratio or 1)
+
+
+def _square(frame: av.VideoFrame, ratio: float) -> tuple[int, int]:
+    """Height and width of the frame as it lies in the file, with square pixels."""
+    return frame.height, max(round(frame.width * ratio), 1)
+
+
+def _upright(size: tuple[int, int], turns: int) -> tuple[int, int]:
+    return size[::-1] if turns % 2 else size
+
+
+def _pixels(
+    path: str | Path,
+    frame: av.VideoFrame,
+    ratio: float,
+    cover: tuple[int, int] | None,
+    place: tuple[float, float] = (0.5, 0.5),
+) -> np.ndarray:
+    """uint8 `[height, width, 3]`, upright; if asked, scaled to cover a size and cut at `place`."""
+    turns, (tall, wide) = _quarter_turns(frame), _square(frame, ratio)
+    if cover is None:
+        cover = _upright((tall, wide), turns)
+    height, width = _upright(cover, turns)  # As the frame lies.
+    scale = max(height / tall, width / wide)
+    size = max(round(tall * scale), height), max(round(wide * scale), width)
     _check_size(path, *size)  # A line of pixels, scaled to cover, is a plain of them.
-    scaled = frame.to_ndarray(
-        format="rgb24", height=size[0], width=size[1], interpolation="BICUBIC"
-    )
-    top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
-    return scaled[top : top + height, left : left + width]
+    if size == (frame.height, frame.width):
+        scaled = frame.to_ndarray(format="rgb24")
+    else:
+        scaled = frame.to_ndarray(
+            format="rgb24", height=size[0], width=size[1], interpolation="BICUBIC"
+        )
+    scaled = np.rot90(scaled, turns)
+    top, left = ((n - m) * at for n, m, at in zip(scaled.shape, cover, place, strict=False))
+    top, left = round(top), round(left)
+    return np.ascontiguousarray(scaled[top : top + cover[0], left : left + cover[1]])
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 8) -> None:

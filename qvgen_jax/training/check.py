@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from kernels.choose import BACKENDS
+from qvgen_jax.data.clips import CROPS, cut_of
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.remat import POLICIES
 from qvgen_jax.quant.schedule import phase_steps_for
@@ -20,6 +21,7 @@ _POSITIVE = (
     "data.height",
     "data.width",
     "data.max_length",
+    "data.clips_per_video",
     "data.encode_batch_size",
     "sample.batch_size",
 )
@@ -35,6 +37,7 @@ _OPTIONAL = {
 }
 _CHOICES = {
     "compute_dtype": ("float32", "bfloat16"),
+    "data.crop": CROPS,
     "kernels": ("auto", *BACKENDS),
     "text_weights": ("float", "int8"),
     "quant.behaviour": ("default", "released"),
@@ -62,6 +65,7 @@ _RANGES = (
     ("quant.smoothing", 0, 1),
     ("train.tail_rate", 0, 1),
     ("train.hang_minutes", 0, 1e5),
+    ("data.fps", 0, 1000),
     ("train.truth_blend", 0, 50),
     ("train.ema_decay", 0, 1),
     ("train.beta1", 0, 1),
@@ -121,6 +125,7 @@ def check_config(config: Mapping) -> None:
         value = _value(config, name)
         if not 0 <= value <= 1:
             raise UserError(f"--config.{name}={value}; expected 0 to 1, a share")
+    _check_cut(config["data"])
     if not 0 < train.get("shift", 1) < 1000:
         raise UserError(f"--config.train.shift={train['shift']}; expected above 0, below 1000")
     for name in ("weight_bits", "act_bits"):
@@ -162,6 +167,15 @@ def check_unguided(config: Mapping, steps: int) -> None:
         raise UserError(
             f"--config.sample.unguided_steps={unguided}; expected a whole number from 0 to {steps},"
             " the steps that this pipeline takes by default"
+        )
+
+
+def _check_cut(data: Mapping) -> None:
+    cut_of(data)
+    if data["clips_per_video"] > 1 and not data["fps"]:
+        raise UserError(
+            f"--config.data.clips_per_video={data['clips_per_video']} needs a rate: without one, a "
+            "clip is the whole video; set --config.data.fps"
         )
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from qvgen_jax import hosts, sharding, storage
 from qvgen_jax.components import Transformer
-from qvgen_jax.data.dataset import EncodedDataset
+from qvgen_jax.data.dataset import EncodedDataset, steps_by_shape
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.diffusion.schedulers import Scheduler
 from qvgen_jax.errors import UserError
@@ -27,7 +27,7 @@ from qvgen_jax.training.feed import feed
 from qvgen_jax.training.guard import Alarms, NotFinite, check
 from qvgen_jax.training.metrics import MetricWriter, Silent, metric_writer
 from qvgen_jax.training.optimizer import make_optimizer
-from qvgen_jax.training.pace import Pace, work_of
+from qvgen_jax.training.pace import Pace, mean_work
 from qvgen_jax.training.profile import Profile
 from qvgen_jax.training.state import create_state, enter_step, exported_params, has_branch
 from qvgen_jax.training.step import Recipe, train_step
@@ -298,7 +298,7 @@ def _steps(
     data = feed(run.dataset, config, start, mesh, int(state["order"]))
     alarms = Alarms()
     compiled: dict[bool, Callable] = {}
-    pace = Pace(start, work_of(config, model, run.dataset[0]["latent_mean"].shape))
+    pace = Pace(start, mean_work(config, model, steps_by_shape(run.dataset, train["batch_size"])))
     for step in range(start, train["steps"]):
         profile.before(step)
         entered = enter_step(state, step, decay, config["quant"]["branch_moments"])

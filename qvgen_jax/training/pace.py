@@ -28,6 +28,22 @@ class Work(NamedTuple):
     peak: float
 
 
+def mean_work(
+    config: Mapping, model: TransformerConfig, steps: Mapping[tuple[int, ...], int]
+) -> Work:
+    """Of a run whose batches have clips of several sizes, on average.
+
+    Args:
+        config, model: of the run.
+        steps: how many steps of an epoch have clips with latents of each shape.
+    """
+    works = [(work_of(config, model, shape), count) for shape, count in steps.items()]
+    total = sum(steps.values())
+    tokens = sum(work.tokens * count for work, count in works) / total
+    operations = sum(work.operations * count for work, count in works) / total
+    return Work(round(tokens), operations, works[0][0].peak)
+
+
 def work_of(config: Mapping, model: TransformerConfig, latents: Sequence[int]) -> Work:
     """Of a run whose clips have latents `[frames, height, width, channels]`."""
     patches = zip(latents[:3], model.patch_size, strict=True)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qvgen_jax.data.clips import Cut, Size
 from qvgen_jax.data.dataset import EncodedDataset, batches
 from qvgen_jax.data.encode import encode_folder
 from qvgen_jax.data.moving_shapes import write_folder
@@ -16,6 +17,7 @@ from qvgen_jax.data.video import read_video, write_video
 from qvgen_jax.errors import UserError
 
 SIZE = {"num_frames": 5, "height": 32, "width": 48}
+CUT = Cut((Size(5, 32, 48),), 0.0, 1, "centre")
 
 
 class AveragingPipeline:
@@ -51,7 +53,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def encoded(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("encoded")
-    encode_folder(AveragingPipeline(), source, out, **SIZE, shard_size=3, batch_size=2)
+    encode_folder(AveragingPipeline(), source, out, cut=CUT, shard_size=3, batch_size=2)
     return EncodedDataset(out)
 
 
@@ -145,21 +147,22 @@ def test_bad_videos_are_set_aside_with_their_reason_and_retried_when_replaced(tm
     (source / "00001.mp4").write_bytes(b"broken")
     write_video(source / "00002.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8)
     lines = []
-    manifest = encode_folder(AveragingPipeline(), source, out, **SIZE, log=lines.append)
+    manifest = encode_folder(AveragingPipeline(), source, out, cut=CUT, log=lines.append)
     assert manifest["count"] == 1
     assert "does not decode" in manifest["refused"]["00001.mp4"]
     assert "3 frames, needed are 5" in manifest["refused"]["00002.mp4"]
     assert any(line.startswith("set aside 00001.mp4") for line in lines)
 
     (source / "00001.mp4").write_bytes(good)
-    manifest = encode_folder(AveragingPipeline(), source, out, **SIZE)
+    manifest = encode_folder(AveragingPipeline(), source, out, cut=CUT)
     assert (manifest["count"], list(manifest["refused"])) == (2, ["00002.mp4"])
     assert len(EncodedDataset(out)) == 2
 
 
 def run_config(source, most_refused: float) -> dict:
     data = {**SIZE, "source": source, "encoded": "", "max_length": 12, "encode_batch_size": 2}
-    return {"data": {**data, "most_refused": most_refused}}
+    how = {"buckets": (), "fps": 0.0, "clips_per_video": 1, "crop": "centre"}
+    return {"model": "averages", "data": {**data, **how, "most_refused": most_refused}}
 
 
 def test_a_run_goes_on_without_few_unusable_videos_and_stops_at_many(tmp_path, capsys):
@@ -187,7 +190,7 @@ def test_too_many_unusable_videos_stop_it_before_the_rest_is_encoded(tmp_path):
         (source / name).write_bytes(b"broken")
     pipe, options = AveragingPipeline(), {"shard_size": 2, "most_refused": 0.2}
     with pytest.raises(UserError, match=r"2 of 6 videos cannot be used, or more"):
-        encode_folder(pipe, source, tmp_path / "out", **SIZE, **options)
+        encode_folder(pipe, source, tmp_path / "out", cut=CUT, **options)
     assert pipe.calls == 0
 
 
@@ -212,12 +215,12 @@ def test_no_usable_video_at_all_is_an_error_with_the_first_reason(tmp_path):
     (source / "00000.mp4").write_bytes(b"broken")
     (source / "00001.mp4").unlink()
     with pytest.raises(UserError, match=r"none of the 2 videos .*00000\.mp4 does not decode"):
-        encode_folder(AveragingPipeline(), source, tmp_path / "encoded", **SIZE)
+        encode_folder(AveragingPipeline(), source, tmp_path / "encoded", cut=CUT)
 
 
 def test_finished_shards_are_not_encoded_again(source, tmp_path):
     pipe = AveragingPipeline()
-    options = {**SIZE, "shard_size": 3, "batch_size": 3}
+    options = {"cut": CUT, "shard_size": 3, "batch_size": 3}
     manifest = encode_folder(pipe, source, tmp_path, **options)
     assert pipe.calls == 3
     assert encode_folder(pipe, source, tmp_path, **options) == manifest
@@ -233,16 +236,17 @@ def test_finished_shards_are_not_encoded_again(source, tmp_path):
 
 
 def test_other_settings_or_other_weights_do_not_mix_with_finished_shards(source, tmp_path):
-    encode_folder(AveragingPipeline(), source, tmp_path, **SIZE)
-    with pytest.raises(UserError, match=r"num_frames 5 -> 9.*delete that folder"):
-        encode_folder(AveragingPipeline(), source, tmp_path, **{**SIZE, "num_frames": 9})
+    encode_folder(AveragingPipeline(), source, tmp_path, cut=CUT)
+    other = CUT._replace(sizes=(Size(9, 32, 48),), fps=8.0)
+    with pytest.raises(UserError, match=r"5x32x48.* -> .*9x32x48.*fps .* -> 8.*delete that folder"):
+        encode_folder(AveragingPipeline(), source, tmp_path, cut=other)
     with pytest.raises(UserError, match=r"other settings \(model"):
-        encode_folder(AveragingPipeline(weight=2.0), source, tmp_path, **SIZE)
+        encode_folder(AveragingPipeline(weight=2.0), source, tmp_path, cut=CUT)
 
 
 def test_an_encoding_of_another_format_is_refused(encoded, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({**encoded.manifest, "format_version": 0}))
-    with pytest.raises(UserError, match="format_version 0, this program reads 1"):
+    with pytest.raises(UserError, match="format_version 0, this program reads 2"):
         EncodedDataset(tmp_path)
 
 

@@ -18,7 +18,7 @@ from qvgen_jax.generation_config import generation_defaults
 from qvgen_jax.models import config_from_json
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.packed import quantization_config, read_quantization_config
-from tests.data.test_encoded_dataset import SIZE, AveragingPipeline
+from tests.data.test_encoded_dataset import CUT, AveragingPipeline
 from tests.fuzz.campaign import generators, tried
 from tests.fuzz.mutations import mutated_bytes, mutated_json
 
@@ -122,8 +122,8 @@ def test_a_mutated_encoding_is_refused_or_holds_clips(tmp_path):
     (source / "captions.jsonl").write_text(
         "".join(f'{{"file": "{i:05}.mp4", "caption": "a star"}}\n' for i in range(2))
     )
-    encode_folder(AveragingPipeline(), source, out, **SIZE)
-    shutil.copy(out / "clips-00000.array_record", tmp_path / "outside.array_record")
+    encode_folder(AveragingPipeline(), source, out, cut=CUT)
+    shutil.copy(out / "clips-00000-5x32x48.array_record", tmp_path / "outside.array_record")
     good = {path: path.read_bytes() for path in out.iterdir()}
     for label, rng in generators("encoded clips", 20):
         path = rng.choice([out / "manifest.json", out / "manifest.json", *good])

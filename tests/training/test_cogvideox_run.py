@@ -1,6 +1,7 @@
 """Training CogVideoX1.5: v-prediction, patches over time, and a student that learns."""
 
 import json
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ class Clips:
 
     max_length = 5
     empty_text_embeds = np.zeros((5, 8), np.float32)
+    buckets = MappingProxyType({"of one size": range(4)})
 
     def __len__(self) -> int:
         return 4

@@ -40,6 +40,7 @@ class Clips:
     def __init__(self, channels: int, text_dim: int):
         self.shape, self.text = (2, 4, 4, channels), (5, text_dim)
         self.empty_text_embeds = np.zeros(self.text, np.float32)
+        self.buckets = {"of one size": range(4)}
 
     def __len__(self) -> int:
         return 4

@@ -1,0 +1,193 @@
+"""One shard of encoded clips: from its videos to its files."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from qvgen_jax.data.captions import CaptionedFile
+from qvgen_jax.data.clips import Cut, Size, best_size, clips_of, corner
+from qvgen_jax.data.records import pack
+from qvgen_jax.data.video import read_frames, survey_video
+from qvgen_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from qvgen_jax.pipeline import Pipeline
+
+
+class Clip(NamedTuple):
+    """One of a video, before it is encoded.
+
+    Attributes:
+        entry: its video and caption.
+        size: its bucket.
+        pixels: uint8 `[frames, height, width, 3]`.
+        seconds: where it begins in the video.
+    """
+
+    entry: CaptionedFile
+    size: Size
+    pixels: np.ndarray
+    seconds: float
+
+
+class ShardWriter:
+    """Encodes the videos of one shard, clips of one size together."""
+
+    def __init__(self, pipe: "Pipeline", folder: Path, described: Path, cut: Cut, batch_size: int):
+        self._pipe, self._folder, self._described = pipe, folder, described
+        self._cut, self._batch_size = cut, batch_size
+        self._files: dict[Size, ArrayRecordWriter] = {}
+        self._counts: dict[Size, int] = {}
+        self._bytes = 0
+        self._before = 0, 0
+
+    def write(
+        self,
+        entries: Sequence[CaptionedFile],
+        max_length: int,
+        told: Callable[[int, int, int], None],
+    ) -> dict:
+        """The shard's description, which is on the disk by then, as its files are.
+
+        `told` is called with how many videos, clips and bytes are done since it was called last.
+        """
+        refused: dict[str, str] = {}
+        waiting: dict[Size, list[Clip]] = {size: [] for size in self._cut.sizes}
+        for first in range(0, len(entries), self._batch_size):
+            videos = entries[first : first + self._batch_size]
+            for clip in self._clips(videos, refused):
+                waiting[clip.size].append(clip)
+                if len(waiting[clip.size]) == self._batch_size:
+                    self._encode(waiting[clip.size], max_length)
+                    waiting[clip.size] = []
+            told(len(videos), *self._news())
+        for clips in waiting.values():
+            if clips:
+                self._encode(clips, max_length)
+        told(0, *self._news())
+        return self._close(refused)
+
+    def _news(self) -> tuple[int, int]:
+        """Clips and bytes since it was asked last."""
+        now = sum(self._counts.values()), self._bytes
+        before, self._before = self._before, now
+        return now[0] - before[0], now[1] - before[1]
+
+    def _clips(self, videos: Sequence[CaptionedFile], refused: dict[str, str]) -> Iterator[Clip]:
+        """Of the videos that can be read; adds the others to `refused`."""
+        with ThreadPoolExecutor(4) as pool:
+            found = pool.map(lambda entry: _read_clips(self._folder, entry, self._cut), videos)
+            for entry, clips in zip(videos, found, strict=True):
+                if isinstance(clips, UserError):
+                    refused[entry.file] = str(clips)
+                else:
+                    yield from clips
+
+    def _encode(self, clips: Sequence[Clip], max_length: int) -> None:
+        pixels = [clip.pixels for clip in clips]
+        pixels += [pixels[-1]] * (self._batch_size - len(pixels))  # One shape, one compilation.
+        video = np.stack(pixels).astype(np.float32) / 127.5 - 1.0
+        mean, logvar = map(np.asarray, self._pipe.vae_posterior(video))
+        texts = np.asarray(
+            self._pipe.encode_prompt([clip.entry.caption for clip in clips], max_length)
+        )
+        for i, clip in enumerate(clips):
+            record = {
+                "latent_mean": mean[i].astype(np.float32),
+                "latent_logvar": logvar[i].astype(np.float32),
+                "text_embeds": without_padding(texts[i]),
+                "caption": clip.entry.caption,
+                "source": clip.entry.file,
+                "seconds": f"{clip.seconds:.3f}",
+            }
+            data = pack(record)
+            self._file(clip.size).write(data)
+            self._counts[clip.size] = self._counts.get(clip.size, 0) + 1
+            self._bytes += len(data)
+
+    def _path(self, size: Size) -> Path:
+        return self._described.with_name(f"{self._described.stem}-{size}.array_record")
+
+    def _file(self, size: Size) -> ArrayRecordWriter:
+        if size not in self._files:
+            # group_size 1: records are read one at a time, in random order.
+            part = self._path(size).with_suffix(".part")
+            self._files[size] = ArrayRecordWriter(str(part), "group_size:1")
+        return self._files[size]
+
+    def _close(self, refused: dict[str, str]) -> dict:
+        files = {}
+        for size in self._cut.sizes:
+            path = self._path(size)
+            path.unlink(missing_ok=True)  # Of a time when a video now refused was good.
+            if size in self._files:
+                self._files[size].close()
+                os.replace(path.with_suffix(".part"), path)
+                files[str(size)] = {"file": path.name, "count": self._counts[size]}
+        stamps = {name: stamp(self._folder / name) for name in refused}
+        shard = {"files": files, "refused": refused, "stamps": stamps}
+        write_json(self._described, shard)
+        return shard
+
+
+def stamp(path: Path) -> list[int] | None:
+    if not path.is_file():
+        return None
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _read_clips(folder: Path, entry: CaptionedFile, cut: Cut) -> list[Clip] | UserError:
+    """The clips of a video, or the reason why there are none."""
+    path = folder / entry.file
+    try:
+        survey = survey_video(path)
+        lengths = [size.frames for size in cut.sizes]
+        long = [n for n in lengths if clips_of(survey.times, n, cut.fps, 1)]
+        size = best_size(cut.sizes, max(long, default=0), survey.height, survey.width)
+        if size is None:
+            return UserError(_too_short(path, len(survey.times), survey.times, min(lengths), cut))
+        found = clips_of(survey.times, size.frames, cut.fps, cut.most)
+        return [
+            Clip(
+                entry,
+                size,
+                read_frames(path, survey, indices, size[1:], corner(cut, entry.file, number)),
+                float(survey.times[indices[0]]),
+            )
+            for number, indices in enumerate(found)
+        ]
+    except UserError as error:
+        return error
+
+
+def _too_short(path: Path, frames: int, times: np.ndarray, wanted: int, cut: Cut) -> str:
+    if not cut.fps:
+        return f"{path} has {frames} frames, needed are {wanted}: use longer videos"
+    lasts = times[-1] - times[0]
+    return (
+        f"{path} has {frames} frames, {lasts:.2f} s, needed are {wanted} at {cut.fps:g} a second, "
+        f"{wanted / cut.fps:.2f} s: use longer videos"
+    )
+
+
+def without_padding(text: np.ndarray) -> np.ndarray:
+    """`[tokens, dim]` up to the last row that is not zero; the encoder zeroes what pads."""
+    rows = np.flatnonzero(text.any(axis=-1))
+    return text[: rows[-1] + 1 if len(rows) else 1]
+
+
+def write_json(path: Path, content: dict) -> None:
+    replace_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
