@@ -161,15 +161,19 @@ def _study(config: ConfigDict, workdir: Path) -> None:
 def _encode(config: dict, workdir: Path) -> None:
     from qvgen_jax.data.prepare import (
         check_held_out,
+        check_sizes,
         check_source,
         ensure_encoded,
         ensure_held_out,
     )
+    from qvgen_jax.training.check import check_config
     from qvgen_jax.training.run import load_model
 
+    check_config(config)
     check_source(config, workdir)
     check_held_out(config, workdir)
     pipe = load_model(config)
+    check_sizes(config, pipe)
     print(f"encoded clips: {ensure_encoded(config, workdir, pipe)}")
     if config["evaluate"]["held_out"]:
         print(f"encoded held-out clips: {ensure_held_out(config, workdir, pipe)}")

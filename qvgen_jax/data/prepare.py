@@ -9,6 +9,7 @@ from qvgen_jax.data.clips import Cut, cut_of
 from qvgen_jax.data.encode import MANIFEST, encode_folder
 from qvgen_jax.errors import UserError
 from qvgen_jax.json_file import read_object
+from qvgen_jax.request import latent_size
 
 if TYPE_CHECKING:
     from qvgen_jax.pipeline import Pipeline
@@ -40,6 +41,20 @@ def check_source(config: Mapping, workdir: str | Path) -> None:
             f"data folder {data['source']} does not exist; give the folder of the videos, or a "
             ".jsonl or .csv file that lists them"
         )
+
+
+def check_sizes(config: Mapping, pipe: "Pipeline") -> None:
+    """See that clips of every size divide into what the VAE and the transformer take.
+
+    Raises:
+        UserError: one does not; the nearest that does is named.
+    """
+    vae, patch = pipe.vae.config, pipe.transformer.config.patch_size
+    for size in cut_of(config["data"]).sizes:
+        try:
+            latent_size(*size, vae.temporal_factor, vae.temporal_factor, vae.spatial_factor, patch)
+        except UserError as error:
+            raise UserError(f"clips of {size}: {error}") from error
 
 
 def _encoded(config: Mapping, workdir: str | Path) -> Path:

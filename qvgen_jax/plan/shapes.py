@@ -1,6 +1,7 @@
 """What a training step takes, as shapes: from a config alone, without weights or data."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from qvgen_jax import sharding
 from qvgen_jax.autoencoders.cogvideox import CogVideoXVAEConfig
 from qvgen_jax.autoencoders.wan import WanVAEConfig
+from qvgen_jax.data.clips import cut_of
 from qvgen_jax.diffusion.cogvideox_dpm import CogVideoXDPMConfig
 from qvgen_jax.diffusion.schedulers import Scheduler
 from qvgen_jax.diffusion.unipc import UniPCConfig
@@ -63,9 +65,15 @@ class Run(NamedTuple):
 def read_run(config: Mapping) -> Run:
     """The model of a training config, of its folder or by its published name.
 
+    Of several buckets, the one with most pixels counts: memory must do for it, and no step takes
+    longer.
+
     Raises:
         UserError: it is neither.
     """
+    largest = max(cut_of(config["data"]).sizes, key=math.prod)
+    size = dict(zip(("num_frames", "height", "width"), largest, strict=True))
+    config = {**config, "data": {**config["data"], **size}}
     return Run(config, transformer_config(config["model"]), _factors(config["model"]))
 
 

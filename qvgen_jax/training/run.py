@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from qvgen_jax import hosts, sharding
 from qvgen_jax.components import Transformer
 from qvgen_jax.data.dataset import EncodedDataset
-from qvgen_jax.data.prepare import check_source, ensure_encoded
+from qvgen_jax.data.prepare import check_sizes, check_source, ensure_encoded
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.errors import UserError
 from qvgen_jax.mesh import mesh_of_config, told
@@ -81,6 +81,7 @@ def train(
         pipe = load_model(config, over_mesh(mesh))
         model, teacher = pipe.transformer.config, pipe.transformer.states[0]
         check_unguided(config, pipe.defaults["steps"])
+        check_sizes(config, pipe)
         training_noise(pipe.scheduler, config["train"])  # A model of the other family: told now.
         if hosts.is_first():
             print(describe_layers(model, quant_config(config["quant"], model)), flush=True)

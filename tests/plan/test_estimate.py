@@ -39,6 +39,13 @@ def test_weights_gradients_and_moments_are_what_the_parameters_weigh():
     assert 2 * every < whole.teacher < 2.03 * every
 
 
+def test_of_several_buckets_the_largest_counts():
+    sizes = ("17x480x832", "49x480x832", "49x832x320")
+    several = of({}, data={"buckets": sizes, "num_frames": 5, "height": 32, "width": 32})
+    assert several == of({})  # 49 x 480 x 832.
+    assert several.activations > of({}, data={"buckets": sizes[:1]}).activations
+
+
 def test_fsdp_cuts_what_lasts_and_data_copies_it():
     whole, cut, copied = of({}), of({"fsdp": 16}), of({"data": 16})
     # Vectors are whole on every device.
