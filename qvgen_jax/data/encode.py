@@ -48,7 +48,7 @@ EMPTY_TEXT = "empty_text_embeds.msgpack"
 REFUSED = "refused.jsonl"
 _PACKAGES = ("qvgen-jax", "jax", "av", "numpy")
 _SECONDS_QUIET = 10  # Between two lines about how far it is.
-_DAYS = 24 * 60.0  # Minutes that one host may take longer than another.
+_DAY = 24 * 60.0  # Minutes that one host may take longer than another.
 
 
 def encode_folder(
@@ -111,6 +111,7 @@ def encode_folder(
     files = [out / f"clips-{number:05d}.json" for number in range(len(parts))]
     every = jax.process_count() if shared else 1  # Else each process has a disk to fill.
     here = range(jax.process_index() % every, len(parts), every)
+    speaks = hosts.is_first() or not shared
     changed, told = not (out / MANIFEST).exists(), _Told(sum(len(parts[i]) for i in here), log)
     for number in here:
         shard = _finished_shard(folder_of(source), files[number], retry)
@@ -121,12 +122,12 @@ def encode_folder(
                 log(f"set aside {name}: {reason}")
         else:
             told.skip(len(parts[number]))
-        _check_refused(out, files, len(entries), most_refused)
+        _check_refused(out, files, len(entries), most_refused, listed=speaks)
     told.end()
     if shared:
-        hosts.barrier("clips are encoded", minutes=_DAYS)
-    if hosts.is_first() or not shared:
-        _check_refused(out, files, len(entries), most_refused)
+        hosts.barrier("clips are encoded", minutes=_DAY)
+    if speaks:
+        _check_refused(out, files, len(entries), most_refused, listed=True)
         if changed or not _is_newest(out / MANIFEST, files):
             _write_manifest(pipe, out, settings, files, model)
     if shared:
@@ -149,11 +150,9 @@ class _Told:
 
     def add(self, videos: int, clips: int, size: int) -> None:
         """So many more are done."""
-        self._done, self._clips, self._bytes = (
-            self._done + videos,
-            self._clips + clips,
-            self._bytes + size,
-        )
+        self._done += videos
+        self._clips += clips
+        self._bytes += size
         if time.monotonic() > self._last + _SECONDS_QUIET and self._done < self._total:
             self._say()
 
@@ -209,11 +208,14 @@ def _claim_here(path: Path, settings: dict) -> None:
         )
 
 
-def _check_refused(out: Path, files: Sequence[Path], total: int, most: float) -> None:
-    """Lists what was set aside so far, and ends it where that is too much already."""
+def _check_refused(
+    out: Path, files: Sequence[Path], total: int, most: float, *, listed: bool
+) -> None:
+    """Ends it where too much was set aside so far; if `listed`, writes what was, and why."""
     refused = _refused(_described(files))
-    rows = ({"file": name, "reason": reason} for name, reason in refused.items())
-    replace_text(out / REFUSED, "".join(json.dumps(row) + "\n" for row in rows))
+    if listed:  # By one of the processes that share the folder.
+        rows = ({"file": name, "reason": reason} for name, reason in refused.items())
+        replace_text(out / REFUSED, "".join(json.dumps(row) + "\n" for row in rows))
     if len(refused) <= most * total and len(refused) < total:
         return
     reasons = list(refused.values())
