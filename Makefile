@@ -60,8 +60,8 @@ $(VENV)/bin/python:
 	  f"{sys.executable} is Python {v[0]}.{v[1]}; qvgen-jax needs 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(if $(UV),$(UV) venv --quiet --python $(PYTHON) $(VENV),$(PYTHON) -m venv $(VENV))
 
-install = $(if $(UV),$(UV) pip install --quiet --python $(RUN),$(RUN) -m pip install --quiet --disable-pip-version-check) \
-  --constraint constraints.txt --editable
+pip = $(if $(UV),$(UV) pip install --quiet --python $(RUN),$(RUN) -m pip install --quiet --disable-pip-version-check)
+install = $(pip) --constraint constraints.txt --editable
 
 $(VENV)/.ready-base: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(install) .
@@ -73,6 +73,7 @@ $(VENV)/.ready-test: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.ready-parity: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(install) '.[test,parity,buckets]'
+	$(pip) --no-deps vbench==0.1.5  # For its list of prompts; what its scorers want, ours do not.
 	touch $@ $(VENV)/.ready-base $(VENV)/.ready-test
 
 $(VENV)/.ready-aot: $(VENV)/bin/python pyproject.toml constraints.txt constraints-aot.txt

@@ -1,9 +1,10 @@
-"""The one command: plan, pretrain, encode, train, generate, evaluate, export, compare recipes.
+"""The one command: plan, pretrain, encode, train, generate, evaluate, export, compare, VBench.
 
     python main.py --config configs/tiny_w4a4.py
     python main.py --config configs/tiny_w4a4.py --config.train.steps=300 --workdir runs/longer
     python main.py --config configs/tiny_w4a4.py --job generate --prompt "a red star moving up ..."
     python main.py --config configs/wan14b_w4a4.py --job plan --target v5p:4x4x4
+    python main.py --config configs/wan1_3b_w4a4.py --job vbench --vbench_python vbench/bin/python
     python main.py --config configs/study_tiny.py --job study --workdir studies/recipe
 
 The same command again continues an interrupted run. Exit code 2 means that something given to the
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 from qvgen_jax.errors import LostProcess, Preempted, UserError
 
-JOBS = ("train", "pretrain", "encode", "generate", "evaluate", "export", "study", "plan")
+JOBS = ("train", "pretrain", "encode", "generate", "evaluate", "export", "study", "plan", "vbench")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, file.py[:argument]")
 _WORKDIR = flags.DEFINE_string(
@@ -33,6 +34,11 @@ _PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be re
 _SEED = flags.DEFINE_integer("seed", 0, "generate: the seed of the noise", lower_bound=0)
 _TARGET = flags.DEFINE_string("target", "", "plan: chips such as v5p:4x4x4 or h200:8; else these")
 _COMPILE = flags.DEFINE_bool("compile", True, "plan: ask the target's compiler, if it is installed")
+_VBENCH_INFO = flags.DEFINE_string("vbench_info", "", "vbench: its VBench_full_info.json")
+_VBENCH_PYTHON = flags.DEFINE_string("vbench_python", "", "vbench: of its environment, to score")
+_DIMENSIONS = flags.DEFINE_string("dimensions", "paper", "vbench: paper, all, or names with commas")
+_SMOKE = flags.DEFINE_bool("smoke", False, "vbench: two prompts of each folder alone")
+_PART = flags.DEFINE_string("part", "0/1", "vbench: i/n, the i-th of n machines at work on a disk")
 _PLAN_JSON = flags.DEFINE_string("plan_json", None, "plan: a file to write it to as JSON too")
 
 
@@ -127,6 +133,11 @@ def run(job: str, config: ConfigDict, workdir: Path) -> None:
 
         for path in generate_files(plain, workdir, _PROMPT.value, _SEED.value):
             print(path)
+    elif job == "vbench":
+        from qvgen_jax.evaluation.vbench_job import run_vbench
+
+        how = {"info": _VBENCH_INFO.value, "python": _VBENCH_PYTHON.value, "smoke": _SMOKE.value}
+        print(run_vbench(plain, workdir, **how, dimensions=_DIMENSIONS.value, part=_PART.value))
     else:
         _train_and_finish(job, plain, workdir)
 

@@ -1,0 +1,142 @@
+"""`--job vbench`: a tree of videos for each variant, the official scores if asked, and a table."""
+
+import importlib.util
+import json
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qvgen_jax.errors import UserError
+from qvgen_jax.evaluation.vbench import (
+    PAPER,
+    Row,
+    read_prompts,
+    read_scores,
+    rows_of,
+    table,
+    write_tree,
+)
+from qvgen_jax.pipeline import load
+
+INFO = "VBench_full_info.json"
+_FIND = "import importlib.util as u; s = u.find_spec('vbench'); print(s.origin if s else '')"
+_SCORE = """
+import json, sys
+import torch
+from vbench import VBench
+info, out, videos, name, dimensions = sys.argv[1:]
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+VBench(device, info, out).evaluate(
+    videos_path=videos, name=name, dimension_list=json.loads(dimensions)
+)
+"""
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """`0/4` as (0, 4).
+
+    Raises:
+        UserError: it is something else.
+    """
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise UserError(f"--part={text}; expected i/n, such as 0/4 for the first of four machines")
+    return int(found[1]), int(found[2])
+
+
+def find_info(given: str, python: str) -> Path:
+    """The prompts of the installed package: as given, of its own environment, or of this one.
+
+    Raises:
+        UserError: there is no package.
+    """
+    if given:
+        return Path(given)
+    origin = None
+    if python:
+        origin = _output([python, "-c", _FIND]).strip()
+    elif spec := importlib.util.find_spec("vbench"):
+        origin = spec.origin
+    if not origin:
+        raise UserError(
+            f"no vbench package {'for ' + python if python else 'here'}: install it in an "
+            "environment of its own and name that one's --vbench_python, or give --vbench_info, "
+            f"the path of its {INFO}"
+        )
+    return Path(origin).with_name(INFO)
+
+
+def run_vbench(
+    config: Mapping,
+    workdir: Path,
+    *,
+    info: str = "",
+    dimensions: str = "paper",
+    smoke: bool = False,
+    part: str = "0/1",
+    python: str = "",
+) -> str:
+    """Writes `workdir/vbench/<variant>/videos`; the table of what is scored by then.
+
+    A smoke tree is below `workdir/vbench_smoke`.
+
+    Args:
+        config: the run's.
+        workdir: its export is a variant, if there is one; the full-precision model always.
+        info: path of the package's list of prompts; looked for if empty.
+        dimensions: "paper", "all", or names with commas between.
+        smoke: two prompts of each folder, two videos each.
+        part: "i/n", see `write_tree`.
+        python: of an environment with vbench; it then scores what is complete.
+
+    Raises:
+        UserError: no package, an unknown dimension, other videos there, or scoring failed.
+    """
+    which, source = parse_part(part), find_info(info, python)
+    prompts = read_prompts(source)
+    every = tuple(dict.fromkeys(name for _, names in prompts for name in names))
+    asked = {"paper": PAPER, "all": every}.get(dimensions) or tuple(dimensions.split(","))
+    rows = rows_of(prompts, asked, config["evaluate"]["seed"], smoke)
+    models = {"full-precision": config["model"]}
+    if (workdir / "export" / "model_index.json").is_file():
+        models["export"] = workdir / "export"
+    # Apart, so that the whole is not taken for one with other videos.
+    root = workdir / ("vbench_smoke" if smoke else "vbench")
+    scores = {}
+    for name, model in models.items():
+        pipe = load(
+            model,
+            text_weights=config["text_weights"],
+            free_text_encoder=True,
+            kernels=config["kernels"],
+        )
+        out, size = root / name, config["sample"]["batch_size"]
+        write_tree(pipe, out, rows, name=name, batch_size=size, part=which)
+        if python and all((out / "videos" / row.file).is_file() for row in rows):
+            _score(python, source, out, rows)
+        scores[name] = read_scores(out / "scores")
+    text = table(scores)
+    (root / "table.md").write_text(text + "\n")
+    return text
+
+
+def _score(python: str, info: Path, out: Path, rows: Sequence[Row]) -> None:
+    """Has the official package score every folder that it has not scored yet."""
+    for folder in dict.fromkeys(row.folder for row in rows):
+        if (out / "scores" / f"{folder}_eval_results.json").is_file():
+            continue
+        names = sorted({name for row in rows if row.folder == folder for name in row.dimensions})
+        where = [str(path.resolve()) for path in (info, out / "scores", out / "videos" / folder)]
+        _output([python, "-c", _SCORE, *where, folder, json.dumps(names)])
+
+
+def _output(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"{command[0]} does not start ({error.strerror}): give a Python") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"{command[0]} with vbench ended with {done.returncode}: {last[:400]}")
+    return done.stdout
