@@ -37,6 +37,7 @@ from kernels.bench import device_name
 from qvgen_jax.errors import UserError
 from qvgen_jax.quant.schedule import RankDecay, boundaries, phase_steps_for
 from qvgen_jax.training.checkpoint import Checkpoints
+from qvgen_jax.training.pace import SPEED
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results") / "faults.json"
@@ -110,7 +111,7 @@ class Scene:
 def fingerprint(workdir: Path) -> dict:
     """What must be the same: losses, the last checkpoint's arrays, the exported files."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
-    found = {"metrics": [{k: v for k, v in x.items() if "per_second" not in k} for x in lines]}
+    found = {"metrics": [{k: v for k, v in x.items() if k not in SPEED} for x in lines]}
     for path in sorted((workdir / "export").rglob("*.safetensors")):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         found[str(path.relative_to(workdir))] = digest

@@ -309,7 +309,9 @@ def _steps(
             recipe = make_recipe(config, model, run.scheduler, branch=branch)
             places = None if mesh is None else sharding.shard(state, mesh)
             compiled[branch] = compile_step(recipe, places)
-        state, metrics = compiled[branch](state, next(data), run.teacher, empty_text, seed)
+        with pace.waiting():
+            batch = next(data)
+        state, metrics = compiled[branch](state, batch, run.teacher, empty_text, seed)
         done, line = step + 1, {}
         writer.advance(done)
         watchdog.fed()

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qvgen_jax import hosts
 
+_STARVED = 0.1  # Of the time: waiting for data is said beside the bar.
+
 
 def _keep_before(path: Path, step: int) -> None:
     """Drop the lines at or after `step`: the resumed run writes them again, identically."""
@@ -118,6 +120,8 @@ class MetricWriter:
         note = " ".join(f"{name} {form.format(scalars[name])}" for name, form in known.items())
         if "steps_per_second" in scalars:
             note += f" {scalars['steps_per_second']:.2f} steps/s"
+        if scalars.get("data_wait", 0) > _STARVED:
+            note += f" waits for data {100 * scalars['data_wait']:.0f} %"
         if "mfu" in scalars:
             note += f" MFU {100 * scalars['mfu']:.0f} %"
         self._progress.update(self._task, note=note)

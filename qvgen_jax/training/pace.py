@@ -1,8 +1,9 @@
 """How fast a run goes: steps and tokens a second, and the share of the chips' peak."""
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,9 @@ from kernels.chips import chip_of
 from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.training.operations import step_work
 from qvgen_jax.training.student import quant_config
+
+SPEED = ("steps_per_second", "tokens_per_second", "data_wait", "mfu")
+"""What `Pace` tells: all of a log line that two equal runs differ in."""
 
 
 class Work(NamedTuple):
@@ -67,14 +71,24 @@ class Pace:
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        self._step, self._time = step, time.perf_counter()
+        self._step, self._time, self._waited = step, time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what fetches a batch."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
     def __call__(self, step: int) -> dict[str, float]:
-        """`steps_per_second`, `tokens_per_second`, and `mfu` where the chips' peak is known."""
-        rate = (step - self._step) / (time.perf_counter() - self._time)
+        """`steps_per_second`, `tokens_per_second`, `data_wait`, the share of the time in which the
+        host waited for batches, and `mfu` where the chips' peak is known."""
+        seconds = time.perf_counter() - self._time
+        rate = (step - self._step) / seconds
         told = {
             "steps_per_second": round(rate, 3),
             "tokens_per_second": round(rate * self._work.tokens),
+            "data_wait": round(self._waited / seconds, 3),
         }
         if self._work.peak:
             told["mfu"] = round(rate * self._work.operations / self._work.peak, 4)

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -133,6 +134,8 @@ import time
 from pathlib import Path
 from qvgen_jax.data.encode import encode_folder
 from tests.data.test_buckets import CUT, AveragingPipeline
+from qvgen_jax import hosts
+hosts.join()
 print("begins", flush=True)
 start = time.monotonic()
 encode_folder(AveragingPipeline(), Path(sys.argv[1]), Path(sys.argv[2]), cut=CUT, shard_size=2,
@@ -180,3 +183,35 @@ def encode_apart(videos: Path, out: Path, killed_after: float | None = None) -> 
         return None
     assert process.returncode == 0
     return float(told.split()[-1])
+
+
+@pytest.mark.by_hand
+def test_two_processes_share_the_work_on_one_disk(videos, tmp_path):
+    encode_apart(videos, tmp_path / "whole")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    out = tmp_path / "shared"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(videos), str(out)],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "JAX_PLATFORMS": "cpu",
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(index),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    told = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    # Of five shards of two videos, the first has three.
+    assert "encoded 6 of 6 videos" in told[0]
+    assert "encoded 4 of 4 videos" in told[1]
+    assert contents(out) == contents(tmp_path / "whole")

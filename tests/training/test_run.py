@@ -16,6 +16,7 @@ from qvgen_jax.models.wan import WanConfig, WanTransformer
 from qvgen_jax.training import loop
 from qvgen_jax.training.checkpoint import claim_workdir, committed
 from qvgen_jax.training.optimizer import labels
+from qvgen_jax.training.pace import SPEED
 from qvgen_jax.training.state import exported_params
 from qvgen_jax.training.step import noisy_inputs, sample_keys
 
@@ -144,7 +145,7 @@ def shared_compilation(monkeypatch):
 def lines(workdir) -> list[dict]:
     """`metrics.jsonl` without what may differ: the speed."""
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.endswith("_per_second")} for r in records]
+    return [{k: v for k, v in r.items() if k not in SPEED} for r in records]
 
 
 @pytest.fixture
