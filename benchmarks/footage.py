@@ -25,6 +25,7 @@ from qvgen_jax import load
 from qvgen_jax.components import VAE
 from qvgen_jax.data.clips import Size, clips_of, parse_size
 from qvgen_jax.data.video import read_frames, survey_video
+from qvgen_jax.errors import UserError
 
 
 def plain_frames(path: Path, numbers: set[int], size: tuple[int, int]) -> dict[int, np.ndarray]:
@@ -57,6 +58,8 @@ def measure(vae: VAE, path: Path, size: Size, fps: float, most: int) -> dict:
     """One film's row."""
     survey = survey_video(path)
     clips = clips_of(survey.times, size.frames, fps, most)
+    if not clips:
+        raise UserError(f"{path} is too short for a clip of {size} at {fps:g} frames a second")
     own = survey.height, survey.width
     asked = sorted({int(index) for index in clips[0]})
     theirs = plain_frames(path, set(asked), own)

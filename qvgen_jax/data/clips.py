@@ -67,6 +67,10 @@ def cut_of(data: Mapping) -> Cut:
     Raises:
         UserError: a bucket is no size, or is there twice.
     """
+    if not isinstance(data["buckets"], tuple | list):
+        raise UserError(
+            f"data.buckets={data['buckets']!r}; expected sizes such as ('49x480x832',), or ()"
+        )
     sizes = tuple(map(parse_size, data["buckets"]))
     if len(set(sizes)) < len(sizes):
         raise UserError(f"data.buckets={tuple(data['buckets'])} names a bucket twice: name it once")
@@ -87,9 +91,12 @@ def at_rate(times: np.ndarray, fps: float) -> np.ndarray:
     """
     start, end = float(times[0]), float(times[-1])
     end += (end - start) / max(len(times) - 1, 1)
-    # A moment on the edge between two frames, up to rounding, belongs to the later one.
-    count = max(math.floor((end - start) * fps + 1e-3), 1)
-    moments = start + (np.arange(count) + 1e-3) / fps
+    # A moment on the edge between two frames belongs to the later one, and so does one just before
+    # it: many files round their times to milliseconds.
+    usual = float(np.median(np.diff(times))) if len(times) > 1 else 1 / fps
+    slack = min(usual, 1 / fps) / 8
+    count = max(math.floor((end - start + slack) * fps), 1)
+    moments = start + slack + np.arange(count) / fps
     return np.searchsorted(times, moments, side="right") - 1
 
 

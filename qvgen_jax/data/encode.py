@@ -122,14 +122,18 @@ def encode_folder(
                 log(f"set aside {name}: {reason}")
         else:
             told.skip(len(parts[number]))
-        _check_refused(out, files, len(entries), most_refused, listed=speaks)
+        try:
+            _check_refused(out, files, len(entries), most_refused, listed=speaks)
+        except UserError:
+            if not shared:
+                raise
+            break  # To where the others wait, and see the same.
     told.end()
     if shared:
         hosts.barrier("clips are encoded", minutes=_DAY)
-    if speaks:
-        _check_refused(out, files, len(entries), most_refused, listed=True)
-        if changed or not _is_newest(out / MANIFEST, files):
-            _write_manifest(pipe, out, settings, files, model)
+        _check_refused(out, files, len(entries), most_refused, listed=speaks)
+    if speaks and (changed or not _is_newest(out / MANIFEST, files)):
+        _write_manifest(pipe, out, settings, files, model)
     if shared:
         hosts.barrier("the manifest of clips is written")
     return read_object(out / MANIFEST, "delete it, and encode again")
@@ -176,7 +180,8 @@ class _Told:
 
 def _is_newest(manifest: Path, files: Sequence[Path]) -> bool:
     """Whether no shard was written after the manifest was: by a run that another host stopped."""
-    return all(path.stat().st_mtime_ns <= manifest.stat().st_mtime_ns for path in files)
+    at = manifest.stat().st_mtime_ns
+    return all(path.exists() and path.stat().st_mtime_ns <= at for path in files)
 
 
 def _claim(out: Path, settings: dict) -> bool:
@@ -187,9 +192,10 @@ def _claim(out: Path, settings: dict) -> bool:
         UserError: it is another's.
     """
     shared = not hosts.is_alone() and hosts.share(out)
-    if hosts.is_first() or not shared:
+    if (hosts.is_first() or not shared) and not (out / "settings.json").exists():
         _claim_here(out / "settings.json", settings)
     hosts.barrier("the folder of clips is claimed")
+    _claim_here(out / "settings.json", settings)  # By now it is there: all see the same.
     return shared
 
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qvgen_jax import storage
+from qvgen_jax import hosts, storage
 from qvgen_jax.data.clips import Cut, cut_of
-from qvgen_jax.data.encode import MANIFEST, encode_folder
+from qvgen_jax.data.encode import FORMAT_VERSION, MANIFEST, encode_folder
 from qvgen_jax.errors import UserError
 from qvgen_jax.json_file import read_object
 from qvgen_jax.request import latent_size
@@ -36,6 +36,8 @@ def check_source(config: Mapping, workdir: str | Path) -> None:
             "config.data.source is empty: give the folder of your videos and their captions, "
             "--config.data.source=FOLDER"
         )
+    if storage.is_remote(data["source"]) and str(data["source"]).endswith((".jsonl", ".csv")):
+        raise UserError(f"{data['source']} is a file in a bucket: name the folder that it is in")
     if not storage.local(data["source"]).exists():
         raise UserError(
             f"data folder {data['source']} does not exist; give the folder of the videos, or a "
@@ -50,7 +52,10 @@ def check_sizes(config: Mapping, pipe: "Pipeline") -> None:
         UserError: one does not; the nearest that does is named.
     """
     vae, patch = pipe.vae.config, pipe.transformer.config.patch_size
-    for size in cut_of(config["data"]).sizes:
+    sizes = cut_of(config["data"]).sizes
+    if config["evaluate"]["held_out"]:
+        sizes += cut_of(_held_out(config, "")["data"]).sizes
+    for size in sizes:
         try:
             latent_size(*size, vae.temporal_factor, vae.temporal_factor, vae.spatial_factor, patch)
         except UserError as error:
@@ -82,7 +87,8 @@ def ensure_encoded(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Pa
     encoded = _encoded(config, workdir)
     cut = cut_of(data)
     source = storage.local(data["source"]) if data["source"] else None
-    if (encoded / MANIFEST).is_file() and not (source and source.exists()):
+    finished = hosts.agreed((encoded / MANIFEST).is_file())
+    if finished and not hosts.agreed(bool(source and source.exists())):
         _check_cut(encoded, cut, data["max_length"])
         return encoded
     check_source(config, workdir)
@@ -130,7 +136,15 @@ def ensure_held_out(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> P
 
 def _check_cut(encoded: Path, cut: Cut, max_length: int) -> None:
     manifest = read_object(encoded / MANIFEST, "delete the folder and encode again")
-    asked = {"buckets": [str(size) for size in cut.sizes], "fps": cut.fps, "max_length": max_length}
+    if manifest.get("format_version") != FORMAT_VERSION:
+        return  # Who reads it says so.
+    asked = {
+        "buckets": [str(size) for size in cut.sizes],
+        "fps": cut.fps,
+        "clips_per_video": cut.most,
+        "crop": cut.crop,
+        "max_length": max_length,
+    }
     for name, value in asked.items():
         if (found := manifest.get(name)) != value:
             raise UserError(

@@ -1,19 +1,21 @@
 """One shard of encoded clips: from its videos to its files."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import jax
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from qvgen_jax.data.captions import CaptionedFile
 from qvgen_jax.data.clips import Cut, Size, best_size, clips_of, corner
 from qvgen_jax.data.records import pack
-from qvgen_jax.data.video import read_frames, survey_video
+from qvgen_jax.data.video import MOST_BYTES, read_frames, survey_video
 from qvgen_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,18 +119,19 @@ class ShardWriter:
     def _file(self, size: Size) -> ArrayRecordWriter:
         if size not in self._files:
             # group_size 1: records are read one at a time, in random order.
-            part = self._path(size).with_suffix(".part")
-            self._files[size] = ArrayRecordWriter(str(part), "group_size:1")
+            part = str(_partial(self._path(size)))
+            self._files[size] = ArrayRecordWriter(part, "group_size:1")
         return self._files[size]
 
     def _close(self, refused: dict[str, str]) -> dict:
         files = {}
+        self._described.unlink(missing_ok=True)  # It counts what the files were before.
         for size in self._cut.sizes:
             path = self._path(size)
             path.unlink(missing_ok=True)  # Of a time when a video now refused was good.
             if size in self._files:
                 self._files[size].close()
-                os.replace(path.with_suffix(".part"), path)
+                os.replace(_partial(path), path)
                 files[str(size)] = {"file": path.name, "count": self._counts[size]}
         stamps = {name: stamp(self._folder / name) for name in refused}
         shard = {"files": files, "refused": refused, "stamps": stamps}
@@ -137,6 +140,7 @@ class ShardWriter:
 
 
 def stamp(path: Path) -> list[int] | None:
+    """Size and time of a file, by which it is seen to be another one later; None if it is gone."""
     if not path.is_file():
         return None
     stat = path.stat()
@@ -154,6 +158,11 @@ def _read_clips(folder: Path, entry: CaptionedFile, cut: Cut) -> list[Clip] | Us
         if size is None:
             return UserError(_too_short(path, len(survey.times), survey.times, min(lengths), cut))
         found = clips_of(survey.times, size.frames, cut.fps, cut.most)
+        if len(found) * math.prod(size) * 3 > MOST_BYTES:
+            return UserError(
+                f"{path} gives {len(found)} clips of {size}, more than {MOST_BYTES} bytes of "
+                "pixels: cut it into shorter videos, or lower config.data.clips_per_video"
+            )
         return [
             Clip(
                 entry,
@@ -184,10 +193,18 @@ def without_padding(text: np.ndarray) -> np.ndarray:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """The file is whole or as it was."""
     replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
+    """As `write_json`."""
+    part = _partial(path)
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def _partial(path: Path) -> Path:
+    """Where it is written first; apart for processes whose folder is the same without their
+    knowing."""
+    return path.with_suffix(f".{jax.process_index()}.part")

@@ -17,6 +17,7 @@ _CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
 _OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
 MOST_PIXELS = 1 << 26
 """Of a frame, as a file declares it and as it is scaled; 8K has half as many."""
+_LONGEST = 24 * 3600
 MOST_BYTES = 4 << 30
 """Of a video's frames in memory: 3400 of 832 x 480."""
 
@@ -38,7 +39,8 @@ def read_video(path: str | Path, cover: tuple[int, int] | None = None) -> np.nda
     Args:
         path: the file.
         cover: (height, width) that frames are scaled to cover, keeping their proportions, and
-            then cropped to around their centre; None keeps them as they are.
+            then cropped to around their centre; None keeps their size. Either way they stand
+            upright, with square pixels.
 
     Raises:
         UserError: the file is missing, does not decode, is damaged, cut short or too large, or
@@ -99,6 +101,8 @@ def survey_video(path: str | Path) -> Survey:
         order = np.arange(len(stamps))
         return Survey(order / float(rate), order, False, *size)
     found = np.sort(np.array(stamps, np.int64))
+    if (lasts := float((found[-1] - found[0]) * base)) > _LONGEST:
+        raise _refusal(path, f"says that it lasts {lasts:.0f} s, expected at most {_LONGEST}")
     return Survey(found * float(base), found, True, *size)
 
 
@@ -140,7 +144,9 @@ def _on_screen(
     """Each frame and when the next takes its place; the last stays for the `usual` time."""
     before, since = None, 0
     for order, frame in enumerate(frames):
-        at = frame.pts if clocked and frame.pts is not None else order
+        at = order
+        if clocked:
+            at = since + usual if frame.pts is None else frame.pts
         if before is not None:
             yield before, at
         before, since = frame, at

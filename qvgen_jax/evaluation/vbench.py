@@ -8,6 +8,7 @@ run in an environment of their own, see docs/vbench.md.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,9 +93,10 @@ def read_prompts(info: Path) -> list[tuple[str, tuple[str, ...]]]:
         prompt = row.get("prompt_en") if isinstance(row, dict) else None
         dimensions = row.get("dimension") if isinstance(row, dict) else None
         good = isinstance(prompt, str) and not prompt_fault(prompt) and isinstance(dimensions, list)
-        if not good or not all(isinstance(name, str) for name in dimensions):
+        named = good and all(isinstance(n, str) and re.fullmatch(r"\w+", n) for n in dimensions)
+        if not named or not dimensions:
             raise UserError(f"{info} holds no list of prompt_en and dimension; {remedy}")
-        if "/" in prompt or len(f"{prompt}-0.mp4".encode()) > _LONGEST:
+        if "/" in prompt or not prompt.isprintable() or len(f"{prompt}-0.mp4".encode()) > _LONGEST:
             raise UserError(f"{info}: the prompt {prompt[:80]!r} cannot be a file's name; {remedy}")
     return [(row["prompt_en"], tuple(row["dimension"])) for row in rows]
 
@@ -161,7 +163,7 @@ def write_tree(
         UserError: `out` holds the videos of another model, or with other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _claim(out / MANIFEST, name, pipe, rows)
+    _claim(out / MANIFEST, name, pipe, rows, part[0])
     mine = [row for row in rows[part[0] :: part[1]] if not (out / "videos" / row.file).is_file()]
     partial = out / f"partial-{part[0]}.mp4"  # A folder of videos holds nothing else.
     for start in range(0, len(mine), batch_size):
@@ -180,7 +182,7 @@ def write_tree(
     return out
 
 
-def _claim(path: Path, name: str, pipe: Pipeline, rows: Sequence[Row]) -> None:
+def _claim(path: Path, name: str, pipe: Pipeline, rows: Sequence[Row], machine: int) -> None:
     """Writes the manifest, or sees that the one there is the same."""
     manifest: dict[str, Any] = {
         "name": name,
@@ -200,7 +202,7 @@ def _claim(path: Path, name: str, pipe: Pipeline, rows: Sequence[Row]) -> None:
                 "give another --workdir"
             )
         return
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{machine}.part")
     part.write_text(json.dumps(manifest, indent=1))
     part.replace(path)
 

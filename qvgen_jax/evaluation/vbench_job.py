@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qvgen_jax import hosts
 from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation.vbench import (
     PAPER,
@@ -20,7 +21,7 @@ from qvgen_jax.evaluation.vbench import (
 from qvgen_jax.pipeline import load
 
 INFO = "VBench_full_info.json"
-_FIND = "import importlib.util as u; s = u.find_spec('vbench'); print(s.origin if s else '')"
+_FIND = "import importlib.util as u; s = u.find_spec('vbench'); print((s and s.origin) or '')"
 _SCORE = """
 import json, sys
 import torch
@@ -88,11 +89,14 @@ def run_vbench(
         dimensions: "paper", "all", or names with commas between.
         smoke: two prompts of each folder, two videos each.
         part: "i/n", see `write_tree`.
-        python: of an environment with vbench; it then scores what is complete.
+        python: of an environment with vbench; the first part then scores what is complete.
 
     Raises:
-        UserError: no package, an unknown dimension, other videos there, or scoring failed.
+        UserError: several processes of one run, no package, an unknown dimension, other videos
+            there, or scoring failed.
     """
+    if not hosts.is_alone():
+        raise UserError("--job vbench is for single processes; share the work by --part i/n")
     which, source = parse_part(part), find_info(info, python)
     prompts = read_prompts(source)
     every = tuple(dict.fromkeys(name for _, names in prompts for name in names))
@@ -113,7 +117,8 @@ def run_vbench(
         )
         out, size = root / name, config["sample"]["batch_size"]
         write_tree(pipe, out, rows, name=name, batch_size=size, part=which)
-        if python and all((out / "videos" / row.file).is_file() for row in rows):
+        del pipe  # Before the next is loaded.
+        if python and not which[0] and all((out / "videos" / row.file).is_file() for row in rows):
             _score(python, source, out, rows)
         scores[name] = read_scores(out / "scores")
     text = table(scores)

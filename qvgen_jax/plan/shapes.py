@@ -1,7 +1,6 @@
 """What a training step takes, as shapes: from a config alone, without weights or data."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,16 +64,17 @@ class Run(NamedTuple):
 def read_run(config: Mapping) -> Run:
     """The model of a training config, of its folder or by its published name.
 
-    Of several buckets, the one with most pixels counts: memory must do for it, and no step takes
+    Of several buckets, the one with most tokens counts: memory must do for it, and no step takes
     longer.
 
     Raises:
         UserError: it is neither.
     """
-    largest = max(cut_of(config["data"]).sizes, key=math.prod)
+    model, factors = transformer_config(config["model"]), _factors(config["model"])
+    sizes = cut_of(config["data"]).sizes
+    largest = max(sizes, key=lambda size: video_tokens(model, *size, factors))
     size = dict(zip(("num_frames", "height", "width"), largest, strict=True))
-    config = {**config, "data": {**config["data"], **size}}
-    return Run(config, transformer_config(config["model"]), _factors(config["model"]))
+    return Run({**config, "data": {**config["data"], **size}}, model, factors)
 
 
 def _factors(model: str) -> tuple[int, int]:

@@ -296,7 +296,7 @@ def _steps(
         empty_text, seed = jax.device_put((empty_text, seed), sharding.whole(mesh))
     milestones = boundaries(decay, train["steps"])
     data = feed(run.dataset, config, start, mesh, int(state["order"]))
-    alarms = Alarms()
+    alarms, metrics = Alarms(), None
     compiled: dict[bool, Callable] = {}
     pace = Pace(start, mean_work(config, model, steps_by_shape(run.dataset, train["batch_size"])))
     for step in range(start, train["steps"]):
@@ -309,8 +309,7 @@ def _steps(
             recipe = make_recipe(config, model, run.scheduler, branch=branch)
             places = None if mesh is None else sharding.shard(state, mesh)
             compiled[branch] = compile_step(recipe, places)
-        with pace.waiting():
-            batch = next(data)
+        batch = pace.next_of(data, metrics and metrics["loss"])
         state, metrics = compiled[branch](state, batch, run.teacher, empty_text, seed)
         done, line = step + 1, {}
         writer.advance(done)

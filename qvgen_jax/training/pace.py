@@ -1,10 +1,9 @@
 """How fast a run goes: steps and tokens a second, and the share of the chips' peak."""
 
-import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 
@@ -13,6 +12,7 @@ from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.training.operations import step_work
 from qvgen_jax.training.student import quant_config
 
+T = TypeVar("T")
 SPEED = ("steps_per_second", "tokens_per_second", "data_wait", "mfu")
 """What `Pace` tells: all of a log line that two equal runs differ in."""
 
@@ -73,16 +73,21 @@ class Pace:
     def restart(self, step: int) -> None:
         self._step, self._time, self._waited = step, time.perf_counter(), 0.0
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around what fetches a batch."""
+    def next_of(self, data: Iterator[T], running: jax.Array | None) -> T:
+        """The next batch; the wait for it counts if `running`, of the step before, is done by then.
+
+        While a step still runs, nothing is lost by waiting.
+        """
         start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
+        batch = next(data)
+        if running is None or running.is_ready():
+            self._waited += time.perf_counter() - start
+        return batch
 
     def __call__(self, step: int) -> dict[str, float]:
-        """`steps_per_second`, `tokens_per_second`, `data_wait`, the share of the time in which the
-        host waited for batches, and `mfu` where the chips' peak is known."""
+        """`steps_per_second`, `tokens_per_second`, `data_wait`, the share of the time that went by
+        with waiting for batches and no step at work at its end, and `mfu` where the chips' peak is
+        known."""
         seconds = time.perf_counter() - self._time
         rate = (step - self._step) / seconds
         told = {

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -107,15 +108,11 @@ def test_every_batch_of_a_bucket_comes_in_its_turn():
 
 
 def test_a_captions_file_alone_names_the_videos(videos, tmp_path):
-    lines = (videos / "captions.jsonl").read_text().splitlines()
-    (videos / "some.csv").write_text("path,caption\n4.mp4,tall\n0.mp4,wide\n")
-    try:
-        out = tmp_path / "encoded"
-        encode_folder(AveragingPipeline(), videos / "some.csv", out, cut=CUT, batch_size=1)
-        assert len(EncodedDataset(out)) == 3
-        assert len(lines) == 10
-    finally:
-        (videos / "some.csv").unlink()
+    source = shutil.copytree(videos, tmp_path / "videos")
+    (source / "some.csv").write_text("path,caption\n4.mp4,tall\n0.mp4,wide\n")
+    out = tmp_path / "encoded"
+    encode_folder(AveragingPipeline(), source / "some.csv", out, cut=CUT, batch_size=1)
+    assert len(EncodedDataset(out)) == 3
 
 
 def test_how_far_it_is_is_told_with_speed_and_size(videos, tmp_path, monkeypatch):
@@ -156,17 +153,22 @@ def test_encoding_that_is_killed_ends_with_the_same_bytes(videos, tmp_path, time
     whole, out, seed = tmp_path / "whole", tmp_path / "killed", os.getpid()
     seconds, rng, places = encode_apart(videos, whole), random.Random(seed), Counter()
     while places.total() < times:
-        if encode_apart(videos, out, rng.uniform(0, seconds)) is None:
+        # The first in the middle of a shard, the others anywhere.
+        moment = rng.uniform(0, seconds) if places.total() else None
+        if encode_apart(videos, out, moment, in_a_shard=not places.total()) is None:
             places[len(list(out.glob("clips-*.json"))), any(out.glob("*.part"))] += 1
         else:
             assert contents(out) == contents(whole)
             shutil.rmtree(out)
     encode_apart(videos, out)
+    assert any(middle for _, middle in places)
     print(f"seed {seed}, (finished shards, in the middle of one): times: {dict(places)}")
     assert contents(out) == contents(whole)
 
 
-def encode_apart(videos: Path, out: Path, killed_after: float | None = None) -> float | None:
+def encode_apart(
+    videos: Path, out: Path, killed_after: float | None = None, in_a_shard: bool = False
+) -> float | None:
     """Encode in a process of its own; seconds of its work, None if it was killed in it."""
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(videos), str(out)],
@@ -175,6 +177,10 @@ def encode_apart(videos: Path, out: Path, killed_after: float | None = None) -> 
         text=True,
     )
     assert process.stdout.readline() == "begins\n"
+    if in_a_shard:
+        while not any(out.glob("*x*.part")):
+            time.sleep(0.001)
+        killed_after = 0
     try:
         told, _ = process.communicate(timeout=killed_after)
     except subprocess.TimeoutExpired:
@@ -185,7 +191,7 @@ def encode_apart(videos: Path, out: Path, killed_after: float | None = None) -> 
     return float(told.split()[-1])
 
 
-@pytest.mark.by_hand
+@pytest.mark.slow
 def test_two_processes_share_the_work_on_one_disk(videos, tmp_path):
     encode_apart(videos, tmp_path / "whole")
     with socket.socket() as free:

@@ -6,13 +6,17 @@ from ml_collections import ConfigDict
 
 import qvgen_jax
 from configs import read_config
+from qvgen_jax.data.encode import FORMAT_VERSION
 from qvgen_jax.data.prepare import check_sizes, ensure_encoded
 from qvgen_jax.errors import UserError
 from qvgen_jax.training.check import check_config
 
 SIZE = {"num_frames": 5, "height": 32, "width": 32, "max_length": 8}
 HOW = {"buckets": (), "fps": 0.0, "clips_per_video": 1, "crop": "centre"}
-FOUND = {"buckets": ["5x32x32"], "fps": 0.0, "max_length": 8}
+FOUND = {
+    **{"format_version": FORMAT_VERSION, "buckets": ["5x32x32"], "fps": 0.0, "max_length": 8},
+    **{"clips_per_video": 1, "crop": "centre"},
+}
 
 
 def config(source: str, encoded: str = "") -> ConfigDict:

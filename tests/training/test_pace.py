@@ -49,8 +49,15 @@ def test_what_lies_between_steps_is_left_out(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(pace_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     pace = Pace(10, Work(tokens=1, operations=1.0, peak=0))
-    with pace.waiting():
-        clock.now = 0.5
+
+    def late():
+        while True:
+            clock.now += 0.5
+            yield clock.now
+
+    data = late()
+    assert pace.next_of(data, None) == 0.5
+    assert pace.next_of(data, SimpleNamespace(is_ready=lambda: False)) == 1.0
     clock.now = 2.0
     assert pace(14)["steps_per_second"] == 2
     assert pace(14)["data_wait"] == 0.25
