@@ -1,5 +1,6 @@
 """Video files to arrays and back, through PyAV."""
 
+import bisect
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -111,7 +112,7 @@ def read_frames(
     survey: Survey,
     indices: Sequence[int],
     cover: tuple[int, int],
-    place: tuple[float, float] = (0.5, 0.5),
+    places: Sequence[tuple[float, float]] | None = None,
 ) -> np.ndarray:
     """Reads some frames of a video, upright and scaled: uint8 `[indices, height, width, 3]`.
 
@@ -120,19 +121,23 @@ def read_frames(
         survey: of `survey_video`.
         indices: of `survey.times`, not descending.
         cover: (height, width) to scale to and cut out, see `read_video`.
-        place: what is cut lies there in what covers, down and right, 0 to 1.
+        places: where each of them is cut from what covers, down and right, 0 to 1; the centre
+            if None.
 
     Raises:
         UserError: as `read_video`, but frames behind the last wanted are never looked at.
     """
     wanted, found = [int(survey.stamps[index]) for index in indices], []
+    places = places or [(0.5, 0.5)] * len(wanted)
     usual = int(np.median(np.diff(survey.stamps))) if len(survey.stamps) > 1 else 1
     _check_bytes(path, len(wanted), np.broadcast_to(np.uint8(0), (*cover, 3)))
     with _opened(path) as (container, stream):
         frames = _decoded(path, container, stream)
         for frame, until in _on_screen(frames, usual, survey.clocked):
-            if shown := sum(stamp < until for stamp in wanted[len(found) :]):
-                found += [_pixels(path, frame, _ratio(stream), cover, place)] * shown
+            shown = range(len(found), bisect.bisect_left(wanted, until))
+            at = {places[i] for i in shown}
+            cut = {place: _pixels(path, frame, _ratio(stream), cover, place) for place in at}
+            found += [cut[places[i]] for i in shown]
             if len(found) == len(wanted):
                 return np.stack(found)
     raise _refusal(path, f"is damaged: {len(wanted) - len(found)} of its frames do not decode")

@@ -217,10 +217,12 @@ def test_a_place_other_than_the_centre_is_cut(tmp_path):
     wide[:, :, 32:] = 255
     write_video(path, wide, 8, crf=0)
     survey = survey_video(path)
-    right = read_frames(path, survey, [0], (16, 16), (0.5, 0.99))[0]
-    left = read_frames(path, survey, [0], (16, 16), (0.5, 0.0))[0]
+    right = read_frames(path, survey, [0], (16, 16), [(0.5, 0.99)])[0]
+    left = read_frames(path, survey, [0], (16, 16), [(0.5, 0.0)])[0]
     assert right.mean() > 230
     assert left.max() < 20
+    both = read_frames(path, survey, [0, 0, 0], (16, 16), [(0.5, 0.0), (0.5, 0.99), (0.5, 0.0)])
+    assert [frame.mean() > 100 for frame in both] == [False, True, False]
 
 
 def test_a_video_that_loses_its_end_while_it_is_read_is_told(tmp_path):

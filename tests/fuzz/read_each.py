@@ -32,7 +32,7 @@ def cut(path: str) -> None:
     """As encoding does, two clips of nine frames at eight a second."""
     survey = survey_video(path)
     for indices in clips_of(survey.times, 9, 8.0, 2):
-        video = read_frames(path, survey, indices, (64, 64), (0.3, 0.7))
+        video = read_frames(path, survey, indices, (64, 64), [(0.3, 0.7)] * 9)
         assert video.shape == (9, 64, 64, 3)
 
 
