@@ -135,7 +135,9 @@ def run(job: str, config: ConfigDict, workdir: Path) -> None:
             print(path)
     elif job == "vbench":
         from qvgen_jax.evaluation.vbench_job import run_vbench
+        from qvgen_jax.training.check import check_config
 
+        check_config(plain)
         how = {"info": _VBENCH_INFO.value, "python": _VBENCH_PYTHON.value, "smoke": _SMOKE.value}
         print(run_vbench(plain, workdir, **how, dimensions=_DIMENSIONS.value, part=_PART.value))
     else:

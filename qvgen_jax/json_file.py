@@ -1,4 +1,4 @@
-"""JSON files that others wrote, or that somebody may have changed by hand."""
+"""JSON files: read where others wrote them or somebody changed them by hand, written whole."""
 
 import json
 from pathlib import Path
@@ -51,3 +51,21 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UserError(f"{path} holds a {type(fields).__name__}, expected a JSON object; {remedy}")
     return fields
+
+
+def write_json(path: Path, content: Any, writer: int = 0) -> None:
+    """Writes a file that is there completely or as it was; see `write_whole`."""
+    write_whole(path, json.dumps(content, indent=1) + "\n", writer)
+
+
+def write_whole(path: Path, text: str, writer: int = 0) -> None:
+    """The same of a text.
+
+    Args:
+        path: the file.
+        text: all of it.
+        writer: tells apart processes or machines that may write the file at the same time.
+    """
+    partial = path.with_suffix(f".{writer}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -14,6 +14,8 @@ import numpy as np
 from qvgen_jax.errors import UserError
 
 CROPS = ("centre", "random")
+SIZE = r"[1-9]\d{0,4}(x[1-9]\d{0,4}){2}"
+"""The name of a size: `49x480x832`."""
 
 
 class Size(NamedTuple):
@@ -50,7 +52,7 @@ def parse_size(text: str) -> Size:
     Raises:
         UserError: it is something else.
     """
-    if not isinstance(text, str) or not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){2}", text):
+    if not isinstance(text, str) or not re.fullmatch(SIZE, text):
         raise UserError(
             f"a bucket is {text!r}, expected frames x height x width, such as '49x480x832'"
         )

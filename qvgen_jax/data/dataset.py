@@ -13,7 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from qvgen_jax.data.clips import Size, parse_size
+from qvgen_jax.data.clips import SIZE, Size, parse_size
 from qvgen_jax.data.encode import EMPTY_TEXT, FORMAT_VERSION, MANIFEST
 from qvgen_jax.data.records import DAMAGE, unpack
 from qvgen_jax.errors import UserError
@@ -77,7 +77,6 @@ class EncodedDataset:
                 f"{path} counts {self.manifest['count']} clips, its shards hold {count}: delete "
                 "the folder and encode again"
             )
-
         self.buckets: dict[Size, range] = {}
         start = 0
         for name, bucket in clips.items():
@@ -125,8 +124,7 @@ def _is_count(value: Any, least: int) -> bool:
 
 def _is_bucket(name: str, bucket: Any) -> bool:
     """Whether it is `{"count": ..., "shards": [...]}` of a size's name."""
-    size = r"[1-9]\d{0,4}(x[1-9]\d{0,4}){2}"
-    if not re.fullmatch(size, name) or not isinstance(bucket, Mapping):
+    if not re.fullmatch(SIZE, name) or not isinstance(bucket, Mapping):
         return False
     shards, file = bucket.get("shards"), rf"clips-\d+-{name}\.array_record"
     plain = isinstance(shards, list) and all(

@@ -35,9 +35,9 @@ from qvgen_jax.components import fingerprint
 from qvgen_jax.data.captions import folder_of, read_captions
 from qvgen_jax.data.clips import Cut
 from qvgen_jax.data.records import pack
-from qvgen_jax.data.shard import ShardWriter, replace_text, stamp, without_padding, write_json
+from qvgen_jax.data.shard import ShardWriter, stamp, without_padding
 from qvgen_jax.errors import UserError
-from qvgen_jax.json_file import read_object
+from qvgen_jax.json_file import read_object, write_json, write_whole
 
 if TYPE_CHECKING:
     from qvgen_jax.pipeline import Pipeline
@@ -111,7 +111,7 @@ def encode_folder(
     files = [out / f"clips-{number:05d}.json" for number in range(len(parts))]
     every = jax.process_count() if shared else 1  # Else each process has a disk to fill.
     here = range(jax.process_index() % every, len(parts), every)
-    speaks = hosts.is_first() or not shared
+    speaks, shards = hosts.is_first() or not shared, []
     changed, told = not (out / MANIFEST).exists(), _Told(sum(len(parts[i]) for i in here), log)
     for number in here:
         shard = _finished_shard(folder_of(source), files[number], retry)
@@ -122,8 +122,9 @@ def encode_folder(
                 log(f"set aside {name}: {reason}")
         else:
             told.skip(len(parts[number]))
+        shards.append(shard)
         try:
-            _check_refused(out, files, len(entries), most_refused, listed=speaks)
+            _check_refused(out, shards, len(entries), most_refused, listed=speaks)
         except UserError:
             if not shared:
                 raise
@@ -131,7 +132,7 @@ def encode_folder(
     told.end()
     if shared:
         hosts.barrier("clips are encoded", minutes=_DAY)
-        _check_refused(out, files, len(entries), most_refused, listed=speaks)
+        _check_refused(out, _described(files), len(entries), most_refused, listed=speaks)
     if speaks and (changed or not _is_newest(out / MANIFEST, files)):
         _write_manifest(pipe, out, settings, files, model)
     if shared:
@@ -157,7 +158,8 @@ class _Told:
         self._done += videos
         self._clips += clips
         self._bytes += size
-        if time.monotonic() > self._last + _SECONDS_QUIET and self._done < self._total:
+        quiet = time.monotonic() - self._last
+        if videos and quiet > _SECONDS_QUIET and self._done < self._total:
             self._say()
 
     def end(self) -> None:
@@ -202,7 +204,7 @@ def _claim(out: Path, settings: dict) -> bool:
 def _claim_here(path: Path, settings: dict) -> None:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
+        write_json(path, settings, jax.process_index())
         return
     before = read_object(path, f"delete {path.parent}, and encode again")
     changed = [key for key in settings if before.get(key) != settings[key]]
@@ -215,13 +217,14 @@ def _claim_here(path: Path, settings: dict) -> None:
 
 
 def _check_refused(
-    out: Path, files: Sequence[Path], total: int, most: float, *, listed: bool
+    out: Path, shards: Sequence[dict], total: int, most: float, *, listed: bool
 ) -> None:
     """Ends it where too much was set aside so far; if `listed`, writes what was, and why."""
-    refused = _refused(_described(files))
+    refused = _refused(shards)
     if listed:  # By one of the processes that share the folder.
         rows = ({"file": name, "reason": reason} for name, reason in refused.items())
-        replace_text(out / REFUSED, "".join(json.dumps(row) + "\n" for row in rows))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_whole(out / REFUSED, text, jax.process_index())
     if len(refused) <= most * total and len(refused) < total:
         return
     reasons = list(refused.values())
@@ -282,7 +285,7 @@ def _write_manifest(
         "model_name": model,
         "versions": {name: version(name) for name in _PACKAGES},
     }
-    write_json(out / MANIFEST, manifest)
+    write_json(out / MANIFEST, manifest, jax.process_index())
 
 
 def _digest(text: str) -> str:

@@ -1,6 +1,5 @@
 """One shard of encoded clips: from its videos to its files."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from qvgen_jax.data.clips import Cut, Size, best_size, clips_of, corner
 from qvgen_jax.data.records import pack
 from qvgen_jax.data.video import MOST_BYTES, read_frames, survey_video
 from qvgen_jax.errors import UserError
+from qvgen_jax.json_file import write_json
 
 if TYPE_CHECKING:
     from qvgen_jax.pipeline import Pipeline
@@ -46,8 +46,6 @@ class ShardWriter:
         self._cut, self._batch_size = cut, batch_size
         self._files: dict[Size, ArrayRecordWriter] = {}
         self._counts: dict[Size, int] = {}
-        self._bytes = 0
-        self._before = 0, 0
 
     def write(
         self,
@@ -57,7 +55,7 @@ class ShardWriter:
     ) -> dict:
         """The shard's description, which is on the disk by then, as its files are.
 
-        `told` is called with how many videos, clips and bytes are done since it was called last.
+        `told` is called with how many more videos, clips and bytes are done.
         """
         refused: dict[str, str] = {}
         waiting: dict[Size, list[Clip]] = {size: [] for size in self._cut.sizes}
@@ -66,20 +64,13 @@ class ShardWriter:
             for clip in self._clips(videos, refused):
                 waiting[clip.size].append(clip)
                 if len(waiting[clip.size]) == self._batch_size:
-                    self._encode(waiting[clip.size], max_length)
+                    told(0, self._batch_size, self._encode(waiting[clip.size], max_length))
                     waiting[clip.size] = []
-            told(len(videos), *self._news())
+            told(len(videos), 0, 0)
         for clips in waiting.values():
             if clips:
-                self._encode(clips, max_length)
-        told(0, *self._news())
+                told(0, len(clips), self._encode(clips, max_length))
         return self._close(refused)
-
-    def _news(self) -> tuple[int, int]:
-        """Clips and bytes since it was asked last."""
-        now = sum(self._counts.values()), self._bytes
-        before, self._before = self._before, now
-        return now[0] - before[0], now[1] - before[1]
 
     def _clips(self, videos: Sequence[CaptionedFile], refused: dict[str, str]) -> Iterator[Clip]:
         """Of the videos that can be read; adds the others to `refused`."""
@@ -91,7 +82,8 @@ class ShardWriter:
                 else:
                     yield from clips
 
-    def _encode(self, clips: Sequence[Clip], max_length: int) -> None:
+    def _encode(self, clips: Sequence[Clip], max_length: int) -> int:
+        """Writes their records; how many bytes these have."""
         pixels = [clip.pixels for clip in clips]
         pixels += [pixels[-1]] * (self._batch_size - len(pixels))  # One shape, one compilation.
         video = np.stack(pixels).astype(np.float32) / 127.5 - 1.0
@@ -99,6 +91,7 @@ class ShardWriter:
         texts = np.asarray(
             self._pipe.encode_prompt([clip.entry.caption for clip in clips], max_length)
         )
+        size = 0
         for i, clip in enumerate(clips):
             record = {
                 "latent_mean": mean[i].astype(np.float32),
@@ -111,7 +104,8 @@ class ShardWriter:
             data = pack(record)
             self._file(clip.size).write(data)
             self._counts[clip.size] = self._counts.get(clip.size, 0) + 1
-            self._bytes += len(data)
+            size += len(data)
+        return size
 
     def _path(self, size: Size) -> Path:
         return self._described.with_name(f"{self._described.stem}-{size}.array_record")
@@ -135,7 +129,7 @@ class ShardWriter:
                 files[str(size)] = {"file": path.name, "count": self._counts[size]}
         stamps = {name: stamp(self._folder / name) for name in refused}
         shard = {"files": files, "refused": refused, "stamps": stamps}
-        write_json(self._described, shard)
+        write_json(self._described, shard, jax.process_index())
         return shard
 
 
@@ -188,18 +182,6 @@ def without_padding(text: np.ndarray) -> np.ndarray:
     """`[tokens, dim]` up to the last row that is not zero; the encoder zeroes what pads."""
     rows = np.flatnonzero(text.any(axis=-1))
     return text[: rows[-1] + 1 if len(rows) else 1]
-
-
-def write_json(path: Path, content: dict) -> None:
-    """The file is whole or as it was."""
-    replace_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """As `write_json`."""
-    part = _partial(path)
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _partial(path: Path) -> Path:

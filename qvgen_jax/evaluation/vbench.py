@@ -7,7 +7,6 @@ run in an environment of their own, see docs/vbench.md.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 from qvgen_jax.data.video import write_video
 from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation.evaluate import made_by
-from qvgen_jax.json_file import read_json, read_object
+from qvgen_jax.json_file import read_json, read_object, write_json
 from qvgen_jax.pipeline import Pipeline
 from qvgen_jax.request import prompt_fault
 
@@ -202,9 +201,7 @@ def _claim(path: Path, name: str, pipe: Pipeline, rows: Sequence[Row], machine: 
                 "give another --workdir"
             )
         return
-    part = path.with_suffix(f".{machine}.part")
-    part.write_text(json.dumps(manifest, indent=1))
-    part.replace(path)
+    write_json(path, manifest, machine)
 
 
 def read_scores(folder: Path) -> dict[str, float]:

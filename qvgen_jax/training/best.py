@@ -3,14 +3,13 @@
 Only students without a branch compete: no other ships.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from qvgen_jax import hosts
 from qvgen_jax.errors import UserError
-from qvgen_jax.json_file import read_object
+from qvgen_jax.json_file import read_object, write_json
 from qvgen_jax.training.checkpoint import Checkpoints
 
 FILE = "best.json"
@@ -46,6 +45,4 @@ def keep_best(workdir: Path, checkpoints: Checkpoints, state: Mapping, loss: flo
     checkpoints.save(state)
     checkpoints.finish()
     if hosts.is_first():
-        partial = workdir / f"{FILE}.tmp"
-        partial.write_text(json.dumps({"step": step, "held_out_loss": loss}))
-        partial.replace(workdir / FILE)
+        write_json(workdir / FILE, {"step": step, "held_out_loss": loss})

@@ -17,7 +17,7 @@ from qvgen_jax.diffusion.schedulers import Scheduler
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.quant.initialize import quantize_params
-from qvgen_jax.quant.low_rank import drop_branch, on_every_branch, reverse, small_singular_share
+from qvgen_jax.quant.low_rank import drop_branch, on_every_branch, reverse
 from qvgen_jax.quant.schedule import RankDecay, boundaries, gate_at, phase_steps_for
 from qvgen_jax.training import checkpoint
 from qvgen_jax.training.best import is_better, keep_best, read_best
@@ -25,7 +25,7 @@ from qvgen_jax.training.calibrate import activation_maxima, unmeasured
 from qvgen_jax.training.checkpoint import Checkpoints
 from qvgen_jax.training.feed import feed
 from qvgen_jax.training.guard import Alarms, NotFinite, check
-from qvgen_jax.training.metrics import MetricWriter, Silent, metric_writer
+from qvgen_jax.training.metrics import MetricWriter, Silent, log_line, metric_writer
 from qvgen_jax.training.optimizer import make_optimizer
 from qvgen_jax.training.pace import Pace, mean_work
 from qvgen_jax.training.profile import Profile
@@ -162,17 +162,6 @@ def compile_step(recipe: Recipe, places: dict | None = None) -> Callable:
     """
     how = {} if places is None else {"out_shardings": (places, None)}
     return jax.jit(partial(train_step, recipe=recipe), donate_argnums=0, **how)
-
-
-def log_line(metrics: Mapping, params: Mapping, spectrum: bool, speed: Mapping) -> dict:
-    """What is written about a step: plain floats, and what the branch's spectrum is if asked."""
-    line = {name: float(value) for name, value in metrics.items() if not value.ndim}
-    if spectrum:
-        line["small_singular_share"] = float(_small_share(params))
-    return {**line, **speed}
-
-
-_small_share = jax.jit(small_singular_share)
 
 
 def run_steps(

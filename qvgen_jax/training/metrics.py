@@ -8,11 +8,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qvgen_jax import hosts
+from qvgen_jax.quant.low_rank import small_singular_share
 
 _STARVED = 0.1  # Of the time: waiting for data is said beside the bar.
+
+
+def log_line(metrics: Mapping, params: Mapping, spectrum: bool, speed: Mapping) -> dict:
+    """What is written about a step: plain floats, and what the branch's spectrum is if asked."""
+    line = {name: float(value) for name, value in metrics.items() if not value.ndim}
+    if spectrum:
+        line["small_singular_share"] = float(_small_share(params))
+    return {**line, **speed}
+
+
+_small_share = jax.jit(small_singular_share)
 
 
 def _keep_before(path: Path, step: int) -> None:

@@ -178,7 +178,7 @@ def encode_apart(
     )
     assert process.stdout.readline() == "begins\n"
     if in_a_shard:
-        while not any(out.glob("*x*.part")):
+        while process.poll() is None and not any(out.glob("*x*.part")):
             time.sleep(0.001)
         killed_after = 0
     try:
