@@ -2,6 +2,7 @@
 
     python main.py --job study --config configs/study_tiny.py --workdir studies/recipe
     python main.py --job study --config configs/study_tiny.py:finals --workdir studies/recipe
+    python main.py --job study --config configs/study_tiny.py:finals,gpu --workdir studies/recipe
 
 Screening: every variant once at W4A4 and W3A3, measured on held-out distillation loss and drift.
 Finals: the 8 best, and those that the screening cannot rank, three seeds each, judged on 512 pairs
@@ -97,13 +98,31 @@ _FINALS_ONLY = {
     "together": _TOGETHER,
     "together_plain": {**_TOGETHER, "quant.rank": 0, "train.steps": "equal_operations"},
 }
+# Cells at once, each on its share of the CPUs, and what every cell's process is started with.
+_PLACES = {
+    "cpu": (2, {"XLA_FLAGS": QUICK_TO_COMPILE}),
+    # One GPU for all cells: a tiny model leaves it idle. Float32 is multiplied as such, as on a
+    # CPU, and not by the programs that went wrong there (docs/gpu.md).
+    "gpu": (
+        16,
+        {
+            "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        },
+    ),
+}
 
 
 def get_config(arg: str = "screening") -> ConfigDict:
-    """`arg`: "screening", "finals", or "smoke" for a few steps of two variants."""
-    stage = arg or "screening"
+    """`arg`: "screening", "finals", or "smoke" for a few steps of two variants; with ",gpu" the
+    cells share a GPU."""
+    stage, _, place = (arg or "screening").partition(",")
+    place = place or "cpu"
     if stage not in ("screening", "finals", "smoke"):
-        raise ValueError(f"study_tiny knows 'screening', 'finals' and 'smoke', not {arg!r}")
+        raise ValueError(f"study_tiny knows 'screening', 'finals' and 'smoke', not {stage!r}")
+    if place not in _PLACES:
+        raise ValueError(f"study_tiny runs on 'cpu' or 'gpu', not {place!r}")
     finals, smoke = stage == "finals", stage == "smoke"
 
     config = ConfigDict(convert_dict=False)  # Dotted keys are no keys of a ConfigDict.
@@ -113,8 +132,7 @@ def get_config(arg: str = "screening") -> ConfigDict:
     config.seeds = (0, 1, 2) if finals else (0,)
     # The spread of runs that differ in nothing but luck.
     config.more_seeds = {"default": (1, 2)} if stage == "screening" else {}
-    config.parallel = 2  # Cells at once, each on its share of the CPUs.
-    config.environment = {"XLA_FLAGS": QUICK_TO_COMPILE}
+    config.parallel, config.environment = _PLACES[place]
 
     config.variants = _SCREENING | (_FINALS_ONLY if finals else {})
     if smoke:
