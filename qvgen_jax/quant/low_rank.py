@@ -27,6 +27,11 @@ def _split(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int) -> tuple[jax.Ar
     return _pad(u * root, rank, 1), _pad(root[:, None] * vt, rank, 0)
 
 
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """In whole float32: what a GPU and a TPU multiply by default is no basis for an SVD."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
 def dense_svd(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     """L `[out, rank]` and R `[rank, in]` from the full SVD of `[out, in]`: the best there is."""
     return _split(*jnp.linalg.svd(matrix, full_matrices=False), rank)
@@ -39,11 +44,12 @@ def randomized_svd(matrix: jax.Array, rank: int, seed: int = 0) -> tuple[jax.Arr
     """
     width = min(rank + _OVERSAMPLE, *matrix.shape)
     probe = jax.random.normal(jax.random.key(seed), (matrix.shape[1], width), matrix.dtype)
-    basis = jnp.linalg.qr(matrix @ probe)[0]
+    basis = jnp.linalg.qr(_product(matrix, probe))[0]
     for _ in range(_POWER_STEPS):
-        basis = jnp.linalg.qr(matrix @ jnp.linalg.qr(matrix.T @ basis)[0])[0]
-    u, s, vt = jnp.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return _split(basis @ u, s, vt, rank)
+        other = jnp.linalg.qr(_product(matrix.T, basis))[0]
+        basis = jnp.linalg.qr(_product(matrix, other))[0]
+    u, s, vt = jnp.linalg.svd(_product(basis.T, matrix), full_matrices=False)
+    return _split(_product(basis, u), s, vt, rank)
 
 
 def initial_branch(
@@ -69,8 +75,9 @@ def _triangles(left: jax.Array, right: jax.Array):
     """Orthonormal bases of L's and R^T's columns, and the SVD of what is between them."""
     left_basis, left_triangle = jnp.linalg.qr(left)
     right_basis, right_triangle = jnp.linalg.qr(right.T)
-    u, s, vt = jnp.linalg.svd(left_triangle @ right_triangle.T, full_matrices=False)
-    return left_basis @ u, s, vt @ right_basis.T
+    middle = _product(left_triangle, right_triangle.T)
+    u, s, vt = jnp.linalg.svd(middle, full_matrices=False)
+    return _product(left_basis, u), s, _product(vt, right_basis.T)
 
 
 def refactor(

@@ -8,7 +8,6 @@ keys and the data position are functions of `step` and of `order`, how often the
 another order; `skipped` counts updates that were not finite, `in_a_row` up to now and `in_all`.
 """
 
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -47,18 +46,27 @@ def exported_params(state: dict) -> dict:
     return state.get("ema", state["params"])
 
 
-@partial(jax.jit, donate_argnums=0, static_argnames=("decay", "moments"))
+_refactored = jax.jit(refactor_tree, static_argnames="order")
+_cut = jax.jit(cut_tree)
+
+
 def _shrink(state: dict, rank: jax.Array, decay: RankDecay, moments: str) -> dict:
+    """The state at a boundary; what does not change is passed on, not copied.
+
+    Not one program that is given the state's memory: that one put moments where L and R lay, and
+    on a GPU the next update was far off (docs/gpu.md).
+    """
+    params, opt = state["params"], state["opt"]
     if not decay.refactor:
         # Columns that live keep their basis, and so their moments, whatever `moments` asks.
-        opt = state["opt"] if moments == "keep" else cut_tree(state["opt"], rank)
-        return {**state, "params": cut_tree(state["params"], rank), "opt": opt}
-    params, opt = refactor_tree(state["params"], rank, decay.order), state["opt"]
+        opt = opt if moments == "keep" else _cut(opt, rank)
+        return {**state, "params": _cut(params, rank), "opt": opt}
+    after = _refactored(params, rank, decay.order)
     if moments == "reset":
         opt = zero_branch(opt)
     elif moments == "rotate":
-        opt = rotate_moments(opt, state["params"], params)
-    return {**state, "params": params, "opt": opt}
+        opt = _rotated(opt, params, after)
+    return {**state, "params": after, "opt": opt}
 
 
 def rotate_moments(opt: optax.OptState, before: dict, after: dict) -> optax.OptState:
@@ -95,6 +103,9 @@ def _turn_layers(moments: dict, old: dict, new: dict, power: int) -> tuple[jax.A
     layers = tuple(node[key] for node in (moments, old, new) for key in ("L", "R"))
     # Layer by layer, not by vmap: see `on_every_branch`.
     return one(layers) if layers[0].ndim == 2 else jax.lax.map(one, layers)
+
+
+_rotated = jax.jit(rotate_moments)
 
 
 def enter_step(state: dict, step: int, decay: RankDecay, moments: str = "reset") -> dict:

@@ -2,8 +2,8 @@
 
     python -m pytest tests/training/test_on_gpu.py
 
-Skipped where JAX has no GPU. On an H100 (jax 0.11.2) the tiny run diverged within ten steps, and
-which part does it is not known yet: see docs/gpu.md.
+Skipped where JAX has no GPU. On an H100 (jax 0.11.2) the tiny run diverged with the first update
+after a halving of the rank; the program of the halving is another since: see docs/gpu.md.
 """
 
 from functools import partial
@@ -99,6 +99,29 @@ def test_refactoring_is_the_cpus(start):
         for name, expected in branches(host).items():
             # A GPU multiplies float32 in TF32, of 10 bits, unless it is told otherwise.
             assert distance(branches(gpu)[name], expected) < 0.02, (rank, name)
+
+
+def test_a_boundary_resets_the_branchs_moments_and_nothing_else(start):
+    config, model, _, state = start
+    ones = jax.tree.map(lambda leaf: np.ones_like(leaf), state["opt"])
+    decay = loop.rank_decay(config)
+    entered = enter_step(jax.device_put({**state, "opt": ones}, DEVICE), 3, decay, "reset")
+    assert decay.phase_steps == 3
+    for (path, leaf), before in zip(
+        jax.tree_util.tree_leaves_with_path(to_host(entered["opt"])),
+        jax.tree.leaves(ones),
+        strict=True,
+    ):
+        name = jax.tree_util.keystr(path)
+        expected = 0 if name.endswith(("['L']", "['R']")) else before
+        np.testing.assert_array_equal(leaf, expected, err_msg=name)
+    weights, before = to_host(entered["params"]), state["params"]
+    for (path, leaf), other in zip(
+        jax.tree_util.tree_leaves_with_path(weights), jax.tree.leaves(before), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        if not name.endswith(("['L']", "['R']")):
+            np.testing.assert_array_equal(leaf, other, err_msg=name)
 
 
 def test_the_gradient_is_the_cpus(start):
