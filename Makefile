@@ -73,7 +73,7 @@ $(VENV)/.ready-test: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.ready-parity: $(VENV)/bin/python pyproject.toml constraints.txt Makefile
 	$(install) '.[test,parity,buckets]'
-	$(pip) --no-deps vbench==0.1.5  # For its list of prompts; what its scorers want, ours do not.
+	$(pip) --no-deps vbench==0.1.5 vbench2==0.1.1  # For their prompts; what their scorers want, ours do not.
 	touch $@ $(VENV)/.ready-base $(VENV)/.ready-test
 
 $(VENV)/.ready-aot: $(VENV)/bin/python pyproject.toml constraints.txt constraints-aot.txt

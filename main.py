@@ -36,6 +36,7 @@ _TARGET = flags.DEFINE_string("target", "", "plan: chips such as v5p:4x4x4 or h2
 _COMPILE = flags.DEFINE_bool("compile", True, "plan: ask the target's compiler, if it is installed")
 _VBENCH_INFO = flags.DEFINE_string("vbench_info", "", "vbench: its VBench_full_info.json")
 _VBENCH_PYTHON = flags.DEFINE_string("vbench_python", "", "vbench: of its environment, to score")
+_VBENCH_2 = flags.DEFINE_bool("vbench2", False, "vbench: VBench-2.0 and its package instead")
 _DIMENSIONS = flags.DEFINE_string("dimensions", "paper", "vbench: paper, all, or names with commas")
 _SMOKE = flags.DEFINE_bool("smoke", False, "vbench: two prompts of each folder alone")
 _PART = flags.DEFINE_string("part", "0/1", "vbench: i/n, the i-th of n machines at work on a disk")
@@ -139,6 +140,7 @@ def run(job: str, config: ConfigDict, workdir: Path) -> None:
 
         check_config(plain)
         how = {"info": _VBENCH_INFO.value, "python": _VBENCH_PYTHON.value, "smoke": _SMOKE.value}
+        how["second"] = _VBENCH_2.value
         print(run_vbench(plain, workdir, **how, dimensions=_DIMENSIONS.value, part=_PART.value))
     else:
         _train_and_finish(job, plain, workdir)

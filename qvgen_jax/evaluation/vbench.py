@@ -1,8 +1,9 @@
 """Videos in the tree that VBench's scorers read, and its scores beside the paper's.
 
 VBench (arXiv 2311.17982) takes a flat folder of `{prompt}-{0..4}.mp4` and nothing else. The paper
-scores eight of its dimensions, on 251 prompts in three folders. The prompts come from the installed
-package's `VBench_full_info.json`; its scorers download weights and pin old libraries, so that they
+scores eight of its dimensions, on 251 prompts in three folders. VBench-2.0 (arXiv 2503.21755) has a
+folder of `{first 180 characters of the prompt}-{i}.mp4` for each of 18 dimensions. The prompts come
+from the installed package's list; its scorers download weights and pin old libraries, so that they
 run in an environment of their own, see docs/vbench.md.
 """
 
@@ -41,11 +42,38 @@ PAPER_ROWS = {
 """CogVideoX-2B, percent (QVGen, arXiv 2505.11497)."""
 
 MANIFEST = "manifest.json"
-_PER_PROMPT = 5
-_SMOKE = 2  # Prompts of each folder.
+_SMOKE = 2  # Prompts of each folder, and videos of each.
 # The dimension that a folder of prompts is called after, where it serves several.
 _FILES = ("overall_consistency", "subject_consistency", "scene")
 _LONGEST = 255  # Bytes of a file's name.
+
+
+class Suite(NamedTuple):
+    """Which benchmark, by its package.
+
+    Attributes:
+        package: its name; of the tree too.
+        scorer: the package's class.
+        info: the file beside it that lists the prompts.
+        cut: how many characters of a prompt are in a file's name; None for all.
+        videos: of each prompt.
+        more: dimensions that want another number.
+    """
+
+    package: str
+    scorer: str
+    info: str
+    cut: int | None
+    videos: int
+    more: Mapping[str, int]
+
+    def count(self, dimension: str) -> int:
+        """Videos of each prompt of a dimension."""
+        return self.more.get(dimension, self.videos)
+
+
+VBENCH = Suite("vbench", "VBench", "VBench_full_info.json", None, 5, {})
+VBENCH_2 = Suite("vbench2", "VBench2", "VBench2_full_info.json", 180, 3, {"Diversity": 20})
 
 
 class Row(NamedTuple):
@@ -53,21 +81,19 @@ class Row(NamedTuple):
 
     Attributes:
         folder: below the tree's root, by what is scored on it.
+        file: below the tree's root, in the folder.
         prompt: as the package has it.
-        index: 0 to 4, of the videos of one prompt.
+        index: of the videos of one prompt, from 0 on.
         seed: of its noise, a function of prompt, index and the tree's seed alone.
         dimensions: scored on it.
     """
 
     folder: str
+    file: str
     prompt: str
     index: int
     seed: int
     dimensions: tuple[str, ...]
-
-    @property
-    def file(self) -> str:
-        return f"{self.folder}/{self.prompt}-{self.index}.mp4"
 
 
 def seed_of(prompt: str, index: int, seed: int = 0) -> int:
@@ -76,26 +102,28 @@ def seed_of(prompt: str, index: int, seed: int = 0) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def read_prompts(info: Path) -> list[tuple[str, tuple[str, ...]]]:
+def read_prompts(info: Path, suite: Suite = VBENCH) -> list[tuple[str, tuple[str, ...]]]:
     """Prompts and the dimensions that are scored on each, in the package's order.
 
     Args:
-        info: the installed package's `VBench_full_info.json`.
+        info: the installed package's list of prompts.
+        suite: whose.
 
     Raises:
         UserError: it is missing or something else.
     """
-    remedy = "give the VBench_full_info.json of the installed vbench package"
+    remedy = f"give the {suite.info} of the installed {suite.package} package"
     found = read_json(info, remedy)
     rows = found if isinstance(found, list) else [None]
     for row in rows:
         prompt = row.get("prompt_en") if isinstance(row, dict) else None
         dimensions = row.get("dimension") if isinstance(row, dict) else None
         good = isinstance(prompt, str) and not prompt_fault(prompt) and isinstance(dimensions, list)
-        named = good and all(isinstance(n, str) and re.fullmatch(r"\w+", n) for n in dimensions)
+        named = good and all(isinstance(n, str) and re.fullmatch(r"[\w-]+", n) for n in dimensions)
         if not named or not dimensions:
             raise UserError(f"{info} holds no list of prompt_en and dimension; {remedy}")
-        if "/" in prompt or not prompt.isprintable() or len(f"{prompt}-0.mp4".encode()) > _LONGEST:
+        name = f"{prompt[: suite.cut]}-00.mp4"
+        if "/" in name or not name.isprintable() or len(name.encode()) > _LONGEST:
             raise UserError(f"{info}: the prompt {prompt[:80]!r} cannot be a file's name; {remedy}")
     return [(row["prompt_en"], tuple(row["dimension"])) for row in rows]
 
@@ -105,34 +133,43 @@ def rows_of(
     dimensions: Sequence[str],
     seed: int = 0,
     smoke: bool = False,
+    suite: Suite = VBENCH,
 ) -> list[Row]:
-    """The videos that some dimensions want: five of each prompt.
+    """The videos that some dimensions want, each once: VBench-2.0 lists one of its prompts twice.
 
     Args:
         prompts: of `read_prompts`.
         dimensions: to be scored.
         seed: of the whole tree.
         smoke: whether two prompts of each folder are enough, with two videos each.
+        suite: what names and counts them.
 
     Raises:
-        UserError: a dimension that no prompt is for.
+        UserError: a dimension that no prompt is for, or two prompts that one file is named after.
     """
     known = {name for _, names in prompts for name in names}
     if unknown := sorted(set(dimensions) - known):
-        raise UserError(
-            f"VBench has no dimension {', '.join(unknown)}; there are {', '.join(sorted(known))}"
-        )
+        there = ", ".join(sorted(known))
+        raise UserError(f"{suite.scorer} has no dimension {', '.join(unknown)}; there are {there}")
+    named: dict[str, str] = {}
     found, counts = [], {}
     for prompt, names in prompts:
         asked = tuple(name for name in names if name in dimensions)
-        if not asked:
-            continue
         folder = next((name for name in _FILES if name in names), names[0])
+        stem = f"{folder}/{prompt[: suite.cut]}"
+        if not asked or named.get(stem) == prompt:
+            continue
+        if stem in named:
+            raise UserError(
+                f"two prompts are named {stem!r}: a tree cannot hold the videos of both"
+            )
+        named[stem] = prompt
         counts[folder] = counts.get(folder, 0) + 1
         if smoke and counts[folder] > _SMOKE:
             continue
-        each = range(_SMOKE if smoke else _PER_PROMPT)
-        found += [Row(folder, prompt, i, seed_of(prompt, i, seed), asked) for i in each]
+        for i in range(_SMOKE if smoke else suite.count(names[0])):
+            file, noise = f"{stem}-{i}.mp4", seed_of(prompt, i, seed)
+            found.append(Row(folder, file, prompt, i, noise, asked))
     return found
 
 
@@ -222,14 +259,22 @@ def read_scores(folder: Path) -> dict[str, float]:
     return scores
 
 
-def table(scores: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown: scores by variant in the paper's dimensions, then the paper's own rows."""
-    heads = [name.replace("_", " ") for name in PAPER]
+def table(
+    scores: Mapping[str, Mapping[str, float]], dimensions: Sequence[str] | None = None
+) -> str:
+    """Markdown: scores by variant in some dimensions; in the paper's beside the paper's own rows.
+
+    Args:
+        scores: variant -> dimension -> percent.
+        dimensions: a column each; None for the paper's.
+    """
+    columns = dimensions or PAPER
+    heads = [name.replace("_", " ") for name in columns]
     lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for name, found in scores.items():
-        cells = [f"{found[key]:.2f}" if key in found else "not scored" for key in PAPER]
+        cells = [f"{found[key]:.2f}" if key in found else "not scored" for key in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    for name, row in PAPER_ROWS.items():
+    for name, row in ({} if dimensions else PAPER_ROWS).items():
         cells = " | ".join(f"{value:.2f}" for value in row)
         lines.append(f"| the paper, CogVideoX-2B {name} | {cells} |")
     return "\n".join(lines)

@@ -11,7 +11,10 @@ from qvgen_jax import hosts
 from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation.vbench import (
     PAPER,
+    VBENCH,
+    VBENCH_2,
     Row,
+    Suite,
     read_prompts,
     read_scores,
     rows_of,
@@ -20,15 +23,17 @@ from qvgen_jax.evaluation.vbench import (
 )
 from qvgen_jax.pipeline import load
 
-INFO = "VBench_full_info.json"
-_FIND = "import importlib.util as u; s = u.find_spec('vbench'); print((s and s.origin) or '')"
+_FIND = """
+import importlib.util, sys
+spec = importlib.util.find_spec(sys.argv[1])
+print((spec and spec.origin) or "")
+"""
 _SCORE = """
-import json, sys
+import importlib, json, sys
 import torch
-from vbench import VBench
-info, out, videos, name, dimensions = sys.argv[1:]
+package, scorer, info, out, videos, name, dimensions = sys.argv[1:]
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-VBench(device, info, out).evaluate(
+getattr(importlib.import_module(package), scorer)(device, info, out).evaluate(
     videos_path=videos, name=name, dimension_list=json.loads(dimensions)
 )
 """
@@ -46,7 +51,7 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def find_info(given: str, python: str) -> Path:
+def find_info(given: str, python: str, suite: Suite = VBENCH) -> Path:
     """The prompts of the installed package: as given, of its own environment, or of this one.
 
     Raises:
@@ -56,16 +61,16 @@ def find_info(given: str, python: str) -> Path:
         return Path(given)
     origin = None
     if python:
-        origin = _output([python, "-c", _FIND]).strip()
-    elif spec := importlib.util.find_spec("vbench"):
+        origin = _output([python, "-c", _FIND, suite.package]).strip()
+    elif spec := importlib.util.find_spec(suite.package):
         origin = spec.origin
     if not origin:
         raise UserError(
-            f"no vbench package {'for ' + python if python else 'here'}: install it in an "
-            "environment of its own and name that one's --vbench_python, or give --vbench_info, "
-            f"the path of its {INFO}"
+            f"no {suite.package} package {'for ' + python if python else 'here'}: install it in "
+            "an environment of its own and name that one's --vbench_python, or give "
+            f"--vbench_info, the path of its {suite.info}"
         )
-    return Path(origin).with_name(INFO)
+    return Path(origin).with_name(suite.info)
 
 
 def run_vbench(
@@ -77,19 +82,21 @@ def run_vbench(
     smoke: bool = False,
     part: str = "0/1",
     python: str = "",
+    second: bool = False,
 ) -> str:
     """Writes `workdir/vbench/<variant>/videos`; the table of what is scored by then.
 
-    A smoke tree is below `workdir/vbench_smoke`.
+    A smoke tree is below `workdir/vbench_smoke`, one of VBench-2.0 below `workdir/vbench2`.
 
     Args:
         config: the run's.
         workdir: its export is a variant, if there is one; the full-precision model always.
         info: path of the package's list of prompts; looked for if empty.
-        dimensions: "paper", "all", or names with commas between.
+        dimensions: "paper" (of VBench-2.0: all), "all", or names with commas between.
         smoke: two prompts of each folder, two videos each.
         part: "i/n", see `write_tree`.
         python: of an environment with vbench; the first part then scores what is complete.
+        second: whether it is VBench-2.0.
 
     Raises:
         UserError: several processes of one run, no package, an unknown dimension, other videos
@@ -97,16 +104,18 @@ def run_vbench(
     """
     if not hosts.is_alone():
         raise UserError("--job vbench is for single processes; share the work by --part i/n")
-    which, source = parse_part(part), find_info(info, python)
-    prompts = read_prompts(source)
+    suite = VBENCH_2 if second else VBENCH
+    which, source = parse_part(part), find_info(info, python, suite)
+    prompts = read_prompts(source, suite)
     every = tuple(dict.fromkeys(name for _, names in prompts for name in names))
-    asked = {"paper": PAPER, "all": every}.get(dimensions) or tuple(dimensions.split(","))
-    rows = rows_of(prompts, asked, config["evaluate"]["seed"], smoke)
+    choices = {"paper": every if second else PAPER, "all": every}
+    asked = choices.get(dimensions) or tuple(dimensions.split(","))
+    rows = rows_of(prompts, asked, config["evaluate"]["seed"], smoke, suite)
     models = {"full-precision": config["model"]}
     if (workdir / "export" / "model_index.json").is_file():
         models["export"] = workdir / "export"
     # Apart, so that the whole is not taken for one with other videos.
-    root = workdir / ("vbench_smoke" if smoke else "vbench")
+    root = workdir / (f"{suite.package}_smoke" if smoke else suite.package)
     scores = {}
     for name, model in models.items():
         pipe = load(
@@ -119,21 +128,22 @@ def run_vbench(
         write_tree(pipe, out, rows, name=name, batch_size=size, part=which)
         del pipe  # Before the next is loaded.
         if python and not which[0] and all((out / "videos" / row.file).is_file() for row in rows):
-            _score(python, source, out, rows)
+            _score(python, suite, source, out, rows)
         scores[name] = read_scores(out / "scores")
-    text = table(scores)
+    text = table(scores, asked if second else None)
     (root / "table.md").write_text(text + "\n")
     return text
 
 
-def _score(python: str, info: Path, out: Path, rows: Sequence[Row]) -> None:
+def _score(python: str, suite: Suite, info: Path, out: Path, rows: Sequence[Row]) -> None:
     """Has the official package score every folder that it has not scored yet."""
     for folder in dict.fromkeys(row.folder for row in rows):
         if (out / "scores" / f"{folder}_eval_results.json").is_file():
             continue
         names = sorted({name for row in rows if row.folder == folder for name in row.dimensions})
         where = [str(path.resolve()) for path in (info, out / "scores", out / "videos" / folder)]
-        _output([python, "-c", _SCORE, *where, folder, json.dumps(names)])
+        called = [python, "-c", _SCORE, suite.package, suite.scorer]
+        _output([*called, *where, folder, json.dumps(names)])
 
 
 def _output(command: Sequence[str]) -> str:
@@ -143,5 +153,5 @@ def _output(command: Sequence[str]) -> str:
         raise UserError(f"{command[0]} does not start ({error.strerror}): give a Python") from error
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"{command[0]} with vbench ended with {done.returncode}: {last[:400]}")
+        raise UserError(f"{command[0]} for vbench ended with {done.returncode}: {last[:400]}")
     return done.stdout

@@ -8,7 +8,6 @@ keys and the data position are functions of `step` and of `order`, how often the
 another order; `skipped` counts updates that were not finite, `in_a_row` up to now and `in_all`.
 """
 
-
 import jax
 import jax.numpy as jnp
 import optax

@@ -12,6 +12,7 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation import vbench
 from qvgen_jax.evaluation.vbench import (
     PAPER,
+    VBENCH_2,
     read_prompts,
     read_scores,
     rows_of,
@@ -84,6 +85,23 @@ def test_smoke_takes_two_prompts_of_each_folder(info):
     assert rows == [row for row in rows_of(read_prompts(info), PAPER) if row in rows]
 
 
+def test_vbench_2_names_videos_by_the_first_180_characters_and_wants_more_of_diversity(info):
+    long = "b" * 400
+    twice = [{"prompt_en": "an elephant", "dimension": ["Multi-View_Consistency"]}] * 2
+    asked = [*twice, {"prompt_en": long, "dimension": ["Diversity"]}]
+    info.write_text(json.dumps(asked))
+    names = ["Multi-View_Consistency", "Diversity"]
+    rows = rows_of(read_prompts(info, VBENCH_2), names, suite=VBENCH_2)
+    views, diverse = rows[:3], rows[3:]
+    assert [row.file for row in views] == [f"{names[0]}/an elephant-{i}.mp4" for i in range(3)]
+    assert [row.file for row in diverse] == [f"Diversity/{long[:180]}-{i}.mp4" for i in range(20)]
+    assert {row.prompt for row in diverse} == {long}
+    assert len({row.seed for row in rows}) == 23
+    info.write_text(json.dumps([*asked, {"prompt_en": long + "!", "dimension": ["Diversity"]}]))
+    with pytest.raises(UserError, match="two prompts are named 'Diversity/bbb"):
+        rows_of(read_prompts(info, VBENCH_2), names, suite=VBENCH_2)
+
+
 def test_a_tree_is_resumed_and_made_in_parts_and_holds_videos_alone(info, tmp_path):
     rows, pipe = rows_of(read_prompts(info), ["scene", "dynamic_degree"]), Painter()
     out = write_tree(pipe, tmp_path / "one", rows, name="ours", batch_size=3)
@@ -141,6 +159,8 @@ def test_scores_stand_beside_the_papers(tmp_path):
     (tmp_path / "b_eval_results.json").write_text(json.dumps({"dynamic_degree": [0.5, []]}))
     scores = read_scores(tmp_path)
     assert scores == {"scene": pytest.approx(31.42), "dynamic_degree": 50.0}
+    alone = vbench.table({"ours": scores}, ["scene", "colour"]).splitlines()
+    assert alone == ["| | scene | colour |", "|---|---|---|", "| ours | 31.42 | not scored |"]
     lines = vbench.table({"ours": scores}).splitlines()
     assert lines[2].split(" | ")[4] == "50.00"
     assert lines[2].count("not scored") == 6

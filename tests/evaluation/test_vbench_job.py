@@ -81,6 +81,18 @@ def test_a_smoke_tree_is_apart(python, tmp_path):
     assert counts == [8, 5]
 
 
+def test_vbench_2_has_a_package_and_a_tree_of_its_own(python, tmp_path):
+    site = tmp_path / "site/vbench2"
+    site.mkdir()
+    (site / "__init__.py").write_text(PACKAGE.replace("class VBench:", "class VBench2:"))
+    rows = [{"prompt_en": f"a {name}", "dimension": [name]} for name in ("Diversity", "Material")]
+    (site / "VBench2_full_info.json").write_text(json.dumps(rows))
+    text = run_vbench(CONFIG, tmp_path / "run", python=python, second=True)
+    assert text.splitlines()[0] == "| | Diversity | Material |"
+    assert text.splitlines()[2:] == ["| full-precision | 20.00 | 3.00 |"]
+    assert (tmp_path / "run/vbench2/full-precision/videos/Material/a Material-2.mp4").is_file()
+
+
 def test_a_package_that_is_not_there_is_told(python, tmp_path):
     (tmp_path / "site/vbench/__init__.py").unlink()  # A folder of that name is no package.
     with pytest.raises(UserError, match=r"no vbench package for .*python: install it"):

@@ -102,7 +102,7 @@ def test_refactoring_is_the_cpus(start):
 
 
 def test_a_boundary_resets_the_branchs_moments_and_nothing_else(start):
-    config, model, _, state = start
+    config, _, _, state = start
     ones = jax.tree.map(lambda leaf: np.ones_like(leaf), state["opt"])
     decay = loop.rank_decay(config)
     entered = enter_step(jax.device_put({**state, "opt": ones}, DEVICE), 3, decay, "reset")
