@@ -42,6 +42,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.crop = "centre"  # Or "random".
     # Sizes such as "49x480x832"; each video goes to the one that loses least. (): the size above.
     config.data.buckets = ()
+    # True: clips are encoded when a batch asks for one and nothing is written; for small runs.
+    config.data.on_the_fly = False
     config.data.max_length = 226
     config.data.encode_batch_size = 1
     config.data.most_refused = 0.1  # Share of videos that may be unusable; more end the run.

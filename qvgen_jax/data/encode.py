@@ -22,7 +22,7 @@ stopped and taken up again.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,10 +225,25 @@ def _check_refused(
         rows = ({"file": name, "reason": reason} for name, reason in refused.items())
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_whole(out / REFUSED, text, jax.process_index())
+    check_share(refused, total, most, f"; all are in {out / REFUSED}")
+
+
+def check_share(refused: Mapping[str, str], total: int, most: float, where: str = "") -> None:
+    """See that not too many videos were set aside.
+
+    Args:
+        refused: their names, and why.
+        total: of all videos.
+        most: which share of them may be.
+        where: the end of a sentence, where there are more reasons than it has.
+
+    Raises:
+        UserError: they are more, or all.
+    """
     if len(refused) <= most * total and len(refused) < total:
         return
     reasons = list(refused.values())
-    shown = "; ".join(reasons[:3]) + (f"; all are in {out / REFUSED}" if len(reasons) > 3 else "")
+    shown = "; ".join(reasons[:3]) + (where if len(reasons) > 3 else "")
     if len(refused) == total:
         raise UserError(
             f"none of the {total} videos can be used: {shown}. Mend them and run the same command "

@@ -1,12 +1,16 @@
-"""The encoded clips of a run: found where the config says, or made there first."""
+"""The clips of a run: found encoded where the config says, made there first, or on the fly."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax
+
 from qvgen_jax import hosts, storage
 from qvgen_jax.data.clips import Cut, cut_of
+from qvgen_jax.data.dataset import EncodedDataset
 from qvgen_jax.data.encode import FORMAT_VERSION, MANIFEST, encode_folder
+from qvgen_jax.data.live import LiveDataset
 from qvgen_jax.errors import UserError
 from qvgen_jax.json_file import read_object
 from qvgen_jax.request import latent_size
@@ -23,7 +27,9 @@ def check_source(config: Mapping, workdir: str | Path) -> None:
             be encoded to an address.
     """
     data = config["data"]
-    if (_encoded(config, workdir) / MANIFEST).is_file():
+    if data["on_the_fly"]:
+        _check_on_the_fly(data)
+    elif (_encoded(config, workdir) / MANIFEST).is_file():
         return
     if storage.is_remote(data["encoded"]):
         raise UserError(
@@ -42,6 +48,19 @@ def check_source(config: Mapping, workdir: str | Path) -> None:
         raise UserError(
             f"data folder {data['source']} does not exist; give the folder of the videos, or a "
             ".jsonl or .csv file that lists them"
+        )
+
+
+def _check_on_the_fly(data: Mapping) -> None:
+    if data["encoded"]:
+        raise UserError(
+            f"data.on_the_fly encodes nothing beforehand, but data.encoded={data['encoded']!r} "
+            "names a folder for it: leave one of them out"
+        )
+    if jax.device_count() > 1:
+        raise UserError(
+            f"data.on_the_fly is for a run on one device, here are {jax.device_count()}: leave it "
+            "out, and clips are encoded once before training"
         )
 
 
@@ -109,12 +128,34 @@ def ensure_encoded(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Pa
     return encoded
 
 
+def read_dataset(
+    config: Mapping, workdir: str | Path, pipe: "Pipeline"
+) -> EncodedDataset | LiveDataset:
+    """The clips to train on, as `config.data` says: `ensure_encoded`, or `on_the_fly`.
+
+    Raises:
+        UserError: as `ensure_encoded`.
+    """
+    data = config["data"]
+    if not data["on_the_fly"]:
+        return EncodedDataset(ensure_encoded(config, workdir, pipe), data["max_length"])
+    check_source(config, workdir)
+    return LiveDataset(
+        pipe,
+        storage.local(data["source"]),
+        cut=cut_of(data),
+        max_length=data["max_length"],
+        batch_size=data["encode_batch_size"],
+        most_refused=data["most_refused"],
+    )
+
+
 def _held_out(config: Mapping, workdir: str | Path) -> dict:
     """The config with its held-out clips in the place of those to train on."""
     evaluate = config["evaluate"]
     encoded = evaluate["held_out_encoded"] or str(Path(workdir) / "held_out")
     # Compared as one array: of one size, and one clip of each video.
-    same = {"buckets": (), "clips_per_video": 1, "crop": "centre"}
+    same = {"buckets": (), "clips_per_video": 1, "crop": "centre", "on_the_fly": False}
     data = {**config["data"], **same, "source": evaluate["held_out"], "encoded": encoded}
     return {**config, "data": data}
 

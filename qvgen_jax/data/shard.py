@@ -1,41 +1,24 @@
 """One shard of encoded clips: from its videos to its files."""
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from qvgen_jax.data.captions import CaptionedFile
-from qvgen_jax.data.clips import Cut, Size, best_size, clips_of, corner
+from qvgen_jax.data.clips import Cut, Size
+from qvgen_jax.data.footage import Clip, plan_clips, read_clips
 from qvgen_jax.data.records import pack
-from qvgen_jax.data.video import MOST_BYTES, read_frames, survey_video
 from qvgen_jax.errors import UserError
 from qvgen_jax.json_file import write_json
 
 if TYPE_CHECKING:
     from qvgen_jax.pipeline import Pipeline
-
-
-class Clip(NamedTuple):
-    """One of a video, before it is encoded.
-
-    Attributes:
-        entry: its video and caption.
-        size: its bucket.
-        pixels: uint8 `[frames, height, width, 3]`.
-        seconds: where it begins in the video.
-    """
-
-    entry: CaptionedFile
-    size: Size
-    pixels: np.ndarray
-    seconds: float
 
 
 class ShardWriter:
@@ -86,16 +69,15 @@ class ShardWriter:
         """Writes their records; how many bytes these have."""
         pixels = [clip.pixels for clip in clips]
         pixels += [pixels[-1]] * (self._batch_size - len(pixels))  # One shape, one compilation.
-        video = np.stack(pixels).astype(np.float32) / 127.5 - 1.0
-        mean, logvar = map(np.asarray, self._pipe.vae_posterior(video))
+        mean, logvar = posterior_of(self._pipe, np.stack(pixels))
         texts = np.asarray(
             self._pipe.encode_prompt([clip.entry.caption for clip in clips], max_length)
         )
         size = 0
         for i, clip in enumerate(clips):
             record = {
-                "latent_mean": mean[i].astype(np.float32),
-                "latent_logvar": logvar[i].astype(np.float32),
+                "latent_mean": mean[i],
+                "latent_logvar": logvar[i],
                 "text_embeds": without_padding(texts[i]),
                 "caption": clip.entry.caption,
                 "source": clip.entry.file,
@@ -143,39 +125,19 @@ def stamp(path: Path) -> list[int] | None:
 
 def _read_clips(folder: Path, entry: CaptionedFile, cut: Cut) -> list[Clip] | UserError:
     """The clips of a video, or the reason why there are none."""
-    path = folder / entry.file
+    plan = plan_clips(folder, entry, cut)
+    if isinstance(plan, UserError):
+        return plan
     try:
-        survey = survey_video(path)
-        lengths = [size.frames for size in cut.sizes]
-        long = [n for n in lengths if clips_of(survey.times, n, cut.fps, 1)]
-        size = best_size(cut.sizes, max(long, default=0), survey.height, survey.width)
-        if size is None:
-            return UserError(_too_short(path, len(survey.times), survey.times, min(lengths), cut))
-        found = clips_of(survey.times, size.frames, cut.fps, cut.most)
-        if len(found) * math.prod(size) * 3 > MOST_BYTES:
-            return UserError(
-                f"{path} gives {len(found)} clips of {size}, more than {MOST_BYTES} bytes of "
-                "pixels: cut it into shorter videos, or lower config.data.clips_per_video"
-            )
-        # They never overlap: one pass over the file gives all.
-        corners = [corner(cut, entry.file, number) for number in range(len(found))]
-        places = [place for place in corners for _ in range(size.frames)]
-        frames = read_frames(path, survey, np.concatenate(found), size[1:], places)
-        parts = frames.reshape(len(found), *size, 3)
-        begins = [float(survey.times[indices[0]]) for indices in found]
-        return [Clip(entry, size, *part) for part in zip(parts, begins, strict=True)]
+        return read_clips(folder, plan, cut)
     except UserError as error:
         return error
 
 
-def _too_short(path: Path, frames: int, times: np.ndarray, wanted: int, cut: Cut) -> str:
-    if not cut.fps:
-        return f"{path} has {frames} frames, needed are {wanted}: use longer videos"
-    lasts = times[-1] - times[0]
-    return (
-        f"{path} has {frames} frames, {lasts:.2f} s, needed are {wanted} at {cut.fps:g} a second, "
-        f"{wanted / cut.fps:.2f} s: use longer videos"
-    )
+def posterior_of(pipe: "Pipeline", pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and log-variance float32 `[clips, f, h, w, c]` of uint8 `[clips, frames, ..., 3]`."""
+    posterior = pipe.vae_posterior(pixels.astype(np.float32) / 127.5 - 1.0)
+    return tuple(np.asarray(part, np.float32) for part in posterior)
 
 
 def without_padding(text: np.ndarray) -> np.ndarray:

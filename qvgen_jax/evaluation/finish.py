@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from safetensors import safe_open
 
-from qvgen_jax.data.dataset import EncodedDataset
-from qvgen_jax.data.prepare import ensure_encoded
+from qvgen_jax.data.prepare import read_dataset
 from qvgen_jax.evaluation import drift
 from qvgen_jax.evaluation.evaluate import REFERENCE, evaluate_variants, table
 from qvgen_jax.evaluation.report import write_report
@@ -32,9 +31,7 @@ def untrained(config: Mapping, workdir: Path, pipe: Pipeline) -> Pipeline:
     quant = quant_config(config["quant"], model)
     teacher, activations = pipe.transformer.states[0], None
     if quant.smoothing:
-        dataset = EncodedDataset(
-            ensure_encoded(config, workdir, pipe), config["data"]["max_length"]
-        )
+        dataset = read_dataset(config, workdir, pipe)
         activations = activation_maxima(config, model, pipe.scheduler, teacher, dataset)
     params, levels = round_to_nearest(teacher, quantizable(model), quant, activations)
     dtype = jnp.dtype(config["compute_dtype"])

@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 
 from qvgen_jax import hosts, sharding
 from qvgen_jax.components import Transformer
-from qvgen_jax.data.dataset import EncodedDataset
-from qvgen_jax.data.prepare import check_sizes, check_source, ensure_encoded
+from qvgen_jax.data.prepare import check_sizes, check_source, read_dataset
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.errors import UserError
 from qvgen_jax.mesh import mesh_of_config, told
@@ -89,11 +88,10 @@ def train(
                 print(told(mesh), flush=True)
         if new:
             held.enter_context(alone_in(workdir))
-        encoded = ensure_encoded(config, workdir, pipe)
+        dataset = read_dataset(config, workdir, pipe)
         # Only now: a typo in the model's or the data's path must not mark it as another run's.
         checkpoint.claim_workdir(workdir, config)
         hosts.barrier("workdir claimed")
-        dataset = EncodedDataset(encoded, config["data"]["max_length"])
         validate = None
         if config["train"]["validate_every"]:
             validate = validation(config, workdir, pipe)

@@ -161,7 +161,7 @@ def test_bad_videos_are_set_aside_with_their_reason_and_retried_when_replaced(tm
 
 def run_config(source, most_refused: float) -> dict:
     data = {**SIZE, "source": source, "encoded": "", "max_length": 12, "encode_batch_size": 2}
-    how = {"buckets": (), "fps": 0.0, "clips_per_video": 1, "crop": "centre"}
+    how = {"buckets": (), "fps": 0.0, "clips_per_video": 1, "crop": "centre", "on_the_fly": False}
     return {"model": "averages", "data": {**data, **how, "most_refused": most_refused}}
 
 

@@ -13,6 +13,7 @@ from qvgen_jax.training.check import check_config
 
 SIZE = {"num_frames": 5, "height": 32, "width": 32, "max_length": 8}
 HOW = {"buckets": (), "fps": 0.0, "clips_per_video": 1, "crop": "centre"}
+HOW["on_the_fly"] = False
 FOUND = {
     **{"format_version": FORMAT_VERSION, "buckets": ["5x32x32"], "fps": 0.0, "max_length": 8},
     **{"clips_per_video": 1, "crop": "centre"},
