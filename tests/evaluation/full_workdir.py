@@ -69,7 +69,7 @@ def layers():
 def validation(step):
     """One line of `validation.jsonl`."""
     relative = [0.4 / (1 + step / 20) + 0.05 * i for i in range(len(TIMESTEPS))]
-    line = {"step": step, "timesteps": TIMESTEPS, "relative": relative, "drift": None}
+    line = {"step": step, "timesteps": TIMESTEPS, "relative": relative, "drift": {"relative": 0.5}}
     line |= {"cosine": [1 - x**2 / 2 for x in relative], "normalised": None, "layers": layers()}
     videos = {"teacher": "validation/teacher/0.mp4", "student": f"validation/{step}/0.mp4"}
     return line | {"videos": [{"prompt": PROMPTS[0], "seed": 3, **videos}]}

@@ -10,7 +10,7 @@ from typing import Any
 from qvgen_jax.errors import UserError
 from qvgen_jax.json_file import read_json
 
-NUMBER, FILE = "a number", "the name of a file beside it"
+NUMBER, MAYBE, FILE = "a number", "a number or null", "the name of a file beside it"
 PATH = "a path inside the workdir"
 _COUNT = {"count": NUMBER, "total": NUMBER}
 _VERDICT = _COUNT | {"interval": (NUMBER, NUMBER)}
@@ -47,15 +47,19 @@ CONFIG = {"quant?": dict, "command?": str}
 _ASKED = {"prompt": str, "seed": NUMBER}
 SAMPLES = [_ASKED | {"teacher": FILE, "student": FILE}]
 VIDEOS = [_ASKED | {"videos": {str: PATH}}]
-_LAYER = {"weight_error": NUMBER, "branch_norm?": NUMBER, "singular_values?": [NUMBER]} | {
+_LAYER = {
+    "weight_error?": NUMBER,
+    "branch_norm?": NUMBER,
+    "singular_values?": [MAYBE],
     "clip_low?": NUMBER,
     "clip_high?": NUMBER,
 }
 VALIDATION = {
     "timesteps?": [NUMBER],
-    "cosine?": [NUMBER],
-    "relative?": [NUMBER],
-    "normalised?": [NUMBER],
+    "cosine?": [MAYBE],
+    "relative?": [MAYBE],
+    "normalised?": [MAYBE],
+    "drift?": {"relative?": NUMBER},
     "layers?": {str: _LAYER},
     "videos?": [_ASKED | {"teacher": PATH, "student": PATH}],
 }
@@ -128,6 +132,8 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, str) and _is_file_name(value)
     if kind is PATH:
         return isinstance(value, str) and all(map(_is_file_name, value.split("/")))
+    if kind is MAYBE:
+        return value is None or _is(value, NUMBER)
     if kind is NUMBER:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and not abs(value) >= 1e18  # NaN is one, too.

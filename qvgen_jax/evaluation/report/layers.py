@@ -75,11 +75,12 @@ def layers_section(last: tuple[int, Mapping[str, dict]] | None) -> str:
 
 
 def _summary(rows: Sequence[Layer]) -> str:
-    errors = [row.found["weight_error"] for row in rows]
-    if len(rows) == 1:
-        return f"<span>1 layer, weight error {significant(errors[0])}</span>"
+    errors = [error for row in rows if (error := row.found.get("weight_error")) is not None]
+    count = f"{len(rows)} layers" if len(rows) > 1 else "1 layer"
+    if len(errors) < 2:
+        return f"<span>{count}, weight error {significant(errors[0] if errors else None)}</span>"
     mean, most = significant(float(np.mean(errors))), significant(max(errors))
-    return f"<span>{len(rows)} layers, weight error {mean} in the mean, {most} at most</span>"
+    return f"<span>{count}, weight error {mean} in the mean, {most} at most</span>"
 
 
 def layer_page(group: str, step: int, rows: Sequence[Layer]) -> str:
@@ -87,19 +88,20 @@ def layer_page(group: str, step: int, rows: Sequence[Layer]) -> str:
     panels = [
         Panel(
             "Weight error",
-            "Norm of quantized minus true weights by the norm of the true ones, block by block.",
+            "Norm of quantized minus true weights by the norm of the true ones, block by block; "
+            "the branch is left out.",
             _by_block(rows, "Weight error", ["weight_error"]),
         ),
         Panel(
             "Singular values of the branch",
-            "Of every layer’s Φ, largest first; logarithmic.",
+            "Of every layer’s Φ, the largest that are left; logarithmic.",
             _spectra(rows),
         ),
         Panel(
             "Clips",
-            "What the least (below) and the greatest value of a token are multiplied by before "
-            "they are rounded, block by block.",
-            _by_block(rows, "Clips", ["clip_low", "clip_high"]),
+            "What the least and the greatest value of a token (low: dashed) are multiplied by "
+            "before rounding, block by block; means over timesteps.",
+            _by_block(rows, "Clips", ["clip_high", "clip_low"]),
         ),
     ]
     return (
@@ -112,22 +114,33 @@ def layer_page(group: str, step: int, rows: Sequence[Layer]) -> str:
 
 
 def _table(rows: Sequence[Layer]) -> str:
-    heads = "Layer", "Weight error", "Branch norm", "Singular values", "Largest", "Least"
-    heads = [Head(text) for text in (*heads, "Clip, low", "Clip, high")]
-    return table("Every layer", heads, [(row.name, _cells(row.found)) for row in rows], WIDE)
+    heads = "Layer", "Weight error", "Branch norm", "Singular values", "Clip, low", "Clip, high"
+    named = [(row.name, _cells(row.found)) for row in rows]
+    return table("Every layer", [*map(Head, heads)], named, WIDE)
 
 
 def _cells(found: dict) -> list[Cell]:
-    norm, values = found.get("branch_norm"), found.get("singular_values")
-    largest, least = (max(values), min(values)) if values else (None, None)
+    error, norm = found.get("weight_error"), found.get("branch_norm")
     clips = found.get("clip_low"), found.get("clip_high")
     return [
-        Cell(significant(found["weight_error"]), value=found["weight_error"]),
+        Cell(significant(error), value=error),
         Cell(significant(norm) if norm is not None else "no branch", value=norm),
-        Cell(str(len(values)) if values else "–", value=len(values) if values else None),
-        *(Cell(significant(value), value=value) for value in (largest, least)),
+        _spectrum_cell(_spectrum(found)),
         *(Cell(number(clip, 3), value=clip) for clip in clips),
     ]
+
+
+def _spectrum(found: dict) -> list[float]:
+    """The singular values that are known, the largest first."""
+    known = [value for value in found.get("singular_values") or () if value is not None]
+    return sorted(known, reverse=True)
+
+
+def _spectrum_cell(values: Sequence[float]) -> Cell:
+    if not values:
+        return Cell("–")
+    most, least = significant(values[0]), significant(values[-1])
+    return Cell(most if len(values) == 1 else f"{most} to {least}", value=values[0])
 
 
 def _by_block(rows: Sequence[Layer], title: str, keys: Sequence[str]) -> str | None:
@@ -143,7 +156,9 @@ def _by_block(rows: Sequence[Layer], title: str, keys: Sequence[str]) -> str | N
             for order, key in enumerate(keys):
                 label = {} if order else {"label": linear}
                 values = [row.found[key] for row in own]
-                ax.plot([row.block for row in own], values, **style, **label, marker="o", ms=2.5)
+                dashed = {"linestyle": "--"} if key == "clip_low" else {}
+                look = {**style, **dashed, "marker": "o", "ms": 2.5}
+                ax.plot([row.block for row in own], values, **look, **label)
         if len(keys) == 1:
             ax.set_ylim(bottom=0)
         _legend(ax)
@@ -152,21 +167,20 @@ def _by_block(rows: Sequence[Layer], title: str, keys: Sequence[str]) -> str | N
 
 
 def _spectra(rows: Sequence[Layer]) -> str | None:
-    known = [row for row in rows if row.found.get("singular_values")]
+    known = [(row, _spectrum(row.found)) for row in rows if _spectrum(row.found)]
     if not known:
         return None
-    longest = max(len(row.found["singular_values"]) for row in known)
+    longest = max(len(values) for _, values in known)
 
     def draw(ax) -> None:
         named = set()
-        for row in known:
-            values = np.sort(np.array(row.found["singular_values"], np.float64))[::-1]
+        for row, values in known:
             label = {} if row.linear in named else {"label": row.linear}
             named.add(row.linear)
             dotted = {"marker": "o", "ms": 2.5} if longest <= 40 else {}
             style = _styles(rows)[row.linear]
             ax.plot(np.arange(1, len(values) + 1), values, alpha=0.7, **style, **label, **dotted)
-        if max(max(row.found["singular_values"]) for row in known) > 0:
+        if any(values[0] > 0 for _, values in known):
             ax.set_yscale("log")
         _legend(ax)
 

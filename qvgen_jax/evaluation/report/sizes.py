@@ -1,5 +1,6 @@
 """What the model weighs, and what a video costs."""
 
+from collections.abc import Callable
 from html import escape
 
 from qvgen_jax.evaluation.report.table import CARDS, Cell, Head, table
@@ -44,9 +45,9 @@ def time_section(evaluation: dict | None) -> str:
     )
     timing = f" {escape(evaluation['timing'])}" if evaluation.get("timing") else ""
     columns = {key: head for key, head in _COLUMNS.items() if any(key in s for _, s in timed)}
-    heads = [Head("Model"), *(Head(head) for head, _ in columns.values())]
+    heads = [Head("Model"), *(Head(head) for head, *_ in columns.values())]
     rows = [
-        (name, [_cell(speed.get(key), text) for key, (_, text) in columns.items()])
+        (name, [_cell(speed.get(key), *how) for key, (_, *how) in columns.items()])
         for name, speed in timed
     ]
     return (
@@ -56,11 +57,12 @@ def time_section(evaluation: dict | None) -> str:
 
 
 _COLUMNS = {
-    "seconds_per_video": ("Seconds per video", lambda value: f"{value:.2f} s"),
-    "ratio_to_reference": ("By full precision’s", number),
-    "weights_bytes": ("Weights in memory", megabytes),
-    "peak_bytes": ("Peak memory", megabytes),
+    "seconds_per_video": ("Seconds per video", lambda value: f"{value:.2f} s", "–"),
+    "ratio_to_reference": ("By full precision’s", number, "not comparable"),
+    "weights_bytes": ("Weights in memory", megabytes, "–"),
+    "peak_bytes": ("Peak memory", megabytes, "not measured"),
 }
+"""Key -> the column's head, how its numbers are written, and what stands for one that is null."""
 
 
 def _speed(variant: dict) -> dict:
@@ -68,5 +70,5 @@ def _speed(variant: dict) -> dict:
     return {"seconds_per_video": seconds} | (variant.get("speed") or {})
 
 
-def _cell(value: float | None, text) -> Cell:
-    return Cell("not measured" if value is None else text(value), value=value)
+def _cell(value: float | None, text: Callable[[float], str], absent: str) -> Cell:
+    return Cell(absent if value is None else text(value), value=value)

@@ -1,6 +1,6 @@
 """Held-out error while training, bucket by bucket of the timestep, from `validation.jsonl`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -21,7 +21,15 @@ MEASURES = {
     ),
     "cosine": ("Cosine", "Between the student’s and the teacher’s prediction; 1 is the same."),
 }
+DRIFT = (
+    "Drift",
+    "Final latents of whole videos, from the same noise: norm of the difference by the teacher’s "
+    "norm.",
+)
 NAME_HEIGHT = 0.075  # Of the axes.
+
+Line = tuple[list[int], list[float]]
+"""Steps and values."""
 
 
 def validation_section(validations: Sequence[dict], records: Sequence[dict], shelf: Shelf) -> str:
@@ -38,8 +46,11 @@ def validation_section(validations: Sequence[dict], records: Sequence[dict], she
         )
     spans = phases(records)
     panels = [
-        Panel(*texts, _curve(validations, key, texts, spans)) for key, texts in MEASURES.items()
+        Panel(*texts, _curve(lines_by_timestep(validations, key), key, texts, spans))
+        for key, texts in MEASURES.items()
     ]
+    if drift := _drift(validations):
+        panels.append(Panel(*DRIFT, _curve({"": drift}, "drift", DRIFT, spans)))
     return (
         "<p>Student against teacher on clips that training did not see, at fixed timesteps: a line "
         "each, named where it ends; the lighter, the cleaner the latents.</p>"
@@ -48,28 +59,34 @@ def validation_section(validations: Sequence[dict], records: Sequence[dict], she
     )
 
 
-def lines_by_timestep(
-    validations: Sequence[dict], key: str
-) -> dict[float, tuple[list[int], list[float]]]:
+def lines_by_timestep(validations: Sequence[dict], key: str) -> dict[float, Line]:
     """Steps and values of every timestep, ascending; steps that lack a measure are left out."""
-    found: dict[float, tuple[list[int], list[float]]] = {}
+    found: dict[float, Line] = {}
     for row in validations:
         for timestep, value in zip(row.get("timesteps") or (), row.get(key) or (), strict=False):
-            steps, values = found.setdefault(timestep, ([], []))
-            steps.append(row["step"])
-            values.append(value)
+            if value is not None:
+                steps, values = found.setdefault(timestep, ([], []))
+                steps.append(row["step"])
+                values.append(value)
     return dict(sorted(found.items()))
 
 
+def _drift(validations: Sequence[dict]) -> Line | None:
+    found = [(row["step"], (row.get("drift") or {}).get("relative")) for row in validations]
+    known = [(step, value) for step, value in found if value is not None]
+    return tuple(map(list, zip(*known, strict=True))) if known else None
+
+
 def _curve(
-    validations: Sequence[dict], key: str, texts: tuple[str, str], spans: Sequence[Phase]
+    lines: Mapping[float | str, Line], key: str, texts: tuple[str, str], spans: Sequence[Phase]
 ) -> str | None:
-    lines = lines_by_timestep(validations, key)
+    """`lines` by the name that each ends with."""
     if not lines:
         return None
+    steps = [step for line in lines.values() for step in line[0]]
     extent = (
-        min([validations[0]["step"], *(span.start for span in spans)]),
-        max([validations[-1]["step"], *(span.end for span in spans)]),
+        min([*steps, *(span.start for span in spans)]),
+        max([*steps, *(span.end for span in spans)]),
     )
 
     def draw(ax) -> None:
@@ -94,4 +111,4 @@ def _name_ends(ax, lines, extent: tuple[float, float]) -> None:
         place = (values[-1] - low) / (high - low)
         if np.isfinite(place) and all(abs(place - other) > NAME_HEIGHT for other in taken):
             taken.append(place)
-            ax.text(across, values[-1], f"{timestep:g}", color=ACCENT, va="center", clip_on=False)
+            ax.text(across, values[-1], str(timestep), color=ACCENT, va="center", clip_on=False)
