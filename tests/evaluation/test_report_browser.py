@@ -135,6 +135,12 @@ def test_without_a_loop_videos_stop_at_the_last_frame(visit):
     assert shown_frames(gallery) == {FRAMES - 1}
 
 
+def test_without_scripts_every_player_has_the_browsers_controls(visit):
+    page = visit(java_script_enabled=False)
+    assert page.locator("video").count() == page.locator("video[controls]").count() == 14
+    assert not page.locator(".controls").first.is_visible()
+
+
 def test_the_slider_moves_all_videos(visit):
     gallery = first_gallery(visit())
     gallery.get_by_label("Frame", exact=True).fill("9")

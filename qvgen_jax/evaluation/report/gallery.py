@@ -75,7 +75,7 @@ def videos_section(samples: list[dict] | None, judged: list[dict] | None, shelf:
         return missing("No samples were generated (<code>samples/samples.json</code> is missing).")
     shown = takes[:MOST_TAKES]
     more = "" if len(shown) == len(takes) else f" The first {len(shown)} of {len(takes)}."
-    return f"<p>Within a row: {_ORDER}.{more}</p>{gallery(shown, shelf, 'Videos')}"
+    return f"<p>Side by side: {_ORDER}.{more}</p>{gallery(shown, shelf, 'Videos')}"
 
 
 def validation_videos(validations: Sequence[dict], shelf: Shelf) -> str:

@@ -86,7 +86,7 @@ def _facts(records: Sequence[dict], evaluation: dict | None, sizes: dict | None)
         low, high = map(points, difference["interval"])
         facts.append(
             (
-                "Student minus teacher, strict",
+                "Strict, minus teacher’s",
                 points(difference["mean"]),
                 f"points ({low} to {high})",
             )
