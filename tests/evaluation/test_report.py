@@ -257,6 +257,7 @@ def test_samples_name_files_beside_them(workdir, name):
         ("sizes.json", {"transformer_bf16_bytes": "5"}, "a number at transformer_bf16_bytes"),
         ("evaluation.json", {"variants": [3]}, "a number at videos"),
         ("config.json", {"quant": [4]}, "an object at quant"),
+        ("validation.jsonl", {"step": 10**30}, "a number at step"),
         ("validation.jsonl", {"step": 1, "layers": {"x": 3}}, "an object at layers.x"),
         ("validation.jsonl", {"step": 1, "cosine": ["x"]}, r"a number or null at cosine\[0\]"),
     ],

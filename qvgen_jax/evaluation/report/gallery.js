@@ -63,7 +63,9 @@ function gallery(root) {
     regrouped = performance.now();
     for (const video of active()) {
       video.playbackRate = Number(speed.value);
-      video.play().catch(() => {});  // A browser may refuse to: the controls still step and scrub.
+      video.play().catch((refusal) => {  // To save power, say: the controls still step and scrub.
+        if (refusal.name === "NotAllowedError" && mine === attempt) stop(frame);
+      });
     }
     requestAnimationFrame(() => follow(mine));
   }

@@ -129,7 +129,7 @@ def _controls(label: str, frames: int) -> str:
         '<button type="button" class="back" aria-label="One frame back">◂</button>'
         '<button type="button" class="forward" aria-label="One frame forward">▸</button>'
         f'<input type="range" class="scrub" min="0" max="{max(frames - 1, 0)}" step="1" value="0" '
-        'aria-label="Frame"><output>1</output>'
+        'aria-label="Frame"><output aria-live="off">1</output>'
         f'<select class="speed" aria-label="Speed">{speeds}</select>'
         '<label><input type="checkbox" class="loop" checked> Loop</label></div>'
     )

@@ -55,6 +55,7 @@ _LAYER = {
     "clip_high?": NUMBER,
 }
 VALIDATION = {
+    "step": NUMBER,
     "timesteps?": [NUMBER],
     "cosine?": [MAYBE],
     "relative?": [MAYBE],

@@ -49,10 +49,10 @@ def group_layers(layers: Mapping[str, dict]) -> dict[str, list[Layer]]:
 def page_names(groups: Sequence[str]) -> dict[str, str]:
     """Group -> its page's file name: letters, digits and dashes, and no two the same."""
     names: dict[str, str] = {}
-    for number_, group in enumerate(groups):
+    for order, group in enumerate(groups):
         plain = re.sub(r"[^a-z0-9]+", "-", group.lower()).strip("-")[:40]
         name = f"layers-{plain}.html"
-        names[group] = f"layers-{plain}-{number_}.html" if name in names.values() else name
+        names[group] = f"layers-{plain}-{order}.html" if name in names.values() else name
     return names
 
 

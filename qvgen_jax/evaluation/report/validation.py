@@ -90,9 +90,8 @@ def _curve(
     )
 
     def draw(ax) -> None:
-        for (steps, values), opacity in zip(
-            lines.values(), np.linspace(0.3, 1, len(lines)), strict=True
-        ):
+        shades = np.linspace(1, 0.3, len(lines))[::-1]
+        for (steps, values), opacity in zip(lines.values(), shades, strict=True):
             ax.plot(steps, values, color=ACCENT, linewidth=1.6, alpha=opacity, **dots(len(steps)))
         if key != "cosine":
             ax.set_ylim(bottom=0)
