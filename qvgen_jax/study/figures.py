@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qvgen_jax.evaluation.curves import FONT_SIZE, Phase, column, phases, smooth_by_phase
+from qvgen_jax.evaluation.report.curves import column, phases, smooth_by_phase
+from qvgen_jax.evaluation.report.figure import FONT_SIZE, Phase
 from qvgen_jax.study import compare
 from qvgen_jax.study.record import curve_records, read_stage
 

@@ -1,4 +1,4 @@
-"""The report on a small made-up workdir: everything inside, every number as measured."""
+"""The report on a small made-up workdir: every number as measured, nothing from elsewhere."""
 
 import json
 import re
@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from qvgen_jax.errors import UserError
-from qvgen_jax.evaluation.curves import column, phases
 from qvgen_jax.evaluation.report import read_metrics, write_report
+from qvgen_jax.evaluation.report.curves import column, phases
+from qvgen_jax.evaluation.report.layers import group_layers, page_names
+from qvgen_jax.evaluation.report.validation import lines_by_timestep
+from qvgen_jax.evaluation.report.words import signed, significant
+from tests.evaluation.full_workdir import add_everything, validation
 
 
 def write_mp4(path, size=32, frames=5):
@@ -99,14 +103,27 @@ def read(workdir):
     return write_report(workdir).read_text("utf-8")
 
 
-def test_the_report_needs_no_other_file_and_no_network(page):
+def test_the_report_needs_nothing_outside_its_folder(workdir):
+    path = write_report(workdir)
+    page = path.read_text("utf-8")
     assert "http://" not in page
     assert "https://" not in page
     links = re.findall(r'(?:\bsrc|href|poster|data)="([^"]*)"', page)
-    assert links
-    assert all(link.startswith(("data:", "#")) for link in links)
-    assert page.count('src="data:video/mp4;base64,') == 2
+    files = [link for link in links if not link.startswith(("data:", "#"))]
+    assert files == [f"videos/samples/{name}_000.mp4" for name in ("teacher", "student")]
+    for name in files:
+        original = workdir / name.removeprefix("videos/")
+        assert (path.parent / name).read_bytes() == original.read_bytes()
     assert page.count('<svg class="curve"') == 6
+
+
+def test_what_an_earlier_report_showed_is_gone(workdir):
+    folder = workdir / "report"
+    (folder / "videos" / "evaluation").mkdir(parents=True)
+    (folder / "layers-attn1.html").write_text("of a run that was")
+    write_report(workdir)
+    assert sorted(path.name for path in folder.iterdir()) == ["index.html", "videos"]
+    assert [path.name for path in (folder / "videos").iterdir()] == ["samples"]
 
 
 def test_ids_in_the_page_are_unique_and_those_used_exist(page):
@@ -156,6 +173,8 @@ def test_what_was_not_measured_is_said(workdir):
     for text in (
         "No samples were generated",
         "No videos were judged",
+        "not validated while it trained",
+        "No validation measured the layers",
         "No export was measured",
         "Generation was not timed",
         "Not logged in this run",
@@ -238,12 +257,118 @@ def test_samples_name_files_beside_them(workdir, name):
         ("sizes.json", {"transformer_bf16_bytes": "5"}, "a number at transformer_bf16_bytes"),
         ("evaluation.json", {"variants": [3]}, "a number at videos"),
         ("config.json", {"quant": [4]}, "an object at quant"),
+        ("validation.jsonl", {"step": 10**30}, "a number at step"),
+        ("validation.jsonl", {"step": 1, "layers": {"x": 3}}, "an object at layers.x"),
+        ("validation.jsonl", {"step": 1, "cosine": ["x"]}, r"a number or null at cosine\[0\]"),
     ],
 )
 def test_a_file_of_another_shape_is_told_where(workdir, file, content, place):
     (workdir / file).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"{file} has something else than {place}"):
+    with pytest.raises(UserError, match=f"{file}.* has something else than {place}"):
         write_report(workdir)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """The folder of a report on everything."""
+    return write_report(add_everything(make_workdir(tmp_path_factory.mktemp("run")))).parent
+
+
+def test_measures_and_speed_appear_with_their_intervals(full):
+    page = (full / "index.html").read_text("utf-8")
+    for text in (
+        "22.0<small>20.5 to 23.5",
+        "0.900<small>0.880 to 0.920",
+        "−0.0041<small>−0.0061 to −0.0021",
+        "0.90<small>0.80 to 1.00",
+        "0.90 s",
+        "1.67 MB",
+        "not measured",
+        "by full precision’s",
+    ):
+        assert text in page, text
+
+
+def test_every_variant_of_a_prompt_stands_in_one_row(full):
+    page = (full / "index.html").read_text("utf-8")
+    row = page.partition('<figure class="take"')[2].partition("</figure>")[0]
+    assert re.findall(r'src="([^"]*)"', row) == [
+        f"videos/evaluation/videos/{order}-1000.mp4" for order in range(3)
+    ]
+    assert page.count('<figure class="take"') == 4, "two judged, one sampled, one while training"
+    assert 'data-frames="17" data-fps="8"' in page
+
+
+def test_what_no_judge_knows_is_reported_by_its_measures(workdir):
+    add_everything(workdir)
+    (workdir / "validation.jsonl").unlink()
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    for each in evaluation["variants"]:
+        for key in ("strict", "plain", "shape", "colour", "direction", "strict_difference"):
+            each.pop(key)
+    (workdir / "evaluation.json").write_text(json.dumps(evaluation | {"videos": 512}))
+    page = read(workdir)
+    assert "the frames match at 22.0 dB PSNR (20.5 to 23.5)" in page
+    assert "No judge knows these prompts" in page
+    assert "reads every video" not in page
+
+
+def test_held_out_errors_are_lines_over_steps_and_missing_lists_are_left_out():
+    rows = [validation(12), validation(24) | {"relative": None}, validation(36)]
+    lines = lines_by_timestep(rows, "relative")
+    assert list(lines) == [57, 250, 555, 747, 949]
+    assert lines[57] == ([12, 36], [rows[0]["relative"][0], rows[2]["relative"][0]])
+    assert lines_by_timestep(rows, "normalised") == {}
+
+
+def test_layers_are_grouped_as_models_name_them():
+    names = ["blocks.1.attn1.to_q", "blocks.0.attn1.to_q", "transformer_blocks.10.ff.up"]
+    names += ["blocks.ffn.down", "condition_embedder.time_proj", "proj_out"]
+    groups = group_layers({name: {} for name in names})
+    assert {group: [(row.block, row.linear) for row in rows] for group, rows in groups.items()} == {
+        "attn1": [(0, "to_q"), (1, "to_q")],
+        "ff": [(10, "up")],
+        "ffn": [(None, "down")],
+        "condition_embedder": [(None, "time_proj")],
+        "proj_out": [(None, "proj_out")],
+    }
+
+
+def test_pages_of_layers_are_named_by_plain_characters_and_differ():
+    names = page_names(["attn1", "ATTN1", "../../x", "é", ""])
+    assert len(set(names.values())) == 5
+    assert all(re.fullmatch(r"layers-[a-z0-9-]*\.html", name) for name in names.values())
+
+
+def test_every_group_of_layers_has_a_page(full):
+    names = {path.name for path in full.glob("*.html")}
+    assert names == {"index.html", "layers-attn1.html", "layers-ffn.html", "layers-proj-out.html"}
+
+
+def test_a_layer_page_shows_every_layer_of_its_group(full):
+    page = (full / "layers-ffn.html").read_text("utf-8")
+    assert len(re.findall(r'<th scope="row"[^>]*>blocks\.\d\.ffn\.(?:up|down)', page)) == 8
+    assert page.count('<svg class="curve"') == 3
+    bare = (full / "layers-proj-out.html").read_text("utf-8")
+    assert "no branch" in bare
+    assert bare.count("Nothing to draw: see the table.") == 3
+
+
+@pytest.mark.parametrize("path", ["../x.mp4", "/etc/hostname", "a/../../x", "a//b", "", "a\\b", 3])
+@pytest.mark.parametrize("name", ["evaluation/videos.json", "validation.jsonl"])
+def test_paths_of_videos_stay_inside_the_workdir(workdir, name, path):
+    (workdir / "evaluation").mkdir()
+    pair = {"prompt": "a", "seed": 1, "teacher": path, "student": path, "videos": {"x": path}}
+    content = [pair] if name.endswith("json") else {"step": 1, "videos": [pair]}
+    (workdir / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match="something else than a path inside the workdir"):
+        write_report(workdir)
+
+
+def test_numbers_keep_the_digits_that_count():
+    shown = [significant(x) for x in (0.05, 123.4, 1234.0, 1.2e-5, -0.5, float("nan"), None)]
+    assert shown == ["0.0500", "123", "1.23·10³", "1.20·10⁻⁵", "−0.500", "–", "–"]
+    assert [signed(x, 1) for x in (0.04, -0.04, 1, -1)] == ["0.0", "0.0", "+1.0", "−1.0"]
 
 
 def test_a_script_in_a_prompt_is_shown_and_not_run(workdir):

@@ -128,7 +128,13 @@ class Elements(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    return make_workdir(tmp_path_factory.mktemp("run"))
+    workdir = make_workdir(tmp_path_factory.mktemp("run"))
+    videos = {name: f"samples/{name}_000.mp4" for name in ("teacher", "student")}
+    (workdir / "evaluation").mkdir()
+    (workdir / "evaluation/videos.json").write_text(
+        json.dumps([{"prompt": "a cat", "seed": 1, "videos": videos}])
+    )
+    return workdir
 
 
 @pytest.fixture(scope="module")
@@ -166,19 +172,22 @@ def test_a_report_has_the_same_elements_whatever_prompts_and_captions_say(
 
 
 def test_a_report_of_mutated_files_is_refused_or_shows_nothing_outside_the_workdir(workdir):
-    files = [workdir / name for name in ("samples/samples.json", "evaluation.json", "sizes.json")]
+    names = ("samples/samples.json", "evaluation/videos.json", "evaluation.json", "sizes.json")
+    files = [workdir / name for name in names]
     (workdir.parent / "secret.mp4").write_bytes((workdir / "samples/teacher_000.mp4").read_bytes())
     for label, rng in generators("files of a report", 6):
         path = rng.choice(files)
         good = path.read_text()
         content = mutated_json(json.loads(good), rng)
-        if path is files[0] and rng.random() < 0.3:
+        if path in files[:2] and rng.random() < 0.3:
             content = json.loads(good)
-            content[0]["student"] = rng.choice(("../../secret.mp4", str(Path("/etc/hostname"))))
+            hostile = rng.choice(("../../secret.mp4", "../secret.mp4", str(Path("/etc/hostname"))))
+            content[0].get("videos", content[0])["student"] = hostile
         path.write_text(json.dumps(content))
         try:
             with tried("files of a report"):
                 page = write_report(workdir).read_text()
                 assert "secret" not in page, label
+                assert not [*(workdir / "report").rglob("secret*")], label
         finally:
             path.write_text(good)

@@ -10,7 +10,7 @@ from convert.export import export_pipeline
 from qvgen_jax import load
 from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation.finish import measure_sizes
-from qvgen_jax.evaluation.report_sections import size_section
+from qvgen_jax.evaluation.report.sizes import size_section
 from qvgen_jax.models import quantizable, time_only
 from qvgen_jax.training import loop
 from qvgen_jax.training.check import check_config

@@ -1,7 +1,7 @@
 """What the files hold that a report is made of; anybody may have changed them meanwhile.
 
 A shape is a type, a list of one shape, or a dict of them; a key that ends in `?` may be absent or
-null. Keys that no shape names are left alone.
+null, and the key `str` stands for any. Keys that no shape names are left alone.
 """
 
 from pathlib import Path
@@ -10,19 +10,25 @@ from typing import Any
 from qvgen_jax.errors import UserError
 from qvgen_jax.json_file import read_json
 
-NUMBER, FILE = "a number", "the name of a file beside it"
+NUMBER, MAYBE, FILE = "a number", "a number or null", "the name of a file beside it"
+PATH = "a path inside the workdir"
 _COUNT = {"count": NUMBER, "total": NUMBER}
 _VERDICT = _COUNT | {"interval": (NUMBER, NUMBER)}
+_ESTIMATE = {"mean": NUMBER, "interval": (NUMBER, NUMBER)}
+_MEASURES = ("psnr", "ssim", "consistency", "consistency_difference", "motion")
+_SPEED = ("seconds_per_video", "ratio_to_reference", "weights_bytes", "peak_bytes")
 _VARIANT = {
     "name": str,
-    "strict": _VERDICT,
+    "strict?": _VERDICT,
     "plain?": _VERDICT,
     "shape?": _COUNT,
     "colour?": _COUNT,
     "direction?": _COUNT,
-    "strict_difference?": {"mean": NUMBER, "interval": (NUMBER, NUMBER)},
+    "strict_difference?": _ESTIMATE,
     "latent_difference?": NUMBER,
     "seconds_per_video?": NUMBER,
+    "metrics?": {f"{name}?": _ESTIMATE for name in _MEASURES},
+    "speed?": {f"{name}?": NUMBER for name in _SPEED},
 }
 _OPTIONAL = {"device?": str, "timing?": str, "seed?": NUMBER, "versions?": dict}
 _JUDGED = {
@@ -38,7 +44,26 @@ SIZES = dict.fromkeys((*_SIDES, *_LINEARS), NUMBER) | {
     "rows?": [{"name": str, "bf16_bytes": NUMBER, "export_bytes": NUMBER}]
 }
 CONFIG = {"quant?": dict, "command?": str}
-SAMPLES = [{"prompt": str, "teacher": FILE, "student": FILE, "seed": NUMBER}]
+_ASKED = {"prompt": str, "seed": NUMBER}
+SAMPLES = [_ASKED | {"teacher": FILE, "student": FILE}]
+VIDEOS = [_ASKED | {"videos": {str: PATH}}]
+_LAYER = {
+    "weight_error?": NUMBER,
+    "branch_norm?": NUMBER,
+    "singular_values?": [MAYBE],
+    "clip_low?": NUMBER,
+    "clip_high?": NUMBER,
+}
+VALIDATION = {
+    "step": NUMBER,
+    "timesteps?": [NUMBER],
+    "cosine?": [MAYBE],
+    "relative?": [MAYBE],
+    "normalised?": [MAYBE],
+    "drift?": {"relative?": NUMBER},
+    "layers?": {str: _LAYER},
+    "videos?": [_ASKED | {"teacher": PATH, "student": PATH}],
+}
 
 
 def read_input(path: Path, shape: Any) -> Any:
@@ -51,9 +76,14 @@ def read_input(path: Path, shape: Any) -> Any:
         return None
     remedy = "remove it and run the job that wrote it again"
     content = read_json(path, remedy)
-    if place := _misfit(content, shape, ""):
-        raise UserError(f"{path} has something else than {place}; {remedy}")
+    check_shape(content, shape, str(path), remedy)
     return content
+
+
+def check_shape(content: Any, shape: Any, name: str, remedy: str) -> None:
+    """Raises UserError, which names the place, for content that is not of its shape."""
+    if place := _misfit(content, shape, ""):
+        raise UserError(f"{name} has something else than {place}; {remedy}")
 
 
 def read_evaluation(path: Path) -> Any:
@@ -66,16 +96,22 @@ def read_evaluation(path: Path) -> Any:
     return read_input(path, _JUDGED) if content and content.get("variants") else content
 
 
+def find_variant(evaluation: dict | None, start: str) -> dict | None:
+    """The first variant of an evaluation whose name starts so."""
+    variants = (evaluation or {}).get("variants", [])
+    return next((v for v in variants if v["name"].startswith(start)), None)
+
+
 def _misfit(value: Any, shape: Any, where: str) -> str | None:
     """The first place where a value is not of its shape, and what was expected there."""
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return f"an object at {where or 'its top'}"
-        parts = []
-        for key, inner in shape.items():
-            name = key.removesuffix("?")
-            if value.get(name) is not None or name == key:
-                parts.append((value.get(name), inner, f"{where}.{name}".lstrip(".")))
+        parts = [
+            (value.get(name), inner, f"{where}.{name}".lstrip("."))
+            for name, inner, needed in _expected(shape, value)
+            if needed or value.get(name) is not None
+        ]
     elif isinstance(shape, list | tuple):
         if not isinstance(value, list) or (isinstance(shape, tuple) and len(value) != len(shape)):
             return f"a list at {where or 'its top'}"
@@ -85,14 +121,29 @@ def _misfit(value: Any, shape: Any, where: str) -> str | None:
     return next((place for part in parts if (place := _misfit(*part))), None)
 
 
+def _expected(shape: dict, value: dict) -> list[tuple[str, Any, bool]]:
+    """(key, shape, whether it must be there) of each that is looked at."""
+    if str in shape:
+        return [(name, shape[str], True) for name in value]
+    return [(key.removesuffix("?"), inner, key[-1] != "?") for key, inner in shape.items()]
+
+
 def _is(value: Any, kind: Any) -> bool:
     if kind is FILE:
-        plain = isinstance(value, str) and value.isprintable() and 0 < len(value) < 256
-        return plain and value != ".." and not set(value) & set("/\\")
+        return isinstance(value, str) and _is_file_name(value)
+    if kind is PATH:
+        return isinstance(value, str) and all(map(_is_file_name, value.split("/")))
+    if kind is MAYBE:
+        return value is None or _is(value, NUMBER)
     if kind is NUMBER:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and not abs(value) >= 1e18  # NaN is one, too.
     return isinstance(value, kind)
+
+
+def _is_file_name(text: str) -> bool:
+    plain = text.isprintable() and 0 < len(text) < 256
+    return plain and text not in (".", "..") and not set(text) & set("/\\")
 
 
 def _named(kind: Any) -> str:

@@ -1,34 +1,15 @@
-"""Training curves as small inline SVG figures, drawn from the records of metrics.jsonl.
+"""Training curves, drawn from the records of metrics.jsonl."""
 
-Every panel has the same size and margins, so that they line up in a grid. None names a colour:
-strokes and text refer to the page's CSS variables and follow its light and dark mode.
-"""
-
-import html
-import io
 import math
-import re
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-WIDTH, HEIGHT = 340, 226  # CSS pixels at scale 1
-FONT_SIZE = 11.5
+from qvgen_jax.evaluation.report.figure import ACCENT, GREEN, MUTED, WARM, Phase, figure
+
 RAW_POINTS = 600  # more are thinned to their envelope: the page stays small, spikes stay visible
 SMOOTHING = 40  # the moving average spans 1/40 of the run
-
-# Matplotlib wants colours; these placeholders become CSS variables in the finished SVG.
-INK, MUTED, RULE, ACCENT, WARM, GREEN = (f"#0000{i:02x}" for i in range(1, 7))
-CSS_VARIABLES = {
-    INK: "var(--ink)",
-    MUTED: "var(--muted)",
-    RULE: "var(--rule)",
-    ACCENT: "var(--accent)",
-    WARM: "var(--warm)",
-    GREEN: "var(--green)",
-}
 LEARNING_RATES = {
     "lr_weights": "weights",
     "lr_branch": "L, R",
@@ -43,14 +24,6 @@ class Panel(NamedTuple):
     title: str
     caption: str
     svg: str | None
-
-
-class Phase(NamedTuple):
-    """A stretch of steps that shares one rank; `end` is where the next begins."""
-
-    start: float
-    end: float
-    rank: int
 
 
 def column(records: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -128,31 +101,6 @@ def training_panels(records: Sequence[dict]) -> list[Panel]:
     ]
 
 
-def figure(
-    title: str,
-    description: str,
-    draw: Callable,
-    extent: tuple[float, float],
-    spans: Sequence[Phase] = (),
-) -> str:
-    """One SVG element: `draw(axes)` in the common frame, over the steps of `extent`; `spans` gives
-    the phase boundaries."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": FONT_SIZE}
-    with matplotlib.rc_context(style):
-        fig = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
-        ax = fig.add_axes((46 / WIDTH, 40 / HEIGHT, (WIDTH - 54) / WIDTH, (HEIGHT - 62) / HEIGHT))
-        draw(ax)
-        ax.set_xlim(extent[0], max(extent[1], extent[0] + 1))
-        _frame(ax)
-        _draw_phases(ax, spans)
-        text = io.StringIO()
-        fig.savefig(text, format="svg", transparent=True)
-    return _inline(text.getvalue(), title, description)
-
-
 def _loss(ax, records: Sequence[dict]) -> None:
     steps, values = column(records, "loss")
     smooth = smooth_by_phase(steps, values, phases(records))
@@ -166,7 +114,7 @@ def _loss(ax, records: Sequence[dict]) -> None:
 
 def _held_out(ax, records: Sequence[dict]) -> None:
     steps, values = column(records, "held_out_loss")
-    ax.plot(steps, values, color=ACCENT, linewidth=1.8, **_dots(len(steps)))
+    ax.plot(steps, values, color=ACCENT, linewidth=1.8, **dots(len(steps)))
     ax.set_ylim(bottom=0)
 
 
@@ -191,7 +139,7 @@ def _gate(ax, records: Sequence[dict]) -> None:
     present = [record for record in records if record.get("rank") != 0]
     for span in phases(present) or [Phase(-math.inf, math.inf, -1)]:
         steps, values = column([r for r in present if r.get("rank", -1) == span.rank], "gate")
-        ax.plot(steps, values, color=ACCENT, linewidth=1.8, **_dots(len(steps)))
+        ax.plot(steps, values, color=ACCENT, linewidth=1.8, **dots(len(steps)))
     ax.set_ylim(-0.04, 1.06)
     ax.set_yticks([0, 0.5, 1], ["0", "½", "1"])
 
@@ -228,7 +176,7 @@ def _trace(ax, steps, values, smooth, color: str) -> None:
     ax.plot(steps, smooth, color=color, linewidth=1.8)
 
 
-def _dots(count: int) -> dict:
+def dots(count: int) -> dict:
     """Few points are shown as such, so that nobody reads the line between them as measured."""
     return {"marker": "o", "markersize": 3} if count <= 10 else {}
 
@@ -259,75 +207,3 @@ def smooth_by_phase(steps, values, spans: Sequence[Phase]) -> np.ndarray:
         total = np.convolve(part, ones, "same")
         smooth[start:end] = total / np.convolve(np.ones(len(part)), ones, "same")
     return smooth
-
-
-def _frame(ax) -> None:
-    from matplotlib import ticker
-
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.spines["bottom"].set_color(MUTED)
-    ax.tick_params(colors=MUTED, length=0, pad=5)
-    ax.tick_params(axis="x", length=3)
-    ax.grid(axis="y", color=RULE, linewidth=0.7)
-    ax.set_axisbelow(True)
-    ax.set_xlabel("step", color=MUTED, labelpad=2)
-    ax.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
-    ax.xaxis.set_major_formatter(
-        ticker.FuncFormatter(lambda x, _: f"{x:,.0f}".replace(",", "\u2009"))
-    )
-    low, high = ax.get_ylim()
-    if ax.get_yscale() == "log":
-        few = math.log10(high / low) < 1.6
-        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if few else (1,), numticks=6))
-        ax.yaxis.set_minor_locator(ticker.NullLocator())
-        powers_below = 1 if low < 1e-3 else 1e-3
-    elif isinstance(ax.yaxis.get_major_formatter(), ticker.ScalarFormatter):
-        ax.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
-        powers_below = 1e-3 if high > 4e-3 else 1
-    else:
-        return  # this panel chose its own ticks
-    ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: _short(y, powers_below)))
-
-
-def _draw_phases(ax, spans: Sequence[Phase]) -> None:
-    for before, span in pairwise(spans):
-        if span.rank != before.rank:
-            ax.axvline(span.start, color=MUTED, linewidth=0.7, alpha=0.4, zorder=0.5)
-    low, high = ax.get_xlim()
-    across = ax.get_xaxis_transform()
-    for span in spans if len(spans) > 1 else ():
-        if span.end - span.start > 0.04 * (high - low):  # narrower ones have no room for a number
-            middle = (span.start + span.end) / 2
-            ax.text(middle, 1.03, f"{span.rank}", transform=across, color=MUTED, ha="center")
-
-
-def _short(value: float, powers_below: float) -> str:
-    """0.05 as it is, 2e-05 as 2·10⁻⁵, without mathtext."""
-    if value == 0 or powers_below * (1 - 1e-9) <= abs(value) < 1e4:
-        return f"{value:g}"
-    exponent = math.floor(math.log10(abs(value)) + 1e-9)
-    mantissa = round(value / 10.0**exponent, 2)
-    power = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return power if mantissa == 1 else f"{mantissa:g}·{power}"
-
-
-def _rounded(attribute: str) -> str:
-    return re.sub(r"-?\d+\.\d+", lambda n: f"{float(n[0]):.1f}".removesuffix(".0"), attribute)
-
-
-def _inline(svg: str, title: str, description: str) -> str:
-    """Matplotlib's SVG file as an HTML element: no prolog, ids, font lists or namespaces."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(
-        r"<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>|<!--.*?-->", "", svg, flags=re.S
-    )
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("xlink:href", "href")
-    svg = re.sub(r" ?font-family: [^;\"]*;?", "", svg)
-    svg = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda found: _rounded(found[0]), svg)
-    for placeholder, variable in CSS_VARIABLES.items():
-        svg = svg.replace(placeholder, variable)
-    svg = re.sub(r"\s*\n\s*", "\n", svg[svg.index(">") + 1 :])
-    return (
-        f'<svg class="curve" role="img" viewBox="0 0 {WIDTH} {HEIGHT}">'
-        f"<title>{html.escape(title)}</title><desc>{html.escape(description)}</desc>{svg}"
-    )
