@@ -7,6 +7,7 @@ which run it belongs to.
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -196,6 +197,9 @@ class Checkpoints:
     def _begin(self, step: int, state: dict) -> None:
         saved = {**state, _CHECKSUMS: checksums(state)}
         try:
+            # Told here: where no folder can be made, orbax's threads wait five minutes for it.
+            if not storage.is_remote(self.folder) and not os.access(self.folder, os.W_OK):
+                raise OSError("its file system, or who runs this, may only read there")
             self._manager.save(step, args=ocp.args.StandardSave(saved))
         except Exception as error:
             self._error = error

@@ -21,13 +21,20 @@ def alone_in(workdir: Path) -> Iterator[None]:
     copy, against runs of this machine only.
 
     Raises:
-        UserError: another run holds it.
+        UserError: another run holds it, or it cannot be written to.
     """
     if not hosts.is_first():
         yield
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / LOCK).open("a+") as file:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        held = (workdir / LOCK).open("a+")
+    except OSError as error:
+        raise UserError(
+            f"{workdir} cannot be written to ({error.strerror}): give another --workdir, or see "
+            "that it may be"
+        ) from error
+    with held as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -16,6 +16,7 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.training import checkpoint
 from qvgen_jax.training.checkpoint import Checkpoints
 from qvgen_jax.training.checksums import changed, checksums
+from qvgen_jax.training.lock import alone_in
 
 
 def state_of(step: int) -> dict:
@@ -191,3 +192,34 @@ def test_on_a_full_disk_the_run_stops_with_the_last_good_step_and_has_it(
         found = checkpoints.newest(lambda step: jax.eval_shape(lambda: states[1]))
     assert 0 < last < 11
     np.testing.assert_array_equal(found["x"], states[last]["x"])
+
+
+def test_on_a_disk_that_became_read_only_the_run_stops_and_has_its_last_good_step(
+    small_disk, monkeypatch, capsys
+):
+    monkeypatch.setattr(checkpoint, "_PAUSES", (0, 0))
+
+    def save_more() -> None:
+        with Checkpoints(small_disk, 5) as checkpoints:
+            checkpoints.save(state_of(1))
+            checkpoints.finish()
+            subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+            for step in range(2, 5):
+                checkpoints.save(state_of(step))
+
+    with pytest.raises(UserError, match=r"may only read there.*last good checkpoint is step 1"):
+        save_more()
+    assert "trying again" in capsys.readouterr().err
+    with Checkpoints(small_disk, 5) as checkpoints:  # It is read even so.
+        found = checkpoints.newest(lambda step: jax.eval_shape(lambda: state_of(1)))
+    assert int(found["step"]) == 1
+
+
+def test_a_read_only_workdir_is_refused_at_the_start(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for workdir in (small_disk, small_disk / "new"):
+        with (
+            pytest.raises(UserError, match=r"cannot be written to \(Read-only file system\): give"),
+            alone_in(workdir),
+        ):
+            pass
