@@ -201,14 +201,14 @@ class Pipeline:
             settings: as of `generate`; but no `batch_size`.
 
         Raises:
-            UserError: as `generate`, before the first step.
+            UserError: as `generate`; now, not at the first step.
         """
         arrays, how, extra = self._start(prompt, negative_prompt, **settings)
         # On a mesh for several videos, all are this one.
         rows = np.zeros(together(self.mesh), int)
         batch = {name: spread(array[rows], self.mesh) for name, array in arrays.items()}
-        for step in self.transformer.steps(**{"negative_embeds": None} | batch, **how):
-            yield Step(*(array[:1, extra:] for array in step))
+        steps = self.transformer.steps(**{"negative_embeds": None} | batch, **how)
+        return (Step(*(array[:1, extra:] for array in step)) for step in steps)
 
     def _start(
         self,
