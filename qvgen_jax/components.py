@@ -148,7 +148,8 @@ class Transformer:
         """The trajectory of `sample`, step by step; between two of them it may be left.
 
         A step is a program of its own, for any number of steps: XLA may sum in another order than
-        within the scan, so that latents agree with `sample` to rounding.
+        within the scan, so that latents agree with `sample` to rounding. Quantizers round once
+        more: over many steps a low-bit trajectory may leave that of `sample` (docs/serve.md).
 
         Args: as `sample`.
 
