@@ -72,7 +72,7 @@ $(VENV)/.ready-test: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@ $(VENV)/.ready-base
 
 $(VENV)/.ready-parity: $(VENV)/bin/python pyproject.toml constraints.txt Makefile
-	$(install) '.[test,parity,buckets]'
+	$(install) '.[test,parity,buckets,serve]'
 	$(pip) --no-deps vbench==0.1.5 vbench2==0.1.1  # For their prompts; what their scorers want, ours do not.
 	touch $@ $(VENV)/.ready-base $(VENV)/.ready-test
 

@@ -1,4 +1,4 @@
-"""The one command: plan, pretrain, encode, train, generate, evaluate, export, compare, VBench.
+"""The one command: plan, pretrain, encode, train, generate, evaluate, export, compare, serve.
 
     python main.py --config configs/tiny_w4a4.py
     python main.py --config configs/tiny_w4a4.py --config.train.steps=300 --workdir runs/longer
@@ -6,6 +6,7 @@
     python main.py --config configs/wan14b_w4a4.py --job plan --target v5p:4x4x4
     python main.py --config configs/wan1_3b_w4a4.py --job vbench --vbench_python vbench/bin/python
     python main.py --config configs/study_tiny.py --job study --workdir studies/recipe
+    python main.py --config configs/tiny_w4a4.py --job serve
 
 The same command again continues an interrupted run. Exit code 2 means that something given to the
 program was wrong; the message says what, and nothing was lost.
@@ -23,7 +24,18 @@ from ml_collections import ConfigDict, config_flags
 
 from qvgen_jax.errors import LostProcess, Preempted, UserError
 
-JOBS = ("train", "pretrain", "encode", "generate", "evaluate", "export", "study", "plan", "vbench")
+JOBS = (
+    "train",
+    "pretrain",
+    "encode",
+    "generate",
+    "evaluate",
+    "export",
+    "study",
+    "plan",
+    "vbench",
+    "serve",
+)
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, file.py[:argument]")
 _WORKDIR = flags.DEFINE_string(
@@ -40,6 +52,8 @@ _VBENCH_2 = flags.DEFINE_bool("vbench2", False, "vbench: VBench-2.0 and its pack
 _DIMENSIONS = flags.DEFINE_string("dimensions", "paper", "vbench: paper, all, or names with commas")
 _SMOKE = flags.DEFINE_bool("smoke", False, "vbench: two prompts of each folder alone")
 _PART = flags.DEFINE_string("part", "0/1", "vbench: i/n, the i-th of n machines at work on a disk")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: where to listen; 0.0.0.0 for everybody")
+_PORT = flags.DEFINE_integer("port", 7860, "serve: the port of the page")
 _PLAN_JSON = flags.DEFINE_string("plan_json", None, "plan: a file to write it to as JSON too")
 
 
@@ -134,6 +148,10 @@ def run(job: str, config: ConfigDict, workdir: Path) -> None:
 
         for path in generate_files(plain, workdir, _PROMPT.value, _SEED.value):
             print(path)
+    elif job == "serve":
+        from qvgen_jax.serve.job import serve
+
+        serve(plain, workdir, _HOST.value, _PORT.value)
     elif job == "vbench":
         from qvgen_jax.evaluation.vbench_job import run_vbench
         from qvgen_jax.training.check import check_config

@@ -5,9 +5,11 @@ parameters: a teacher, and a student at two moments of its training, share what 
 """
 
 import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from qvgen_jax.autoencoders.cogvideox import CogVideoXVAEConfig
 from qvgen_jax.autoencoders.tiling import Tiling
 from qvgen_jax.autoencoders.wan import WanVAEConfig
 from qvgen_jax.diffusion.guidance import Guidance, guided
-from qvgen_jax.diffusion.schedulers import Schedule, sample
+from qvgen_jax.diffusion.schedulers import Schedule, sample, sampler_of
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig
 from qvgen_jax.models.wan import WanConfig
@@ -28,6 +30,19 @@ from qvgen_jax.placement import run_where
 from qvgen_jax.quant.clips import countdown
 from qvgen_jax.quant.time_table import check_timesteps
 from qvgen_jax.text.t5 import T5Config
+
+
+class Step(NamedTuple):
+    """Where a trajectory is after one of its steps.
+
+    Attributes:
+        latents: float32 `[batch, frames, height, width, channels]`; after the last step, the
+            result.
+        clean: the same shape: what the model saw behind the noise in this step.
+    """
+
+    latents: jax.Array
+    clean: jax.Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,21 +120,73 @@ class Transformer:
                 schedule visits timesteps that a time table does not hold.
         """
         self.check_schedule(schedule)
-        if not isinstance(guidance, Guidance):
-            guidance = Guidance(float(guidance))
-        scales = guidance.scales(schedule.timesteps)
-        passes = (guidance.two_passes, bool((scales == 1).any()))
+        two_passes, scales = _guiding(guidance, schedule)
+        if (scales == 1).all():
+            negative_embeds = None
+        form = (two_passes, self._asks_twice(negative_embeds))
         return run_where(
-            partial(_sample, self.graphdef, passes),
+            partial(_sample, self.graphdef, form, bool((scales == 1).any())),
             self.states,
             self.gate,
             noise,
             text_embeds,
-            None if (scales == 1).all() else negative_embeds,
+            negative_embeds,
             scales,
             schedule,
             step_noise,
         )
+
+    def steps(
+        self,
+        noise: jax.Array,
+        text_embeds: jax.Array,
+        negative_embeds: jax.Array | None,
+        guidance: Guidance | float,
+        schedule: Schedule,
+        step_noise: jax.Array | None = None,
+    ) -> Iterator[Step]:
+        """The trajectory of `sample`, step by step; between two of them it may be left.
+
+        A step is a program of its own, for any number of steps: XLA may sum in another order than
+        within the scan, so that latents agree with `sample` to rounding. Quantizers round once
+        more: over many steps a low-bit trajectory may leave that of `sample` (docs/serve.md).
+
+        Args: as `sample`.
+
+        Raises:
+            UserError: as `sample`, before the first step.
+        """
+        self.check_schedule(schedule)
+        sampler = sampler_of(schedule, step_noise)
+        two_passes, scales = _guiding(guidance, schedule)
+        if (scales == 1).all():
+            negative_embeds = None
+        form = (two_passes, self._asks_twice(negative_embeds))
+        carry = sampler.start(jnp.asarray(noise, jnp.float32), schedule)
+        for *row, scale in zip(*sampler.rows(schedule), scales, strict=True):
+            carry, clean = run_where(
+                partial(_step, self.graphdef, form, sampler),
+                self.states,
+                self.gate,
+                carry,
+                row,
+                text_embeds,
+                None if scale == 1 else negative_embeds,
+                scale[None],
+                step_noise,
+            )
+            yield Step(carry[0], clean)
+
+    def _asks_twice(self, negative_embeds: jax.Array | None) -> bool:
+        # PyTorch's Wan pipeline calls its transformer once per prompt, CogVideoX's once for both.
+        return negative_embeds is not None and isinstance(self.config, WanConfig)
+
+
+def _guiding(guidance: Guidance | float, schedule: Schedule) -> tuple[bool, np.ndarray]:
+    """Whether in two passes, and every step's scale."""
+    if not isinstance(guidance, Guidance):
+        guidance = Guidance(float(guidance))
+    return guidance.two_passes, guidance.scales(schedule.timesteps)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -128,10 +195,11 @@ def _velocity(graphdef, states, gate, latents, timesteps, text_embeds, clip_inde
     return model(latents, timesteps, text_embeds, gate=gate, clip_index=clip_index)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _sample(
     graphdef,
-    passes,
+    form,
+    skips,
     states,
     gate,
     noise,
@@ -141,24 +209,54 @@ def _sample(
     schedule,
     step_noise,
 ):
-    network, (two_passes, skips) = nnx.merge(graphdef, *states), passes
+    network = nnx.merge(graphdef, *states)
+    predict = _prediction(network, form, gate, text_embeds, negative_embeds, scales, skips=skips)
+    return sample(predict, noise, schedule, step_noise)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _step(
+    graphdef, form, sampler, states, gate, carry, row, text_embeds, negative_embeds, scale, noise
+):
+    network, first = nnx.merge(graphdef, *states), row[0]
+    predict = _prediction(network, form, gate, text_embeds, negative_embeds, scale, first)
+    return sampler.step(predict, carry, row, noise)
+
+
+def _prediction(
+    network: nnx.Module,
+    form: tuple[bool, bool],
+    gate: jax.Array | None,
+    text_embeds: jax.Array,
+    negative_embeds: jax.Array | None,
+    scales: jax.Array,
+    first: jax.Array | int = 0,
+    skips: bool = False,
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """The function `(latents, timestep, step) -> prediction` that a sampler calls.
+
+    Args:
+        form: whether guidance takes two passes, and whether PyTorch calls the network twice.
+        scales: of the steps from `first` on.
+    """
+    two_passes, twice = form
     counts = network.clip_mode == "countdown"
-    # PyTorch's Wan pipeline calls its transformer once per prompt, CogVideoX's once for both.
-    twice = negative_embeds is not None and isinstance(network.config, WanConfig)
+    # In two passes a row does not know which prompt is its own.
+    passes = {"two_passes": two_passes and not (counts and twice), "skips": skips}
 
     def predict(latents: jax.Array, timestep: jax.Array, step: jax.Array) -> jax.Array:
         def model(latents: jax.Array, timesteps: jax.Array, text_embeds: jax.Array) -> jax.Array:
             index = None
             if counts:
-                negative = jnp.arange(len(latents)) // len(noise)  # those rows come second
+                negative = jnp.arange(len(latents)) // batch  # those rows come second
                 index = countdown(2 * step + negative if twice else step + 0 * negative)
             return network(latents, timesteps, text_embeds, gate=gate, clip_index=index)
 
-        # In two passes a row does not know which prompt is its own.
-        form = {"two_passes": two_passes and not (counts and twice), "skips": skips}
-        return guided(model, text_embeds, negative_embeds, scales, **form)(latents, timestep, step)
+        batch = len(latents)
+        guide = guided(model, text_embeds, negative_embeds, scales, **passes)
+        return guide(latents, timestep, step - first)
 
-    return sample(predict, noise, schedule, step_noise)
+    return predict
 
 
 @dataclass(frozen=True, eq=False)

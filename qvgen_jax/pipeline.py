@@ -1,7 +1,7 @@
 """From a folder and a prompt to a video: `load(path)`, then `pipe.generate(prompts)`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from kernels.choose import BACKENDS
 from qvgen_jax.autoencoders.tiling import Tiling
-from qvgen_jax.components import VAE, TextEncoder, Transformer
+from qvgen_jax.components import VAE, Step, TextEncoder, Transformer
 from qvgen_jax.diffusion.guidance import Guidance
 from qvgen_jax.diffusion.schedulers import Scheduler, make_schedule
 from qvgen_jax.errors import UserError
@@ -170,6 +170,63 @@ class Pipeline:
         batch_size: int | None = None,
     ) -> np.ndarray:
         """Final normalised latents, float32 `[prompts, f, h, w, channels]`; see `generate`."""
+        arrays, how, extra = self._start(
+            prompts,
+            negative_prompts,
+            num_frames,
+            height,
+            width,
+            steps,
+            guidance_scale,
+            seeds,
+            latents,
+            guidance,
+            flow_shift,
+            max_length,
+        )
+
+        def run(negative_embeds: jax.Array | None = None, **arrays: jax.Array) -> jax.Array:
+            return self.transformer.sample(negative_embeds=negative_embeds, **arrays, **how)
+
+        return self._in_batches(run, arrays, batch_size)[:, extra:]
+
+    def latent_steps(
+        self, prompt: str, negative_prompt: str | None = None, **settings: Any
+    ) -> Iterator[Step]:
+        """`sample_latents` of one prompt, step by step; see `Transformer.steps`.
+
+        Args:
+            prompt: for one video.
+            negative_prompt: what it should not be.
+            settings: as of `generate`; but no `batch_size`.
+
+        Raises:
+            UserError: as `generate`; now, not at the first step.
+        """
+        arrays, how, extra = self._start(prompt, negative_prompt, **settings)
+        # On a mesh for several videos, all are this one.
+        rows = np.zeros(together(self.mesh), int)
+        batch = {name: spread(array[rows], self.mesh) for name, array in arrays.items()}
+        steps = self.transformer.steps(**{"negative_embeds": None} | batch, **how)
+        return (Step(*(array[:1, extra:] for array in step)) for step in steps)
+
+    def _start(
+        self,
+        prompts: Any,
+        negative_prompts: Any,
+        num_frames: Any = None,
+        height: Any = None,
+        width: Any = None,
+        steps: Any = None,
+        guidance_scale: Any = None,
+        seeds: Any = 0,
+        latents: Any = None,
+        guidance: Guidance | None = None,
+        flow_shift: Any = None,
+        max_length: Any = None,
+    ) -> tuple[dict[str, jax.Array], dict[str, Any], int]:
+        """A checked request: arrays of a row per video, the other arguments of the transformer's
+        `sample` and `steps`, and how many frames go in front."""
         size, extra = self._latent_size(num_frames, height, width, latents)
         if guidance is None:
             guidance = Guidance(
@@ -195,13 +252,7 @@ class Pipeline:
         }
         if request.negative_prompts:
             arrays["negative_embeds"] = self.encode_prompt(request.negative_prompts, max_length)
-
-        def run(negative_embeds: jax.Array | None = None, **arrays: jax.Array) -> jax.Array:
-            return self.transformer.sample(
-                negative_embeds=negative_embeds, guidance=guidance, schedule=schedule, **arrays
-            )
-
-        return self._in_batches(run, arrays, batch_size)[:, extra:]
+        return arrays, {"guidance": guidance, "schedule": schedule}, extra
 
     def to_frames(
         self,

@@ -59,6 +59,8 @@ def test_wrong_arguments_get_one_line_and_exit_code_2(arguments, message):
         (("--config.evaluate.held_out=assets/nowhere",), "assets/nowhere does not exist"),
         (("--job", "export"), "has no checkpoint"),
         (("--job", "generate"), "needs --prompt"),
+        (("--job", "serve", "--port", "70000"), "--port is 70000, expected 1 to 65535"),
+        (("--job", "serve", "--host", "192.0.2.1"), "cannot listen at 192.0.2.1:7860"),
         (("--job", "pretrain"), "configs/tiny_pretrain.py"),
         (("--job", "plan", "--target", "v9:2x2"), "no chip 'v9' is known"),
         (("--job", "plan", "--target", "h200:3", "--config.mesh.context=1"), "samples"),

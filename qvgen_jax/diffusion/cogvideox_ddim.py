@@ -47,29 +47,24 @@ def cogvideox_ddim_schedule(config: CogVideoXDDIMConfig, steps: int) -> CogVideo
     )
 
 
-def sample(
+def start(noise: jax.Array, schedule: CogVideoXDDIMSchedule) -> tuple[jax.Array]:
+    """The carry before the first step: the sample alone."""
+    return (noise,)
+
+
+def rows(schedule: CogVideoXDDIMSchedule) -> tuple:
+    """What `advance` is told, arrays `[steps, ...]`."""
+    return np.arange(len(schedule.timesteps), dtype=np.int32), *schedule
+
+
+def advance(
     velocity_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    noise: jax.Array,
-    schedule: CogVideoXDDIMSchedule,
-) -> jax.Array:
-    """From noise to latents; call it under `jax.jit`.
-
-    Args:
-        velocity_fn: `(latents, timestep, step) -> velocity`; timestep is a float32 scalar, step the
-            int32 index of the call.
-        noise: the start, float32, any shape.
-        schedule: from `cogvideox_ddim_schedule`; its values may be traced, its shapes are static.
-
-    Returns:
-        The clean latents, float32, of the shape of `noise`.
-    """
-
-    def advance(latents, row):
-        step, (timestep, to_clean, predict) = row
-        velocity = velocity_fn(latents, timestep, step).astype(jnp.float32)
-        clean = to_clean[0] * latents + to_clean[1] * velocity
-        return predict[0] * latents + predict[1] * clean, None
-
-    rows = (jnp.arange(len(schedule.timesteps)), tuple(schedule))
-    latents, _ = jax.lax.scan(advance, noise.astype(jnp.float32), rows)
-    return latents
+    carry: tuple[jax.Array],
+    row: tuple,
+) -> tuple[tuple[jax.Array], jax.Array]:
+    """One step; see `unipc.advance`."""
+    (latents,) = carry
+    step, timestep, to_clean, predict = row
+    velocity = velocity_fn(latents, timestep, step).astype(jnp.float32)
+    clean = to_clean[0] * latents + to_clean[1] * velocity
+    return (predict[0] * latents + predict[1] * clean,), clean

@@ -67,42 +67,39 @@ def cogvideox_dpm_schedule(config: CogVideoXDPMConfig, steps: int) -> CogVideoXD
     )
 
 
-def sample(
+def start(noise: jax.Array, schedule: CogVideoXDPMSchedule) -> tuple[jax.Array, jax.Array]:
+    """The carry before the first step: (sample, the last step's clean latents)."""
+    return noise, jnp.zeros_like(noise)
+
+
+def rows(schedule: CogVideoXDPMSchedule) -> tuple:
+    """What `advance` is told, arrays `[steps, ...]`."""
+    return np.arange(len(schedule.timesteps), dtype=np.int32), *schedule
+
+
+def advance(
     velocity_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    noise: jax.Array,
-    schedule: CogVideoXDPMSchedule,
+    carry: tuple[jax.Array, jax.Array],
+    row: tuple,
     step_noise: jax.Array,
-) -> jax.Array:
-    """From noise to latents; call it under `jax.jit`.
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """One step; see `unipc.advance`.
 
     Args:
-        velocity_fn: `(latents, timestep, step) -> velocity`; timestep is a float32 scalar, step the
-            int32 index of the call.
-        noise: the start, float32 `[batch, ...]`.
-        schedule: from `cogvideox_dpm_schedule`; its values may be traced, its shapes are static.
         step_noise: PRNG keys `[batch]`, from each of which one sample's noise in every step is
             drawn, whatever its neighbours; or the noise itself, float32 `[steps, *noise.shape]`.
-
-    Returns:
-        The clean latents, float32, of the shape of `noise`.
     """
-    keyed = jnp.issubdtype(step_noise.dtype, jax.dtypes.prng_key)
+    latents, last_clean = carry
+    step, timestep, to_clean, predict = row
+    velocity = velocity_fn(latents, timestep, step).astype(jnp.float32)
+    clean = to_clean[0] * latents + to_clean[1] * velocity
+    following = predict[0] * latents + predict[1] * clean + predict[2] * last_clean
+    fresh = _fresh_noise(step_noise, step, latents.shape[1:])
+    return (following + predict[3] * fresh, clean), clean
 
-    def fresh_noise(step: jax.Array) -> jax.Array:
-        if not keyed:
-            return step_noise[step]
-        keys = jax.vmap(jax.random.fold_in, (0, None))(step_noise, step)
-        return jax.vmap(lambda key: jax.random.normal(key, noise.shape[1:], jnp.float32))(keys)
 
-    def advance(carry, row):
-        latents, last_clean = carry
-        step, (timestep, to_clean, predict) = row
-        velocity = velocity_fn(latents, timestep, step).astype(jnp.float32)
-        clean = to_clean[0] * latents + to_clean[1] * velocity
-        following = predict[0] * latents + predict[1] * clean + predict[2] * last_clean
-        return (following + predict[3] * fresh_noise(step), clean), None
-
-    rows = (jnp.arange(len(schedule.timesteps)), tuple(schedule))
-    noise = noise.astype(jnp.float32)
-    (latents, _), _ = jax.lax.scan(advance, (noise, jnp.zeros_like(noise)), rows)
-    return latents
+def _fresh_noise(step_noise: jax.Array, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    if not jnp.issubdtype(step_noise.dtype, jax.dtypes.prng_key):
+        return step_noise[step]
+    keys = jax.vmap(jax.random.fold_in, (0, None))(step_noise, step)
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)

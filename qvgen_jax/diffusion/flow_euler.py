@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qvgen_jax.config_fields import check_fields
-from qvgen_jax.diffusion.flow import shift_sigma
+from qvgen_jax.diffusion.flow import denoise, shift_sigma
 from qvgen_jax.diffusion.scheduler_config import FILE, Levels, Shift, check_options, check_steps
 
 _SUPPORTED = {
@@ -72,29 +72,24 @@ def flow_euler_schedule(config: FlowEulerConfig, steps: int) -> FlowEulerSchedul
     return FlowEulerSchedule(sigmas * np.float32(count), np.append(sigmas, np.float32(0)))
 
 
-def sample(
+def start(noise: jax.Array, schedule: FlowEulerSchedule) -> tuple[jax.Array]:
+    """The carry before the first step: the sample alone."""
+    return (noise,)
+
+
+def rows(schedule: FlowEulerSchedule) -> tuple:
+    """What `advance` is told, arrays `[steps]`."""
+    steps = np.arange(len(schedule.timesteps), dtype=np.int32)
+    return steps, schedule.timesteps, schedule.sigmas[:-1], schedule.sigmas[1:]
+
+
+def advance(
     velocity_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    noise: jax.Array,
-    schedule: FlowEulerSchedule,
-) -> jax.Array:
-    """Follows the flow from noise to latents; call it under `jax.jit`.
-
-    Args:
-        velocity_fn: `(latents, timestep, step) -> velocity`; timestep is a float32 scalar, step the
-            int32 index of the call.
-        noise: the start, float32, any shape.
-        schedule: from `flow_euler_schedule`; its values may be traced, its shapes are static.
-
-    Returns:
-        The latents at sigma 0, float32, of the shape of `noise`.
-    """
-
-    def advance(latents, row):
-        step, timestep, change = row
-        velocity = velocity_fn(latents, timestep, step).astype(jnp.float32)
-        return latents + change * velocity, None
-
-    changes = schedule.sigmas[1:] - schedule.sigmas[:-1]
-    rows = (jnp.arange(len(schedule.timesteps)), schedule.timesteps, changes)
-    latents, _ = jax.lax.scan(advance, noise.astype(jnp.float32), rows)
-    return latents
+    carry: tuple[jax.Array],
+    row: tuple,
+) -> tuple[tuple[jax.Array], jax.Array]:
+    """One step; see `unipc.advance`."""
+    (latents,) = carry
+    step, timestep, sigma, following = row
+    velocity = velocity_fn(latents, timestep, step).astype(jnp.float32)
+    return (latents + (following - sigma) * velocity,), denoise(latents, velocity, sigma)

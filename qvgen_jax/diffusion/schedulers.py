@@ -3,12 +3,16 @@
 scheduler = scheduler_from_json(fields)            # of scheduler/scheduler_config.json
 schedule = make_schedule(scheduler, 50)            # numpy arrays, one row per model call
 latents = sample(model, noise, schedule, keys)     # a scan, under jit
+
+Each is three functions: what its steps carry at first, what each of them is told, and the step. The
+scan takes all steps in one program; `Transformer.steps` takes them one by one.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from qvgen_jax.diffusion import cogvideox_ddim, cogvideox_dpm, flow_euler, unipc
 from qvgen_jax.errors import UserError
@@ -27,35 +31,65 @@ Schedule = (
 )
 
 
-class _Sampler(NamedTuple):
+class Sampler(NamedTuple):
+    """One sampler.
+
+    Attributes:
+        config: what a `scheduler_config.json` is read into.
+        schedule: what `make_schedule` gives: numpy arrays, a row per step.
+        make_schedule: `(config, steps) -> schedule`.
+        start: `(noise, schedule) -> carry`, a tuple whose first array is the sample.
+        rows: `schedule -> arrays [steps, ...]`, a tuple; the steps' indices come first.
+        advance: `(model, carry, row) -> (carry, clean)`, a step; `clean` are the latents that the
+            model saw behind the noise in this step.
+        stochastic: whether `advance` takes `step_noise` as well.
+    """
+
     config: type
     schedule: type
     make_schedule: Callable
-    sample: Callable
+    start: Callable
+    rows: Callable
+    advance: Callable
     stochastic: bool = False
+
+    def step(self, model: Callable, carry: tuple, row: Any, step_noise: Any) -> tuple:
+        """`advance` with the noise, if the sampler wants it."""
+        return self.advance(model, carry, row, *((step_noise,) if self.stochastic else ()))
 
 
 _SAMPLERS = {
-    "UniPCMultistepScheduler": _Sampler(
-        unipc.UniPCConfig, unipc.UniPCSchedule, unipc.unipc_schedule, unipc.sample
+    "UniPCMultistepScheduler": Sampler(
+        unipc.UniPCConfig,
+        unipc.UniPCSchedule,
+        unipc.unipc_schedule,
+        unipc.start,
+        unipc.rows,
+        unipc.advance,
     ),
-    "FlowMatchEulerDiscreteScheduler": _Sampler(
+    "FlowMatchEulerDiscreteScheduler": Sampler(
         flow_euler.FlowEulerConfig,
         flow_euler.FlowEulerSchedule,
         flow_euler.flow_euler_schedule,
-        flow_euler.sample,
+        flow_euler.start,
+        flow_euler.rows,
+        flow_euler.advance,
     ),
-    "CogVideoXDDIMScheduler": _Sampler(
+    "CogVideoXDDIMScheduler": Sampler(
         cogvideox_ddim.CogVideoXDDIMConfig,
         cogvideox_ddim.CogVideoXDDIMSchedule,
         cogvideox_ddim.cogvideox_ddim_schedule,
-        cogvideox_ddim.sample,
+        cogvideox_ddim.start,
+        cogvideox_ddim.rows,
+        cogvideox_ddim.advance,
     ),
-    "CogVideoXDPMScheduler": _Sampler(
+    "CogVideoXDPMScheduler": Sampler(
         cogvideox_dpm.CogVideoXDPMConfig,
         cogvideox_dpm.CogVideoXDPMSchedule,
         cogvideox_dpm.cogvideox_dpm_schedule,
-        cogvideox_dpm.sample,
+        cogvideox_dpm.start,
+        cogvideox_dpm.rows,
+        cogvideox_dpm.advance,
         stochastic=True,
     ),
 }
@@ -83,7 +117,7 @@ def make_schedule(scheduler: Scheduler, steps: int) -> Schedule:
     Raises:
         UserError: `steps` is not a whole number that the sampler can do.
     """
-    return _sampler_of(scheduler).make_schedule(scheduler, steps)
+    return _row_of(scheduler).make_schedule(scheduler, steps)
 
 
 def sample(
@@ -99,22 +133,36 @@ def sample(
             or v; timestep is a float32 scalar, step the int32 index of the call.
         noise: the start, float32 `[batch, ...]`.
         step_noise: PRNG keys `[batch]` or noises `[steps, *noise.shape]`, for a stochastic sampler
-            (see `cogvideox_dpm.sample`); the others leave it aside.
+            (see `cogvideox_dpm.advance`); the others leave it aside.
 
     Raises:
         UserError: a stochastic sampler without `step_noise`.
     """
-    sampler = _sampler_of(schedule)
-    if not sampler.stochastic:
-        return sampler.sample(model, noise, schedule)
-    if step_noise is None:
+    sampler = sampler_of(schedule, step_noise)
+
+    def body(carry: tuple, row: Any) -> tuple[tuple, None]:
+        return sampler.step(model, carry, row, step_noise)[0], None
+
+    first = sampler.start(noise.astype(jnp.float32), schedule)
+    (latents, *_), _ = jax.lax.scan(body, first, sampler.rows(schedule))
+    return latents
+
+
+def sampler_of(schedule: Schedule, step_noise: jax.Array | None) -> Sampler:
+    """The sampler of a schedule.
+
+    Raises:
+        UserError: a stochastic one without `step_noise`.
+    """
+    sampler = _row_of(schedule)
+    if sampler.stochastic and step_noise is None:
         raise UserError(
             "step_noise is None, expected PRNG keys, one per video: this sampler adds noise in "
             "every step"
         )
-    return sampler.sample(model, noise, schedule, step_noise)
+    return sampler
 
 
-def _sampler_of(thing: Scheduler | Schedule) -> _Sampler:
+def _row_of(thing: Scheduler | Schedule) -> Sampler:
     rows = _SAMPLERS.values()
     return next(row for row in rows if isinstance(thing, (row.config, row.schedule)))

@@ -1,4 +1,4 @@
-"""UniPC, the sampler of Wan, for flow prediction: a scan over precomputed coefficients.
+"""UniPC, the sampler of Wan, for flow prediction: steps of precomputed coefficients.
 
 Zhao et al., "UniPC: A Unified Predictor-Corrector Framework" (arXiv 2302.04867), with the choices
 of diffusers' `UniPCMultistepScheduler`. Every update there is linear in the current sample, the
@@ -160,40 +160,40 @@ def unipc_schedule(config: UniPCConfig, steps: int) -> UniPCSchedule:
     )
 
 
-def sample(
+def start(noise: jax.Array, schedule: UniPCSchedule) -> tuple[jax.Array, ...]:
+    """The carry before the first step: (sample, last corrected sample, clean latents so far)."""
+    history = jnp.zeros((schedule.predict.shape[1] - 1, *noise.shape), jnp.float32)
+    return noise, noise, history
+
+
+def rows(schedule: UniPCSchedule) -> tuple:
+    """What `advance` is told, arrays `[steps, ...]`."""
+    steps = np.arange(len(schedule.timesteps), dtype=np.int32)
+    return steps, schedule.timesteps, schedule.sigmas[:-1], schedule.correct, schedule.predict
+
+
+def advance(
     velocity_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    noise: jax.Array,
-    schedule: UniPCSchedule,
-) -> jax.Array:
-    """Follows the flow from noise to latents; call it under `jax.jit`.
+    carry: tuple[jax.Array, ...],
+    row: tuple,
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """One step: the next carry, and the clean latents that the model saw in this one.
 
     Args:
         velocity_fn: `(latents, timestep, step) -> velocity`; timestep is a float32 scalar, step the
             int32 index of the call.
-        noise: the start, float32, any shape.
-        schedule: from `unipc_schedule`; its values may be traced, its shapes are static.
-
-    Returns:
-        The latents at sigma 0, float32, of the shape of `noise`.
+        carry: of `start`, or of the step before.
+        row: of `rows`; its values may be traced.
     """
-    noise = noise.astype(jnp.float32)
-    history = jnp.zeros((schedule.predict.shape[1] - 1, *noise.shape), jnp.float32)
-
-    def advance(carry, row):
-        sample, last_sample, history = carry
-        step, timestep, sigma, correct, predict = row
-        velocity = velocity_fn(sample, timestep, step).astype(jnp.float32)
-        clean = denoise(sample, velocity, sigma)
-        corrected = correct[0] * sample + correct[1] * last_sample + correct[2] * clean
-        corrected += _weighted_sum(correct[3:], history)
-        history = jnp.concatenate([clean[None], history[:-1]])
-        following = predict[0] * corrected + _weighted_sum(predict[1:], history)
-        return (following, corrected, history), None
-
-    steps = jnp.arange(len(schedule.timesteps))
-    rows = (steps, schedule.timesteps, schedule.sigmas[:-1], schedule.correct, schedule.predict)
-    (latents, _, _), _ = jax.lax.scan(advance, (noise, noise, history), rows)
-    return latents
+    sample, last_sample, history = carry
+    step, timestep, sigma, correct, predict = row
+    velocity = velocity_fn(sample, timestep, step).astype(jnp.float32)
+    clean = denoise(sample, velocity, sigma)
+    corrected = correct[0] * sample + correct[1] * last_sample + correct[2] * clean
+    corrected += _weighted_sum(correct[3:], history)
+    history = jnp.concatenate([clean[None], history[:-1]])
+    following = predict[0] * corrected + _weighted_sum(predict[1:], history)
+    return (following, corrected, history), clean
 
 
 def _weighted_sum(factors: jax.Array, arrays: jax.Array) -> jax.Array:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qvgen_jax.diffusion.unipc import UniPCConfig, sample, unipc_schedule
+from qvgen_jax.diffusion.schedulers import sample
+from qvgen_jax.diffusion.unipc import UniPCConfig, unipc_schedule
 from qvgen_jax.errors import UserError
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "unipc.npz")

@@ -3,8 +3,6 @@
 Needs a Chromium that plays H.264, as Debian's does.
 """
 
-import os
-import shutil
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,12 +12,12 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from qvgen_jax.evaluation.report import write_report
+from tests.browser import browser_path
 from tests.evaluation.full_workdir import FPS, FRAMES, VARIANTS, add_everything
 from tests.evaluation.test_report import make_workdir
 
 pytestmark = pytest.mark.slow
 
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
 TIMES = """gallery => [...gallery.querySelectorAll("video")]
     .filter(video => video.getBoundingClientRect().top < innerHeight)
@@ -37,13 +35,7 @@ WATCH = """gallery => new Promise(resolve => {
 
 @pytest.fixture(scope="module")
 def browser():
-    asked = os.environ.get("QVGEN_BROWSER")
-    found = asked or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not found:
-        pytest.skip(
-            f"no {', '.join(BROWSERS)} here: apt-get install chromium-headless-shell, or set "
-            "QVGEN_BROWSER to the path of a Chromium"
-        )
+    found = browser_path()
     with sync_playwright() as driver:
         started = driver.chromium.launch(executable_path=found)
         yield started

@@ -8,7 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from qvgen_jax.diffusion.unipc import UniPCConfig, sample, unipc_schedule  # noqa: E402
+from qvgen_jax.diffusion.schedulers import sample  # noqa: E402
+from qvgen_jax.diffusion.unipc import UniPCConfig, unipc_schedule  # noqa: E402
 from tests.parity.table import hold  # noqa: E402
 
 WAN = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
