@@ -17,6 +17,7 @@ import re
 import shlex
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -215,21 +216,22 @@ def _encode(config: dict, workdir: Path) -> None:
 def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
     """`train` does all of it; `export` and `evaluate` need a finished run and do their part."""
     from convert.export import export_pipeline
+    from convert.packed import layer_names
     from qvgen_jax.data.prepare import check_held_out
-    from qvgen_jax.evaluation.drift import held_out_loss
     from qvgen_jax.evaluation.finish import compare_and_report
     from qvgen_jax.evaluation.samples import read_prompts
+    from qvgen_jax.evaluation.validate import validation
     from qvgen_jax.hosts import everywhere, is_alone, is_first
     from qvgen_jax.training.run import finished_state, train
     from qvgen_jax.training.state import exported_params
     from qvgen_jax.training.student import quant_config
 
     shown, drifting = config["sample"]["count"], config["evaluate"]["drift_videos"]
-    if count := max(shown, drifting):
+    if count := max(shown, drifting, config["train"].get("validate_videos", 0)):
         read_prompts(config["sample"]["prompts"], count)  # Told before training.
     check_held_out(config, workdir)
     if job == "train":
-        pipe, state = train(config, workdir, held_out_loss)
+        pipe, state = train(config, workdir, partial(validation, names_of=layer_names))
     else:
         pipe, state = finished_state(config, workdir)
     export = workdir / "export"

@@ -103,6 +103,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.fresh_orders = 2
     # So often the student is asked for evaluate.held_out, and the best without a branch is kept.
     config.train.validate_every = 0
+    config.train.validate_videos = 0  # So many are filmed then, beside the teacher's own.
     config.train.export_best = False  # True: the best is exported, else the last.
     config.train.wandb_project = ""
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from convert.names import Entry, check_names, from_torch, to_torch, torch_names, torch_shape
+from convert.tables import table_for
 from kernels.chips import Chip
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import (
@@ -44,6 +45,15 @@ def split_table(
 def linear_stems(entry: Entry) -> list[str]:
     stem = entry.name.removesuffix(".weight")
     return [stem] if entry.layers is None else [stem.format(i=i) for i in range(entry.layers)]
+
+
+def layer_names(model: TransformerConfig, quant: QuantConfig) -> dict[str, list[str]]:
+    """Of every quantized linear of the parameters, the names in an export that its stack has.
+
+    `blocks.ffn.up` of a Wan is `blocks.0.ffn.net.0.proj`, `blocks.1.ffn.net.0.proj` and so on.
+    """
+    kernels, _ = split_table(table_for(model), quant.quantized(quantizable(model)))
+    return {name: linear_stems(entry) for name, entry in kernels.items()}
 
 
 def _layers(node: Mapping, stacked: bool) -> list[dict]:

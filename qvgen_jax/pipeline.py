@@ -117,6 +117,8 @@ class Pipeline:
     defaults: Mapping[str, Any] = field(default_factory=lambda: dict(WAN_DEFAULTS))
     mesh: Mesh | None = None
     prompt_rule: PromptRule = WAN_PROMPTS
+    # Embeddings that are known already, `[max_length, text_dim]` by prompt and length.
+    encoded: Mapping[tuple[str, int], jax.Array] = field(default_factory=dict)
 
     def encode_prompt(
         self, prompts: str | Sequence[str], max_length: int | None = None
@@ -132,13 +134,31 @@ class Pipeline:
         """
         prompts = prompt_list(prompts)
         length = whole_number(self._setting("max_length", max_length), "max_length")
-        distinct = list(dict.fromkeys(prompts))
-        ids, mask = tokenize(self.tokenizer, distinct, length, self.prompt_rule)
-        # From the host's memory, if it lives there, once for all prompts, and gone afterwards.
-        encoder = placed(self.text_encoder, self.mesh)
-        rows = [encoder(ids[i : i + 1], mask[i : i + 1])[0] for i in range(len(ids))]
-        encoded = dict(zip(distinct, rows, strict=True))
-        return jnp.stack([encoded[prompt] for prompt in prompts])
+        known = self._encoded(prompts, length)
+        return jnp.stack([known[prompt, length] for prompt in prompts])
+
+    def with_encoded(
+        self, prompts: str | Sequence[str], max_length: int | None = None
+    ) -> "Pipeline":
+        """The same pipeline that knows these prompts' embeddings, and encodes only others.
+
+        Raises:
+            UserError: as `encode_prompt`.
+        """
+        length = whole_number(self._setting("max_length", max_length), "max_length")
+        return dataclasses.replace(self, encoded=self._encoded(prompt_list(prompts), length))
+
+    def _encoded(self, prompts: Sequence[str], length: int) -> dict[tuple[str, int], jax.Array]:
+        """All known embeddings, those of `prompts` among them."""
+        known = dict(self.encoded)
+        new = [prompt for prompt in dict.fromkeys(prompts) if (prompt, length) not in known]
+        if new:
+            ids, mask = tokenize(self.tokenizer, new, length, self.prompt_rule)
+            # From the host's memory, if it lives there, once for all prompts, and gone afterwards.
+            encoder = placed(self.text_encoder, self.mesh)
+            for row, prompt in enumerate(new):
+                known[prompt, length] = encoder(ids[row : row + 1], mask[row : row + 1])[0]
+        return known
 
     def to_latents(self, video: jax.Array) -> jax.Array:
         """Normalised latents (the posterior's mean) of float video in [-1, 1]."""

@@ -185,7 +185,7 @@ def measure(config: Mapping, workdir: Path, teacher: Pipeline, student: Pipeline
     """
     result = {}
     for name, asked, answer, compare in _measurements(config, workdir, teacher):
-        theirs = _reference(config, workdir, teacher, name, asked, answer)
+        theirs = teachers_answer(config, workdir, teacher, name, asked, answer)
         start = time.perf_counter()
         found = compare(answer(student, asked), theirs)
         result[name] = {**found, "seconds": round(time.perf_counter() - start, 2)}
@@ -195,10 +195,10 @@ def measure(config: Mapping, workdir: Path, teacher: Pipeline, student: Pipeline
     return result
 
 
-def held_out_loss(
+def held_out_comparison(
     config: Mapping, workdir: Path, teacher: Pipeline
-) -> Callable[[Transformer], float]:
-    """The mean normalised held-out loss as a function of the student; the teacher is asked now.
+) -> Callable[[Transformer], dict]:
+    """What `compare_predictions` says of a student, and `timesteps`; the teacher is asked now.
 
     Args:
         config: reads `evaluate.held_out` and `reference`, and `sample.batch_size`.
@@ -207,14 +207,14 @@ def held_out_loss(
     """
     only = {**config, "evaluate": {**config["evaluate"], "drift_videos": 0}}
     ((name, asked, answer, compare),) = _measurements(only, workdir, teacher)
-    theirs = _reference(config, workdir, teacher, name, asked, answer)
+    theirs = teachers_answer(config, workdir, teacher, name, asked, answer)
     timesteps, size = bucket_timesteps(teacher), config["sample"]["batch_size"]
 
-    def loss(student: Transformer) -> float:
+    def compared(student: Transformer) -> dict:
         ours = predictions(student, asked, teacher.scheduler, size, timesteps)
-        return compare(ours, theirs)["mean"]["normalised"]
+        return {"timesteps": list(timesteps), **compare(ours, theirs)}
 
-    return loss
+    return compared
 
 
 def _measurements(config: Mapping, workdir: Path, teacher: Pipeline) -> list[tuple]:
@@ -249,10 +249,15 @@ def _measurements(config: Mapping, workdir: Path, teacher: Pipeline) -> list[tup
     return wanted
 
 
-def _reference(
-    config: Mapping, workdir: Path, teacher: Pipeline, name: str, asked: Mapping, answer
+def teachers_answer(
+    config: Mapping,
+    workdir: Path,
+    teacher: Pipeline,
+    name: str,
+    asked: Mapping[str, np.ndarray],
+    answer: Callable[[Pipeline, Mapping], np.ndarray],
 ) -> np.ndarray:
-    """The teacher's answer, from its folder if it was asked the same before."""
+    """`answer(teacher, asked)`, from the reference folder if it was asked the same before."""
     digest = hashlib.sha256(f"{made_by(teacher)} {_NOISE_SEED} {_NOISE_VERSION}".encode())
     for array in asked.values():
         digest.update(np.ascontiguousarray(array).tobytes())

@@ -101,6 +101,24 @@ def refactor(
     return jnp.where(alive, new_left, 0), jnp.where(alive[:, None], new_right, 0)
 
 
+def singular_values(left: jax.Array, right: jax.Array, gate: jax.Array) -> jax.Array:
+    """Of the branch as it stands, `(L * gate) @ R`, the largest first.
+
+    Args:
+        left, right: `[out, r]`, `[r, in]`, or `[layers, ...]` of both.
+        gate: `[r]`.
+
+    Returns:
+        `[min(out, r, in)]`, or `[layers, ...]`.
+    """
+
+    def one(pair: tuple) -> jax.Array:
+        return _triangles(pair[0] * gate, pair[1])[1]
+
+    # Layer by layer, not by vmap: see `on_every_branch`.
+    return one((left, right)) if left.ndim == 2 else jax.lax.map(one, (left, right))
+
+
 def reverse(left: jax.Array, right: jax.Array, rank: jax.Array | int) -> tuple:
     """The first `rank` components in the opposite order, so that the others leave first."""
     place = jnp.arange(left.shape[1])

@@ -33,6 +33,7 @@ _FREE = (
     "train.most_skipped",
     "train.remat",
     "train.validate_every",
+    "train.validate_videos",
     "train.wandb_project",
 )
 

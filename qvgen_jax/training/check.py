@@ -32,6 +32,7 @@ _OPTIONAL = {
     "train.most_skipped": "skipped update",
     "train.fresh_orders": "way back",
     "train.validate_every": "validation",
+    "train.validate_videos": "videos of the student while it trains",
     "evaluate.videos": "judging",
     "evaluate.drift_videos": "drift",
 }
@@ -185,6 +186,11 @@ def _check_validation(train: Mapping, evaluate: Mapping) -> None:
         raise UserError(
             f"--config.train.validate_every={train['validate_every']} needs clips that training "
             "does not see; name their folder by --config.evaluate.held_out"
+        )
+    if train["validate_videos"] and not train["validate_every"]:
+        raise UserError(
+            f"--config.train.validate_videos={train['validate_videos']} are part of a validation; "
+            "say how often by --config.train.validate_every too"
         )
     if train["export_best"] and not train["validate_every"]:
         raise UserError(

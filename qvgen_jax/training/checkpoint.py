@@ -31,6 +31,7 @@ _FREE_KEYS = (
     "log_every",
     "profile_steps",
     "validate_every",
+    "validate_videos",
     "export_best",
     "hang_minutes",
     "most_skipped",

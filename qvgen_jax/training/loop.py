@@ -38,7 +38,10 @@ from qvgen_jax.training.student import (
     student_definition,
     teacher_definition,
 )
+from qvgen_jax.training.validation import Validated
 from qvgen_jax.training.watchdog import Watchdog
+
+Validate = Callable[[int, Transformer], Validated]
 
 
 class Run(NamedTuple):
@@ -52,7 +55,7 @@ class Run(NamedTuple):
         dataset: encoded clips.
         checkpoints: the workdir's.
         mesh: None for one device.
-        validate: the held-out loss of a student; None where the run does not ask for it.
+        validate: what is found of a student at a step; None where the run does not ask for it.
     """
 
     config: Mapping
@@ -63,7 +66,7 @@ class Run(NamedTuple):
     dataset: EncodedDataset
     checkpoints: Checkpoints
     mesh: Mesh | None
-    validate: Callable[[Transformer], float] | None
+    validate: Validate | None
 
 
 def rank_decay(config: Mapping) -> RankDecay:
@@ -172,14 +175,14 @@ def run_steps(
     teacher: dict,
     dataset: EncodedDataset,
     mesh: Mesh | None = None,
-    validate: Callable[[Transformer], float] | None = None,
+    validate: Validate | None = None,
 ) -> tuple[dict, dict]:
     """Train from wherever the workdir stands to `train.steps`.
 
     Args:
         config, workdir, model, scheduler, dataset, mesh: see `Run`.
         teacher: full-precision parameters.
-        validate: the held-out loss of a student, asked after every `train.validate_every` steps.
+        validate: asked after every `train.validate_every` steps.
 
     Returns:
         The final state, at rank 0, and the teacher as the steps held it, see `as_held`: what it
@@ -308,8 +311,9 @@ def _steps(
             speed, spectrum = pace(done), branch and train["log_spectrum"]
             line = log_line(metrics, state["params"], spectrum, speed)
         if run.validate is not None and done % train["validate_every"] == 0:
-            loss = run.validate(_student(config, model, state, branch))
-            line = {**line, "held_out_loss": loss}
+            found = run.validate(step, _student(config, model, state, branch))
+            writer.validated(step, found)
+            line, loss = {**line, **found.scalars}, found.scalars["held_out_loss"]
             if not branch and is_better(workdir, loss):
                 keep_best(workdir, run.checkpoints, state, loss)
             watchdog.fed()

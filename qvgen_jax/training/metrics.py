@@ -1,6 +1,6 @@
 """What a run says while it goes: `metrics.jsonl`, TensorBoard, W&B if asked, and a progress bar.
 
-What is alarming goes to `alarms.jsonl` as well.
+What is alarming goes to `alarms.jsonl` as well, what a validation finds to `validation.jsonl`.
 """
 
 import json
@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qvgen_jax import hosts
 from qvgen_jax.quant.low_rank import small_singular_share
+from qvgen_jax.training import validation
+from qvgen_jax.training.validation import Validated
 
 _STARVED = 0.1  # Of the time: waiting for data is said beside the bar.
 
@@ -63,6 +65,9 @@ class Silent:
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Nothing: the first process writes."""
 
+    def validated(self, step: int, found: Validated) -> None:
+        """Nothing: the first process writes."""
+
     def warn(self, step: int, text: str) -> None:
         """Nothing: the first process does."""
 
@@ -74,7 +79,7 @@ class MetricWriter:
     """Writes scalars by step; a context manager.
 
     Args:
-        workdir: `metrics.jsonl`, `alarms.jsonl` and `tensorboard/` go there.
+        workdir: `metrics.jsonl`, `alarms.jsonl`, `validation.jsonl` and `tensorboard/` go there.
         start: the step the run starts from; later lines of an interrupted run are dropped.
         total: steps in all, for the progress bar.
         wandb_project: a W&B project, or "" for none.
@@ -87,9 +92,10 @@ class MetricWriter:
         from tensorboardX import SummaryWriter  # Imports PyTorch where there is one: seconds.
 
         path = workdir / "metrics.jsonl"
-        self._alarms = workdir / "alarms.jsonl"
-        for kept in (path, self._alarms):
+        self._workdir, self._alarms = workdir, workdir / "alarms.jsonl"
+        for kept in (path, self._alarms, workdir / validation.FILE):
             _keep_before(kept, start)
+        validation.drop_videos(workdir, start)
         self._file = path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
         self._wandb = None
@@ -140,6 +146,37 @@ class MetricWriter:
         self._progress.update(self._task, note=note)
         if not self._progress.console.is_terminal:
             print(f"step {step}/{self._total} {note}", flush=True)
+
+    def validated(self, step: int, found: Validated) -> None:
+        """Record what a validation at `step` found, but for its scalars, which `write` takes."""
+        with (self._workdir / validation.FILE).open("a") as file:
+            file.write(json.dumps({"step": step, **found.record}) + "\n")
+        for row in found.record["videos"]:
+            self._show(step, row, found.fps)
+        line = f"step {step}: {validation.told(found)}"
+        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _show(self, step: int, row: Mapping, fps: float) -> None:
+        """A pair of videos in TensorBoard and W&B."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        name, frames = f"validation/{row['prompt']}", validation.side_by_side(self._workdir, row)
+        width, height = frames[0].size
+        # `add_video` would want moviepy, and a second FFmpeg, for the same bytes.
+        image = Summary.Image(
+            height=height,
+            width=width,
+            colorspace=3,
+            encoded_image_string=validation.as_gif(frames, fps),
+        )
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        self._board.file_writer.add_summary(summary, step)
+        if self._wandb is not None:
+            import wandb
+
+            files = {side: str(self._workdir / row[side]) for side in ("teacher", "student")}
+            shown = {f"{name}/{side}": wandb.Video(file) for side, file in files.items()}
+            self._wandb.log(shown, step=step)
 
     def warn(self, step: int, text: str) -> None:
         """Say something of a step beside the bar, and keep it in `alarms.jsonl` for the report."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 GROUP_OF_LEAF = {"L": "branch", "R": "branch", "scale": "scales", "zero_point": "scales"}
@@ -43,6 +44,22 @@ def labels(params: Mapping) -> dict:
         return out
 
     return fix(named)
+
+
+def group_norms(squares: jax.Array, params: dict) -> dict[str, jax.Array]:
+    """The gradient's norm by group: `grad_norm_weights` and so on, of those that have parameters.
+
+    Args:
+        squares: `[leaves]`, the sum of squares of each array of the gradient, before clipping.
+        params: what the gradient is of.
+    """
+    of_leaf = jax.tree.leaves(labels(params))
+    places = {group: [i for i, name in enumerate(of_leaf) if name == group] for group in GROUPS}
+    return {
+        f"grad_norm_{group}": jnp.sqrt(jnp.sum(squares[np.asarray(rows)]))
+        for group, rows in places.items()
+        if rows
+    }
 
 
 def learning_rates(train: Mapping, tail: int = 0) -> dict[str, Callable[[jax.Array], jax.Array]]:

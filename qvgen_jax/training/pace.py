@@ -13,8 +13,8 @@ from qvgen_jax.training.operations import step_work
 from qvgen_jax.training.student import quant_config
 
 T = TypeVar("T")
-SPEED = ("steps_per_second", "tokens_per_second", "data_wait", "mfu")
-"""What `Pace` tells: all of a log line that two equal runs differ in."""
+SPEED = ("steps_per_second", "tokens_per_second", "data_wait", "mfu", "validation_seconds")
+"""What `Pace` and validations tell of time: all of a log line that two equal runs differ in."""
 
 
 class Work(NamedTuple):

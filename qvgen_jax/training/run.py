@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qvgen_jax import hosts, sharding
-from qvgen_jax.components import Transformer
 from qvgen_jax.data.prepare import check_sizes, check_source, read_dataset
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.errors import UserError
@@ -20,7 +19,7 @@ from qvgen_jax.training import checkpoint
 from qvgen_jax.training.check import check_config, check_unguided
 from qvgen_jax.training.checkpoint import Checkpoints
 from qvgen_jax.training.lock import alone_in
-from qvgen_jax.training.loop import best_state, newest_state, rank_decay, run_steps
+from qvgen_jax.training.loop import Validate, best_state, newest_state, rank_decay, run_steps
 from qvgen_jax.training.state import enter_step
 from qvgen_jax.training.student import (
     as_held,
@@ -29,7 +28,7 @@ from qvgen_jax.training.student import (
     teacher_definition,
 )
 
-Validation = Callable[[Mapping, Path, Pipeline], Callable[[Transformer], float]]
+Validation = Callable[[Mapping, Path, Pipeline], Validate]
 
 
 def load_model(config: Mapping, shardings: Shardings = None) -> Pipeline:
@@ -60,8 +59,8 @@ def train(
     Args:
         config: plain dicts.
         workdir: where the run lives.
-        validation: of config, workdir and the teacher's pipeline: the function that gives a
-            student's held-out loss. Needed where the config validates.
+        validation: of config, workdir and the teacher's pipeline: the function that validates a
+            student. Needed where the config validates.
 
     Returns:
         The teacher's pipeline and the student's final state, without a branch.
@@ -70,6 +69,7 @@ def train(
         UserError: a wrong config, model, data folder, or a workdir of another run.
     """
     check_config(config)
+    _check_processes(config)
     checkpoint.compare_workdir(workdir, config)
     with contextlib.ExitStack() as held:
         new = not checkpoint.is_claimed(workdir)
@@ -98,6 +98,15 @@ def train(
         arguments = (model, pipe.scheduler, teacher, dataset, mesh, validate)
         state, teacher = run_steps(config, workdir, *arguments)
     return _holding(config, pipe, teacher), state
+
+
+def _check_processes(config: Mapping) -> None:
+    every = config["train"]["validate_every"]
+    if every and not hosts.is_alone():
+        raise UserError(
+            f"--config.train.validate_every={every} is for runs of one process, which may have any "
+            "number of devices; set it to 0, and judge the export with --job evaluate"
+        )
 
 
 def _holding(config: Mapping, pipe: Pipeline, teacher: dict) -> Pipeline:

@@ -13,7 +13,12 @@ from qvgen_jax.diffusion.noising import Noising
 from qvgen_jax.quant.low_rank import drop_branch
 from qvgen_jax.quant.schedule import RankDecay, fade_at, gate_at, rank_at
 from qvgen_jax.sharding import laid_out
-from qvgen_jax.training.optimizer import keep_scales_positive, learning_rates
+from qvgen_jax.training.optimizer import (
+    group_norms,
+    keep_scales_positive,
+    leaf_name,
+    learning_rates,
+)
 
 
 class Recipe(NamedTuple):
@@ -215,7 +220,7 @@ def train_step(
 
     Returns:
         The new state, and scalars: loss, grad_norm, motion (the student's by the teacher's),
-        skipped, gate, rank and a rate per group.
+        skipped, gate, rank, a rate per group, and what `group_norms` and `mean_clips` give.
         Beside them `finite`, bool of each array of the gradient (of the sum of its squares), in the
         order of its leaves.
     """
@@ -249,6 +254,8 @@ def train_step(
         "grad_norm": norm,
         # Of one frame there is none: both are level then.
         "motion": jnp.where(moved["teacher"] > 0, moved["student"] / moved["teacher"], 1.0),
+        **group_norms(squares, params),
+        **mean_clips(params),
         "skipped": skipped["in_all"],
         "finite": jnp.isfinite(squares),
         "gate": fade_at(step, recipe.decay) * (rank > 0),
@@ -259,6 +266,20 @@ def train_step(
     if "ema" in state:
         new["ema"] = averaged(state["ema"], params, step, recipe)
     return new, metrics
+
+
+def mean_clips(params: dict) -> dict[str, jax.Array]:
+    """`clip_low` and `clip_high`: what tokens' ranges are multiplied by, over all learned pairs.
+
+    Nothing where no layer is quantized.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    means = {}
+    for name, leaf in (("clip_low", "lower"), ("clip_high", "upper")):
+        raw = [array.reshape(-1) for path, array in leaves if leaf_name(path) == leaf]
+        if raw:
+            means[name] = jnp.mean(jax.nn.sigmoid(jnp.concatenate(raw)))
+    return means
 
 
 def unless_bad(good: jax.Array, new: Any, old: Any) -> Any:

@@ -9,6 +9,7 @@ from qvgen_jax.training import loop
 from qvgen_jax.training.best import is_better, keep_best, read_best
 from qvgen_jax.training.check import check_config
 from qvgen_jax.training.checkpoint import Checkpoints
+from qvgen_jax.training.validation import Validated
 from tests.training.test_run import (
     CONFIG,
     MODEL,
@@ -32,9 +33,10 @@ def test_the_best_without_a_branch_is_kept_and_exported(teacher, tmp_path):
     losses = iter([0.1, 0.1, 0.1, 0.1, 0.5, 0.6])
     asked, config = [], config_of(validate_every=1)
 
-    def validate(student):
+    def validate(step, student):
         asked.append((student.gate, jax.tree.map(np.array, student.states[0])))
-        return next(losses)
+        scalars = {"held_out_loss": next(losses), "validation_seconds": 0.0}
+        return Validated(scalars, {"layers": {}, "videos": []}, fps=8)
 
     arguments = (config, tmp_path, MODEL, SCHEDULER, teacher, Clips())
     last, _ = loop.run_steps(*arguments, validate=validate)
@@ -82,6 +84,7 @@ def test_a_damaged_record_of_the_best_is_told(tmp_path, text):
     ("train", "message"),
     [
         ({"validate_every": 10}, r"validate_every=10 needs clips .*evaluate.held_out"),
+        ({"validate_videos": 2}, r"validate_videos=2 .* by --config.train.validate_every too"),
         ({"export_best": True}, r"export_best=True needs .* set --config.train.validate_every"),
     ],
 )

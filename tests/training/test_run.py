@@ -86,6 +86,7 @@ CONFIG = {
         "most_skipped": 3,
         "fresh_orders": 1,
         "validate_every": 0,
+        "validate_videos": 0,
         "export_best": False,
         "wandb_project": "",
     },
@@ -123,7 +124,7 @@ def teacher() -> dict:
 _COMPILED, _WHOLE = {}, {}
 # Keys that the loop reads and the step does not.
 OF_THE_LOOP = ("checkpoint_every", "keep_checkpoints", "most_skipped", "fresh_orders")
-OF_THE_LOOP += ("validate_every", "export_best")
+OF_THE_LOOP += ("validate_every", "validate_videos", "export_best")
 
 
 @pytest.fixture(autouse=True)
@@ -199,6 +200,27 @@ def test_the_rank_goes_to_zero_and_the_branch_leaves_parameters_and_moments(unin
     assert not [path for path in paths if getattr(path[-1], "key", None) in ("L", "R")]
     assert "small_singular_share" in records[3]
     assert "small_singular_share" not in records[4]
+
+
+def test_the_norms_of_the_groups_add_up_to_the_gradients(uninterrupted):
+    """In squares; the branch has one as long as there is a branch."""
+    _, records = uninterrupted
+    for record in records:
+        parts = {name: x for name, x in record.items() if name.startswith("grad_norm_")}
+        assert len(parts) == (4 if record["rank"] else 3)
+        assert all(part > 0 for part in parts.values())
+        # float32: two sums of some 200 squares in different order.
+        assert sum(x**2 for x in parts.values()) == pytest.approx(
+            record["grad_norm"] ** 2, rel=1e-5
+        )
+
+
+def test_the_logged_clips_are_the_means_of_all_learned_pairs(uninterrupted):
+    state, records = uninterrupted
+    leaves = jax.tree_util.tree_leaves_with_path(state["params"])
+    for name, leaf in (("clip_low", "lower"), ("clip_high", "upper")):
+        raw = np.concatenate([np.ravel(x) for path, x in leaves if path[-1].key == leaf])
+        assert records[-1][name] == pytest.approx(np.mean(1 / (1 + np.exp(-raw))), rel=1e-5)
 
 
 def test_all_phases_share_one_compilation_and_rank_zero_adds_one(uninterrupted):
