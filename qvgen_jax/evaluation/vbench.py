@@ -6,7 +6,6 @@ package's `VBench_full_info.json`; its scorers download weights and pin old libr
 run in an environment of their own, see docs/vbench.md.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from qvgen_jax.data.video import write_video
 from qvgen_jax.errors import UserError
+from qvgen_jax.evaluation.asked import seed_of
 from qvgen_jax.evaluation.evaluate import made_by
 from qvgen_jax.json_file import read_json, read_object, write_json
 from qvgen_jax.pipeline import Pipeline
@@ -68,12 +68,6 @@ class Row(NamedTuple):
     @property
     def file(self) -> str:
         return f"{self.folder}/{self.prompt}-{self.index}.mp4"
-
-
-def seed_of(prompt: str, index: int, seed: int = 0) -> int:
-    """31 bits that depend on prompt, index and seed, on no machine and no number of devices."""
-    digest = hashlib.sha256(f"{seed} {index} {prompt}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
 
 
 def read_prompts(info: Path) -> list[tuple[str, tuple[str, ...]]]:
