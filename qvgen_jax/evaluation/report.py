@@ -112,9 +112,9 @@ def bits_label(config: dict) -> str:
 
 def _finding(evaluation: dict | None) -> str:
     student, teacher = find_variant(evaluation, "QVGen"), find_variant(evaluation, "Full precision")
-    if not student or not teacher:
+    if not all((variant or {}).get("strict") for variant in (student, teacher)):
         return (
-            "The trained student was not compared with full precision in this run: "
+            "The trained student was not compared with full precision by the judge in this run: "
             "what follows shows the training, and whatever else was measured."
         )
     right, total = student["strict"]["count"], student["strict"]["total"]
@@ -128,7 +128,7 @@ def _finding(evaluation: dict | None) -> str:
 
 def _caution(evaluation: dict | None) -> str:
     student = find_variant(evaluation, "QVGen")
-    if not student:
+    if not (student or {}).get("strict"):
         return ""
     interval = percent_range(student["strict"]["interval"])
     if evaluation["videos"] < FEW_VIDEOS:

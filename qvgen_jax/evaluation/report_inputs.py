@@ -15,7 +15,7 @@ _COUNT = {"count": NUMBER, "total": NUMBER}
 _VERDICT = _COUNT | {"interval": (NUMBER, NUMBER)}
 _VARIANT = {
     "name": str,
-    "strict": _VERDICT,
+    "strict?": _VERDICT,
     "plain?": _VERDICT,
     "shape?": _COUNT,
     "colour?": _COUNT,

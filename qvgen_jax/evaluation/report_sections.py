@@ -110,6 +110,8 @@ def _video_size(path: Path) -> tuple[int, int]:
 def judge_section(evaluation: dict | None) -> str:
     if not evaluation or not evaluation.get("variants"):
         return missing("No videos were judged (<code>evaluation.json</code> is missing).")
+    if not any(variant.get("strict") for variant in evaluation["variants"]):
+        return missing("No videos were judged: the judge knows the tiny pipeline’s prompts only.")
     settings = (
         f"{evaluation['videos']} videos per row, {evaluation['steps']} sampling steps, guidance "
         f"{evaluation['guidance_scale']:g}. Prompts {evaluation['prompts']}."

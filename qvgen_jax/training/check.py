@@ -32,7 +32,8 @@ _OPTIONAL = {
     "train.most_skipped": "skipped update",
     "train.fresh_orders": "way back",
     "train.validate_every": "validation",
-    "evaluate.videos": "judging",
+    "evaluate.videos": "evaluation",
+    "evaluate.shown": "videos in the report",
     "evaluate.drift_videos": "drift",
 }
 _CHOICES = {
