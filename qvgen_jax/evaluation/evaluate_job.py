@@ -55,7 +55,8 @@ def run_evaluate(config: Mapping, workdir: Path, exports: Sequence[str], part: s
     """Compare exports with `config.model` and, if asked, with its round-to-nearest.
 
     One pipeline is in memory at a time. Processes of one run take a part each, with their own
-    devices. Where the workdir holds a run, its report is written anew.
+    devices. Where the workdir holds a run, whose export is then one of them, its report is written
+    anew.
 
     Args:
         config: the run's.
@@ -67,14 +68,15 @@ def run_evaluate(config: Mapping, workdir: Path, exports: Sequence[str], part: s
         The tables; a sentence while other parts are at work.
 
     Raises:
-        UserError: see `parse_exports` and `evaluate_variants`; no videos are asked for; or several
-            processes that do not see one folder.
+        UserError: see `parse_exports` and `evaluate_variants`; no videos are asked for; the workdir
+            holds a run of which nothing is compared; or several processes do not see one folder.
     """
     check_config(config)
     if not config["evaluate"]["videos"]:
         raise UserError("--config.evaluate.videos=0 leaves nothing to compare; give their number")
     nearest = [untrained_name(config)] * bool(config["evaluate"]["round_to_nearest"])
     folders = parse_exports(exports, [REFERENCE, *nearest])
+    holds_run = _check_workdir(workdir, folders)
     which = _part(part, workdir)
     reference = partial(_load, config, config["model"])
     variants = {REFERENCE: Variant(reference)}
@@ -86,9 +88,21 @@ def run_evaluate(config: Mapping, workdir: Path, exports: Sequence[str], part: s
     result = evaluate_variants(config, workdir, variants, which)
     if result is None:
         return f"part {which[0]} of {which[1]} is done; the one that ends last writes the tables"
-    if (workdir / "metrics.jsonl").is_file() and hosts.is_first():
+    if holds_run and hosts.is_first():
         print(f"report: {write_report(workdir)}")
     return table(result)
+
+
+def _check_workdir(workdir: Path, folders: Mapping[str, str]) -> bool:
+    """Whether a run lives there; then its own export must be compared, or its report would lie."""
+    own = workdir / "export"
+    holds_run = (workdir / "metrics.jsonl").is_file()
+    if holds_run and own.resolve() not in {Path(folder).resolve() for folder in folders.values()}:
+        raise UserError(
+            f"{workdir} holds a run whose export is not among those to compare, and whose report "
+            f'would show the others\' numbers: add --export "NAME={own}", or give another --workdir'
+        )
+    return holds_run
 
 
 def _part(text: str, workdir: Path) -> tuple[int, int]:

@@ -110,6 +110,23 @@ def test_one_export_more_computes_only_that_one(models, compared, tmp_path):
     new = {path.parent.name.split("-")[0] for path in set(after) - set(before)}
     assert new == {"w3"}
     assert result(workdir)["variants"][:2] == rows
+    assert not (workdir / "report").exists()
+
+
+@pytest.mark.slow
+def test_in_the_workdir_of_a_run_its_report_is_written_if_its_export_is_compared(
+    models, compared, tmp_path
+):
+    workdir = shutil.copytree(compared, tmp_path / "run")
+    (workdir / "metrics.jsonl").write_text('{"step": 1, "loss": 0.1}\n')
+    own = shutil.copytree(models[4], workdir / "export")
+    before = files(workdir)
+    run_evaluate(settings(models), workdir, [f"W4={own}"])
+    assert files(workdir) == before  # The same model wherever it lies.
+    assert "W4" in (workdir / "report" / "index.html").read_text()
+    (workdir / "evaluation.json").unlink()
+    with pytest.raises(UserError, match="would show the others' numbers"):
+        run_evaluate(settings(models), workdir, exports(models, 4))
 
 
 def test_prompts_of_a_file_are_compared_without_the_judge(models, tmp_path):
