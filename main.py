@@ -5,6 +5,7 @@
     python main.py --config configs/tiny_w4a4.py --job generate --prompt "a red star moving up ..."
     python main.py --config configs/wan14b_w4a4.py --job plan --target v5p:4x4x4
     python main.py --config configs/wan1_3b_w4a4.py --job vbench --vbench_python vbench/bin/python
+    python main.py --config configs/tiny_w4a4.py --job evaluate --export "QVGen=runs/a/export" ...
     python main.py --config configs/study_tiny.py --job study --workdir studies/recipe
     python main.py --config configs/tiny_w4a4.py --job serve
 
@@ -37,6 +38,7 @@ JOBS = (
     "vbench",
     "serve",
 )
+_VIDEOS = ("videos", "drift_videos")  # Keys of `evaluate` that take prompts.
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, file.py[:argument]")
 _WORKDIR = flags.DEFINE_string(
@@ -52,7 +54,12 @@ _VBENCH_PYTHON = flags.DEFINE_string("vbench_python", "", "vbench: of its enviro
 _VBENCH_2 = flags.DEFINE_bool("vbench2", False, "vbench: VBench-2.0 and its package instead")
 _DIMENSIONS = flags.DEFINE_string("dimensions", "paper", "vbench: paper, all, or names with commas")
 _SMOKE = flags.DEFINE_bool("smoke", False, "vbench: two prompts of each folder alone")
-_PART = flags.DEFINE_string("part", "0/1", "vbench: i/n, the i-th of n machines at work on a disk")
+_EXPORT = flags.DEFINE_multi_string(
+    "export", [], "evaluate: NAME=FOLDER to compare; may be repeated; the run's own if absent"
+)
+_PART = flags.DEFINE_string(
+    "part", "0/1", "vbench, evaluate: i/n, the i-th of n machines at work on a disk"
+)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: where to listen; 0.0.0.0 for everybody")
 _PORT = flags.DEFINE_integer("port", 7860, "serve: the port of the page")
 _PLAN_JSON = flags.DEFINE_string("plan_json", None, "plan: a file to write it to as JSON too")
@@ -161,6 +168,10 @@ def run(job: str, config: ConfigDict, workdir: Path) -> None:
         how = {"info": _VBENCH_INFO.value, "python": _VBENCH_PYTHON.value, "smoke": _SMOKE.value}
         how["second"] = _VBENCH_2.value
         print(run_vbench(plain, workdir, **how, dimensions=_DIMENSIONS.value, part=_PART.value))
+    elif job == "evaluate" and _EXPORT.value:
+        from qvgen_jax.evaluation.evaluate_job import run_evaluate
+
+        print(run_evaluate(plain, workdir, _EXPORT.value, _PART.value))
     else:
         _train_and_finish(job, plain, workdir)
 
@@ -218,6 +229,7 @@ def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
     from convert.export import export_pipeline
     from convert.packed import layer_names
     from qvgen_jax.data.prepare import check_held_out
+    from qvgen_jax.evaluation.asked import parse_part
     from qvgen_jax.evaluation.finish import compare_and_report
     from qvgen_jax.evaluation.samples import read_prompts
     from qvgen_jax.evaluation.validate import validation
@@ -226,8 +238,9 @@ def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
     from qvgen_jax.training.state import exported_params
     from qvgen_jax.training.student import quant_config
 
-    shown, drifting = config["sample"]["count"], config["evaluate"]["drift_videos"]
-    if count := max(shown, drifting, config["train"].get("validate_videos", 0)):
+    part = parse_part(_PART.value if job == "evaluate" else "0/1")
+    counts = config["sample"]["count"], *(config["evaluate"][key] for key in _VIDEOS)
+    if count := max(*counts, config["train"].get("validate_videos", 0)):
         read_prompts(config["sample"]["prompts"], count)  # Told before training.
     check_held_out(config, workdir)
     if job == "train":
@@ -251,7 +264,10 @@ def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
             )
             print(f"export: {export}")
     if job != "export" and is_alone():
-        print(f"report: {compare_and_report(config, workdir, pipe)}")
+        if report := compare_and_report(config, workdir, pipe, part):
+            print(f"report: {report}")
+        else:
+            print(f"part {part[0]} of {part[1]} is done; the one that ends last writes the report")
     elif is_first():
         print("no report over several processes: `--job evaluate` in one process makes it")
 

@@ -115,7 +115,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sample.unguided_steps = 0
 
     config.evaluate = ConfigDict()
-    config.evaluate.videos = 0  # The judge knows the tiny pipeline's world only.
+    config.evaluate.videos = 0  # Of sample.prompts; 0 for none.
+    config.evaluate.shown = 8  # Of those, the first that are kept to look at.
     config.evaluate.seed = 1000
     config.evaluate.round_to_nearest = True
     config.evaluate.held_out = ""

@@ -100,10 +100,15 @@ def _of_config(config: Mapping, count: int) -> tuple[dict[str, int], dict[str, i
     return sizes, outer
 
 
-def mesh_to_generate() -> Mesh | None:
-    """All devices for one video; of an even number, half for either branch of guidance."""
-    count = jax.device_count()
-    return None if count == 1 else make_mesh(sizes_to_generate(count))
+def mesh_to_generate(devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+    """All devices for one video; of an even number, half for either branch of guidance.
+
+    Args:
+        devices: all there are if None; one process's own where each makes other videos.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    count = len(devices)
+    return None if count == 1 else make_mesh(sizes_to_generate(count), devices=devices)
 
 
 def sizes_to_generate(count: int) -> dict[str, int]:

@@ -1,105 +1,54 @@
-"""The verdict on a student: the same prompts and noise through every variant, judged and paired."""
+"""The verdict on students: the same prompts and noise through every variant, compared in pairs."""
 
+import dataclasses
 import hashlib
-import json
 import platform
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
+from qvgen_jax import hosts
 from qvgen_jax.components import fingerprint
-from qvgen_jax.data.moving_shapes import Attributes, caption, held_out_prompts
-from qvgen_jax.evaluation.intervals import paired_difference, wilson
-from qvgen_jax.evaluation.judge import judge, plain, strict
-from qvgen_jax.evaluation.reference import locked, reference_folder, save_arrays
+from qvgen_jax.errors import UserError
+from qvgen_jax.evaluation import answers
+from qvgen_jax.evaluation.answers import Place
+from qvgen_jax.evaluation.asked import HELD_OUT, Asked, in_slices, questions
+from qvgen_jax.evaluation.reference import reference_folder
+from qvgen_jax.evaluation.rows import row
 from qvgen_jax.evaluation.samples import slug
+from qvgen_jax.evaluation.table import table
+from qvgen_jax.json_file import write_json, write_whole
 from qvgen_jax.pipeline import Pipeline
 
 REFERENCE = "Full precision"
-_SCORES = ("plain", "strict", "shape", "colour", "direction")
-_SLICE = 64  # Videos between two saves: an interrupted evaluation loses at most these.
+RESULT = "evaluation.json"
+_HOURS = 24  # That processes of one run may need longer than others for their share.
+_SAME = ("num_frames", "height", "width")  # Settings without which videos are not pairs.
 
 
-def held_out(videos: int, seed: int) -> tuple[list[Attributes], list[int]]:
-    """What is asked: `videos` held-out descriptions, cycled with a new seed each time round."""
-    prompts = held_out_prompts()
-    asked = [prompts[index % len(prompts)] for index in range(videos)]
-    return asked, [seed + index for index in range(videos)]
+class Variant(NamedTuple):
+    """One line of the table.
 
-
-def judge_all(videos: np.ndarray, asked: list[Attributes]) -> dict[str, np.ndarray]:
-    """Booleans `[videos]` per score."""
-    verdicts = [judge(video) for video in videos]
-    pairs = list(zip(verdicts, asked, strict=True))
-    return {
-        "plain": np.array([plain(verdict, wanted) for verdict, wanted in pairs]),
-        "strict": np.array([strict(verdict, wanted) for verdict, wanted in pairs]),
-        "shape": np.array([verdict.shape == wanted.shape for verdict, wanted in pairs]),
-        "colour": np.array([verdict.colour == wanted.colour for verdict, wanted in pairs]),
-        "direction": np.array([verdict.direction == wanted.direction for verdict, wanted in pairs]),
-    }
-
-
-def score(pipe: Pipeline, asked: list[Attributes], seeds: list[int], batch_size: int) -> dict:
-    """Judge one variant: the booleans of `judge_all`, `latents` `[videos, ...]` and `seconds`."""
-    prompts = [caption(attributes) for attributes in asked]
-    start = time.perf_counter()
-    latents = pipe.sample_latents(prompts, seeds=seeds, batch_size=batch_size)
-    frames = pipe.to_frames(latents, batch_size=batch_size)
-    seconds = np.full(len(asked), (time.perf_counter() - start) / len(asked))
-    return {**judge_all(frames, asked), "latents": latents, "seconds": seconds}
-
-
-def score_in_slices(
-    pipe: Pipeline, asked: list[Attributes], seeds: list[int], batch_size: int, folder: Path
-) -> dict:
-    """`score`, saved slice by slice under `folder`, so that it continues where it stopped."""
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = []
-    for start in range(0, len(asked), _SLICE):
-        path = folder / f"{start:05d}.npz"
-        if not path.is_file():
-            part = slice(start, start + _SLICE)
-            found = score(pipe, asked[part], seeds[part], batch_size)
-            save_arrays(path, **found)
-            print(f"{folder.name}: {min(start + _SLICE, len(asked))}/{len(asked)}", flush=True)
-        parts.append(dict(np.load(path)))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _share(hits: np.ndarray) -> dict:
-    interval = wilson(int(hits.sum()), len(hits))
-    return {
-        "count": int(hits.sum()),
-        "total": len(hits),
-        "interval": [round(interval.low, 4), round(interval.high, 4)],
-    }
-
-
-def row(name: str, found: dict, reference: dict) -> dict:
-    """One line of the table: shares with intervals, and what differs from the reference.
-
-    `strict_videos` has a character per video, 1 where it is strictly right, for paired comparisons
-    between runs.
+    Attributes:
+        load: gives its pipeline; called again where it was let go meanwhile.
+        packed: its weights are few bits. Those are computed first: a device tells the most bytes
+            that any variant of the process has used so far, and these should use least.
     """
-    line = {"name": name, **{key: _share(found[key]) for key in _SCORES}}
-    line["strict_videos"] = "".join("01"[int(hit)] for hit in found["strict"])
-    # The first slice holds the compilation.
-    seconds = found["seconds"][_SLICE:] if len(found["seconds"]) > _SLICE else found["seconds"]
-    line["seconds_per_video"] = round(float(np.median(seconds)), 3)
-    line["strict_difference"] = line["latent_difference"] = None
-    if found is not reference:
-        paired = paired_difference(found["strict"], reference["strict"])
-        line["strict_difference"] = {
-            "mean": round(paired.value, 4),
-            "interval": [round(paired.low, 4), round(paired.high, 4)],
-        }
-        gap = np.linalg.norm(found["latents"] - reference["latents"])
-        line["latent_difference"] = round(float(gap / np.linalg.norm(reference["latents"])), 4)
-    return line
+
+    load: Callable[[], Pipeline]
+    packed: bool = False
+
+
+class _Known(NamedTuple):
+    """What stays of a variant's pipeline when it is let go."""
+
+    config: Any
+    others: str  # Of autoencoder and text encoder.
+    settings: Mapping[str, Any]
+    made_by: str
+    weights_bytes: int
 
 
 def made_by(pipe: Pipeline) -> str:
@@ -109,69 +58,145 @@ def made_by(pipe: Pipeline) -> str:
     return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
-def evaluate_variants(config: Mapping, workdir: Path, variants: Mapping[str, Pipeline]) -> dict:
-    """Judge all variants; the first must be the full-precision one.
+def evaluate_variants(
+    config: Mapping, workdir: Path, variants: Mapping[str, Variant], part: tuple[int, int] = (0, 1)
+) -> dict | None:
+    """Let all variants answer and compare them; the first must be the full-precision one.
 
-    That one's verdicts are kept in `evaluate.reference`, which runs may share. Writes
-    `evaluation.json` in the workdir and returns what it holds.
+    That one's answers are kept in `evaluate.reference`, which runs may share. What was answered
+    before is not computed again. Writes `evaluation.json`, `evaluation.md` and
+    `evaluation/videos.json` with its videos in the workdir.
+
+    Args:
+        config: reads `evaluate` and `sample`.
+        workdir: of the run, or of this comparison.
+        variants: by their names in the table, in its order.
+        part: (i, n): this process answers every n-th slice from the i-th on.
+
+    Returns:
+        What `evaluation.json` holds; None while slices of other parts are missing.
+
+    Raises:
+        UserError: a variant is of another model, told before anything is computed; or a file of
+            prompts is missing.
     """
-    count, seed = config["evaluate"]["videos"], config["evaluate"]["seed"]
-    asked, seeds = held_out(count, seed)
-    batch_size = min(config["sample"]["batch_size"], count)
-    rows, reference = [], None
-    for name, pipe in variants.items():
-        # Another model, or other settings, must not find this one's slices.
-        asked_of = f"{slug(name)}-{count}-{seed}-{made_by(pipe)}"
-        if reference is None:
-            shared = reference_folder(config, workdir)
-            with locked(shared):
-                found = score_in_slices(pipe, asked, seeds, batch_size, shared / asked_of)
-            reference = found
+    asked = questions(config)
+    size = min(config["sample"]["batch_size"], len(asked))
+    slices = in_slices(asked, size)
+    mine = {name: slices[name] for name in list(slices)[part[0] :: part[1]]}
+    known = {name: _known(variant.load()) for name, variant in variants.items()}
+    first = next(iter(variants))
+    for name in variants:
+        _check_base(name, known[name], known[first])
+    places = _places(config, workdir, known)
+    for name in sorted(variants, key=lambda name: not variants[name].packed):
+        answers.answer(variants[name].load, places[name].answers, mine, size)
+    shown = config["evaluate"]["shown"]
+    answers.compare(variants[first].load, list(places.values()), mine, size, shown)
+    hosts.barrier("slices evaluated", 60 * _HOURS)
+    if not all(place.is_complete(name) for place in places.values() for name in slices):
+        return None
+    result = _result(config, asked, slices, known, places)
+    if hosts.is_first():
+        gallery = _gallery(workdir, asked[:shown], places)
+        write_json(workdir / "evaluation" / "videos.json", gallery, part[0])
+        write_json(workdir / RESULT, result, part[0])
+        write_whole(workdir / "evaluation.md", table(result) + "\n", part[0])
+    return result
+
+
+def _gallery(workdir: Path, asked: list[Asked], places: Mapping[str, Place]) -> list[dict]:
+    """What `evaluation/videos.json` holds: the first few videos of every variant."""
+    return [
+        {
+            "prompt": each.prompt,
+            "seed": each.seed,
+            "videos": {
+                name: place.video(number).relative_to(workdir).as_posix()
+                for name, place in places.items()
+            },
+        }
+        for number, each in enumerate(asked)
+    ]
+
+
+def _known(pipe: Pipeline) -> _Known:
+    return _Known(
+        pipe.transformer.config,
+        fingerprint(pipe.vae, pipe.text_encoder),
+        {key: pipe.defaults[key] for key in (*_SAME, "steps", "guidance_scale")},
+        made_by(pipe),
+        sum(leaf.nbytes for leaf in jax.tree.leaves(pipe.transformer.states)),
+    )
+
+
+def _check_base(name: str, ours: _Known, theirs: _Known) -> None:
+    """Refuse a variant of another model; retrained weights of the same transformer pass."""
+    remedy = "compare exports of one model, and name that one as config.model"
+    if ours.config != theirs.config:
+        pairs = [dataclasses.asdict(each) for each in (ours.config, theirs.config)]
+        differs = [
+            f"{key} {pairs[0].get(key)!r} where full precision has {value!r}"
+            for key, value in pairs[1].items()
+            if pairs[0].get(key) != value
+        ]
+        raise UserError(f"{name} is another transformer: {', '.join(differs[:3])}; {remedy}")
+    if ours.others != theirs.others:
+        raise UserError(
+            f"{name} was made from another pipeline: its autoencoder or text encoder is not full "
+            f"precision's; {remedy}"
+        )
+    for key in _SAME:
+        if ours.settings[key] != theirs.settings[key]:
+            raise UserError(
+                f"{name} makes videos of {key} {ours.settings[key]}, full precision of "
+                f"{theirs.settings[key]}; make its generation_config.json the same"
+            )
+
+
+def _places(config: Mapping, workdir: Path, known: Mapping[str, _Known]) -> dict[str, Place]:
+    """Where each variant's files are; another model, or other settings, must not find them."""
+    places, home = {}, workdir / "evaluation"
+    reference = next(iter(known.values())).made_by
+    for name, each in known.items():
+        folder = "-".join(filter(None, [slug(name), each.made_by]))
+        if places:
+            place = Place(home / folder, home / f"{folder}-against-{reference}", home / "videos")
         else:
-            folder = workdir / "evaluation" / asked_of
-            found = score_in_slices(pipe, asked, seeds, batch_size, folder)
-        rows.append(row(name, found, reference))
-    defaults = next(iter(variants.values())).defaults
-    result = {
-        "videos": count,
-        "prompts": "held out: (shape, colour, direction) triples that training never saw",
-        "seed": seed,
-        "steps": defaults["steps"],
-        "guidance_scale": defaults["guidance_scale"],
+            place = Place(reference_folder(config, workdir) / folder, None, home / "videos")
+        places[name] = place
+    return places
+
+
+def _result(
+    config: Mapping,
+    asked: list[Asked],
+    slices: answers.Slices,
+    known: Mapping[str, _Known],
+    places: Mapping[str, Place],
+) -> dict:
+    first, *others = known
+    reference = answers.read(places[first].answers, slices, leave="latents")
+    rows = [row(first, reference, None, reference, known[first].weights_bytes)]
+    for name in others:
+        found = answers.read(places[name].answers, slices, leave="latents")
+        distance = answers.read(places[name].distances, slices)
+        rows.append(row(name, found, distance, reference, known[name].weights_bytes))
+    counted = config["sample"]["prompts"] == HELD_OUT
+    prompts = "held out: (shape, colour, direction) triples that training never saw"
+    warm, size = reference["warm"].any(), len(next(iter(slices.values())))
+    return {
+        "videos": len(asked),
+        "prompts": prompts if counted else f"from {config['sample']['prompts']}",
+        **({"seed": config["evaluate"]["seed"]} if counted else {}),
+        "steps": known[first].settings["steps"],
+        "guidance_scale": known[first].settings["guidance_scale"],
         "variants": rows,
         "timing": (
-            "Median over slices of 64 videos after the first, which compiles."
-            if count > _SLICE
+            f"Median over full batches of {size} after each process's first, which compiles."
+            if warm
             else "Compilation is included: there are too few videos to leave it out."
         ),
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
     }
-    (workdir / "evaluation.json").write_text(json.dumps(result, indent=1))
-    return result
-
-
-def table(result: Mapping) -> str:
-    """The judge's table as Markdown."""
-    lines = [
-        "| | plain | strict | strict, paired difference (95 %) | latents differ by |",
-        "|---|---|---|---|---|",
-    ]
-    for line in result["variants"]:
-        cells = [line["name"]]
-        for key in ("plain", "strict"):
-            share = line[key]
-            low, high = (100 * end for end in share["interval"])
-            percent = 100 * share["count"] / share["total"]
-            cells.append(
-                f"{percent:.1f} % ({share['count']}/{share['total']}, {low:.1f} to {high:.1f})"
-            )
-        paired = line["strict_difference"]
-        if paired is None:
-            cells += ["reference", "0"]
-        else:
-            low, high = (100 * end for end in paired["interval"])
-            cells.append(f"{100 * paired['mean']:+.1f} points ({low:+.1f} to {high:+.1f})")
-            cells.append(f"{line['latent_difference']:.3f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)

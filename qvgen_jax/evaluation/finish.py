@@ -11,9 +11,10 @@ from safetensors import safe_open
 
 from qvgen_jax.data.prepare import read_dataset
 from qvgen_jax.evaluation import drift
-from qvgen_jax.evaluation.evaluate import REFERENCE, evaluate_variants, table
+from qvgen_jax.evaluation.evaluate import REFERENCE, Variant, evaluate_variants
 from qvgen_jax.evaluation.report import write_report
 from qvgen_jax.evaluation.samples import write_pairs
+from qvgen_jax.evaluation.table import table
 from qvgen_jax.models import TransformerConfig, quantizable, time_only
 from qvgen_jax.pipeline import Pipeline, load
 from qvgen_jax.quant.initialize import round_to_nearest
@@ -80,11 +81,20 @@ def measure_sizes(teacher: Pipeline, export: Path) -> dict[str, Any]:
     return sizes | {"rows": [row | {"bf16_bytes": 2 * replaced, "export_bytes": stored}]}
 
 
-def compare_and_report(config: Mapping, workdir: Path, teacher: Pipeline) -> Path:
-    """Judge teacher, round-to-nearest and the export; write everything; the report's path.
+def compare_and_report(
+    config: Mapping, workdir: Path, teacher: Pipeline, part: tuple[int, int] = (0, 1)
+) -> Path | None:
+    """Evaluate teacher, round-to-nearest and the export; write everything; the report's path.
 
-    The judge knows the tiny pipeline's world only: other models say `evaluate.videos = 0`. What
-    `evaluation.drift` measures is asked for by `evaluate.held_out` and `evaluate.drift_videos`.
+    Nothing is evaluated where `evaluate.videos` is 0. What `evaluation.drift` measures is asked for
+    by `evaluate.held_out` and `evaluate.drift_videos`.
+
+    Args:
+        config: the run's.
+        workdir: of a run with an export.
+        teacher: the full-precision pipeline.
+        part: of the videos to evaluate, see `evaluate_variants`; the one that ends last does what
+            follows, for the others the result is None.
     """
     student = load(
         workdir / "export",
@@ -93,7 +103,10 @@ def compare_and_report(config: Mapping, workdir: Path, teacher: Pipeline) -> Pat
         kernels=config["kernels"],
     )
     if config["evaluate"]["videos"]:
-        print(table(_evaluate(config, workdir, teacher, student)), flush=True)
+        result = _evaluate(config, workdir, teacher, student, part)
+        if result is None:
+            return None
+        print(table(result), flush=True)
     drift.measure(config, workdir, teacher, student)
     if config["sample"]["count"]:
         write_pairs(config, workdir, teacher, student)
@@ -102,10 +115,21 @@ def compare_and_report(config: Mapping, workdir: Path, teacher: Pipeline) -> Pat
     return write_report(workdir)
 
 
-def _evaluate(config: Mapping, workdir: Path, teacher: Pipeline, student: Pipeline) -> dict:
-    bits = f"W{config['quant']['weight_bits']}A{config['quant']['act_bits']}"
-    variants = {REFERENCE: teacher}
+def untrained_name(config: Mapping) -> str:
+    """Of round-to-nearest, in tables."""
+    return f"Round-to-nearest {_bits(config)}"
+
+
+def _bits(config: Mapping) -> str:
+    return f"W{config['quant']['weight_bits']}A{config['quant']['act_bits']}"
+
+
+def _evaluate(
+    config: Mapping, workdir: Path, teacher: Pipeline, student: Pipeline, part: tuple[int, int]
+) -> dict | None:
+    variants = {REFERENCE: Variant(lambda: teacher)}
     if config["evaluate"]["round_to_nearest"]:
-        variants[f"Round-to-nearest {bits}"] = untrained(config, workdir, teacher)
-    variants[f"QVGen {bits}"] = student
-    return evaluate_variants(config, workdir, variants)
+        nearest = untrained(config, workdir, teacher)
+        variants[untrained_name(config)] = Variant(lambda: nearest)
+    variants[f"QVGen {_bits(config)}"] = Variant(lambda: student, packed=True)
+    return evaluate_variants(config, workdir, variants, part)

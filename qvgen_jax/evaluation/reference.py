@@ -14,13 +14,17 @@ def reference_folder(config: Mapping, workdir: Path) -> Path:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time: of several runs that need the same answer, one computes it.
+def locked(folder: Path, name: str = "") -> Iterator[None]:
+    """One process at a time: of several that need the same answer, one computes it.
 
     The lock goes with the process that holds it, however that ends.
+
+    Args:
+        folder: of the answers; made if need be.
+        name: of what in it is locked, where others may work on the rest.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with (folder / f".{name}lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

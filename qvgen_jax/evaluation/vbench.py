@@ -7,7 +7,6 @@ from the installed package's list; its scorers download weights and pin old libr
 run in an environment of their own, see docs/vbench.md.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 from qvgen_jax.data.video import write_video
 from qvgen_jax.errors import UserError
+from qvgen_jax.evaluation.asked import seed_of
 from qvgen_jax.evaluation.evaluate import made_by
 from qvgen_jax.json_file import read_json, read_object, write_json
 from qvgen_jax.pipeline import Pipeline
@@ -94,12 +94,6 @@ class Row(NamedTuple):
     index: int
     seed: int
     dimensions: tuple[str, ...]
-
-
-def seed_of(prompt: str, index: int, seed: int = 0) -> int:
-    """31 bits that depend on prompt, index and seed, on no machine and no number of devices."""
-    digest = hashlib.sha256(f"{seed} {index} {prompt}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
 
 
 def read_prompts(info: Path, suite: Suite = VBENCH) -> list[tuple[str, tuple[str, ...]]]:

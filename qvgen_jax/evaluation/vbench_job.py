@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qvgen_jax import hosts
 from qvgen_jax.errors import UserError
+from qvgen_jax.evaluation.asked import parse_part
 from qvgen_jax.evaluation.vbench import (
     PAPER,
     VBENCH,
@@ -37,18 +37,6 @@ getattr(importlib.import_module(package), scorer)(device, info, out).evaluate(
     videos_path=videos, name=name, dimension_list=json.loads(dimensions)
 )
 """
-
-
-def parse_part(text: str) -> tuple[int, int]:
-    """`0/4` as (0, 4).
-
-    Raises:
-        UserError: it is something else.
-    """
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if not found or int(found[1]) >= int(found[2]):
-        raise UserError(f"--part={text}; expected i/n, such as 0/4 for the first of four machines")
-    return int(found[1]), int(found[2])
 
 
 def find_info(given: str, python: str, suite: Suite = VBENCH) -> Path:

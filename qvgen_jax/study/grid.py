@@ -22,6 +22,7 @@ _FREE = (
     "data.skip_unusable",  # What that was before.
     "evaluate.held_out_encoded",
     "evaluate.reference",
+    "evaluate.shown",
     "kernels",
     "sample.count",
     "train.checkpoint_every",

@@ -33,7 +33,8 @@ _OPTIONAL = {
     "train.fresh_orders": "way back",
     "train.validate_every": "validation",
     "train.validate_videos": "videos of the student while it trains",
-    "evaluate.videos": "judging",
+    "evaluate.videos": "evaluation",
+    "evaluate.shown": "videos in the report",
     "evaluate.drift_videos": "drift",
 }
 _CHOICES = {

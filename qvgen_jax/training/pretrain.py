@@ -19,7 +19,8 @@ from qvgen_jax.autoencoders.wan import WanVAE
 from qvgen_jax.components import VAE, TextEncoder, Transformer
 from qvgen_jax.diffusion.unipc import UniPCConfig
 from qvgen_jax.errors import UserError
-from qvgen_jax.evaluation.evaluate import held_out, score
+from qvgen_jax.evaluation.answers import SCORES, score
+from qvgen_jax.evaluation.asked import held_out
 from qvgen_jax.generation_config import WAN_DEFAULTS
 from qvgen_jax.json_file import read_object
 from qvgen_jax.models.wan import WanConfig, WanTransformer
@@ -127,10 +128,9 @@ def pretrain(config: Mapping, workdir: Path) -> Pipeline:
 
     def judged(params: dict) -> dict:
         pipe = networks.pipeline(params, vae, tokenizer, scheduler, defaults)
-        asked, seeds = held_out(flow["evaluate_videos"], flow["seed"])
-        found = score(pipe, asked, seeds, batch_size=32)
-        names = ("plain", "strict", "shape", "colour", "direction")
-        shares = {name: round(float(found[name].mean()), 4) for name in names}
+        asked = held_out(flow["evaluate_videos"], flow["seed"])
+        found = score(pipe, asked, batch_size=32)
+        shares = {name: round(float(found[name].mean()), 4) for name in SCORES}
         logging.info("judge: %s", shares)
         return shares
 

@@ -10,13 +10,13 @@ import pytest
 from qvgen_jax.data.video import read_video
 from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation import vbench
+from qvgen_jax.evaluation.asked import seed_of
 from qvgen_jax.evaluation.vbench import (
     PAPER,
     VBENCH_2,
     read_prompts,
     read_scores,
     rows_of,
-    seed_of,
     write_tree,
 )
 
@@ -74,7 +74,6 @@ def test_five_videos_of_every_prompt_that_the_papers_dimensions_score(info):
 def test_a_seed_depends_on_prompt_and_index_alone(info):
     rows = rows_of(read_prompts(info), ["scene"])
     assert [row.seed for row in rows] == [seed_of("alley", i) for i in range(5)]
-    assert seed_of("alley", 0) == 1333051663
     assert seed_of("alley", 0, seed=1) != seed_of("alley", 0)
     assert all(0 <= row.seed < 2**31 for row in rows)
 

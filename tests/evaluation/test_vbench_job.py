@@ -7,7 +7,7 @@ import pytest
 
 from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation import vbench, vbench_job
-from qvgen_jax.evaluation.vbench_job import find_info, parse_part, run_vbench
+from qvgen_jax.evaluation.vbench_job import find_info, run_vbench
 from tests.evaluation.test_vbench import INFO, Painter
 
 CONFIG = {
@@ -106,10 +106,3 @@ def test_a_package_that_fails_is_told_with_its_last_line(python, tmp_path):
     (tmp_path / "site/torch.py").write_text("raise ImportError('no torch for this machine')")
     with pytest.raises(UserError, match="ended with 1: ImportError: no torch for this machine"):
         run_vbench(CONFIG, tmp_path / "run", python=python)
-
-
-@pytest.mark.parametrize("text", ["4/4", "1", "a/b", "-1/2", "1/0"])
-def test_a_part_is_i_of_n(text):
-    assert parse_part("0/4") == (0, 4)
-    with pytest.raises(UserError, match=r"expected i/n, such as 0/4"):
-        parse_part(text)
