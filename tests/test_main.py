@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import run_main
+
 ROOT = Path(__file__).parents[1]
 TINY = ("--config", "configs/tiny_w4a4.py")
 
@@ -33,7 +35,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     ],
 )
 def test_wrong_arguments_get_one_line_and_exit_code_2(arguments, message):
-    result = run(*arguments)
+    result = run_main(*arguments)
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -78,7 +80,7 @@ def test_wrong_arguments_get_one_line_and_exit_code_2(arguments, message):
     ],
 )
 def test_wrong_values_are_told_before_anything_is_computed(arguments, message, tmp_path):
-    result = run(*TINY, "--workdir", str(tmp_path / "run"), *arguments)
+    result = run_main(*TINY, "--workdir", str(tmp_path / "run"), *arguments)
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -98,7 +100,7 @@ CONFIG_FILES = {
 @pytest.mark.parametrize("text", CONFIG_FILES)
 def test_a_config_file_that_is_none_is_told_in_one_line(tmp_path, text):
     (tmp_path / "mine.py").write_text(text)
-    result = run("--config", str(tmp_path / "mine.py"))
+    result = run_main("--config", str(tmp_path / "mine.py"))
     assert result.returncode == 2
     assert CONFIG_FILES[text] in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -110,7 +112,7 @@ def test_a_config_file_without_a_key_that_training_reads_is_told_which(tmp_path)
         "    config = tiny().unlock()\n    del config.train.clip_norm\n    return config\n"
     )
     (tmp_path / "mine.py").write_text(text)
-    result = run("--config", str(tmp_path / "mine.py"), "--workdir", str(tmp_path / "run"))
+    result = run_main("--config", str(tmp_path / "mine.py"), "--workdir", str(tmp_path / "run"))
     assert result.returncode == 2
     assert "the config has no train.clip_norm" in result.stderr
 
