@@ -173,6 +173,8 @@ def get_config(arg: str = "screening") -> ConfigDict:
         "sample.count": 0,  # No videos to look at.
         "evaluate.round_to_nearest": False,
         "evaluate.videos": 512 if finals else 0,
+        "evaluate.shown": 0,
+        "evaluate.pixels": False,
         "evaluate.drift_videos": 2 if smoke else 32,
         "evaluate.held_out": "assets/clips" if smoke else "data/moving_shapes_heldout_64",
         "evaluate.held_out_encoded": (

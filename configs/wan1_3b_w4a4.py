@@ -117,6 +117,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluate = ConfigDict()
     config.evaluate.videos = 0  # Of sample.prompts; 0 for none.
     config.evaluate.shown = 8  # Of those, the first that are kept to look at.
+    config.evaluate.pixels = True  # PSNR and SSIM, which decode every video a second time.
     config.evaluate.seed = 1000
     config.evaluate.round_to_nearest = True
     config.evaluate.held_out = ""

@@ -131,6 +131,7 @@ def compare(
     slices: Slices,
     batch_size: int,
     shown: int,
+    pixels: bool = True,
 ) -> None:
     """Distances of variants to full precision, `[videos]` each, for those slices without any.
 
@@ -144,6 +145,7 @@ def compare(
         slices: that are answered by all.
         batch_size: as they were answered with.
         shown: how many videos of each become files.
+        pixels: whether `psnr` and `ssim` are wanted.
     """
     pipe = None
     for name, asked in slices.items():
@@ -152,7 +154,7 @@ def compare(
         with locked(places[0].answers, f"{name}-compared"):
             if missing := [place for place in places if not place.is_complete(name, numbers)]:
                 pipe = pipe or load()
-                _compare(pipe, places[0], missing, name, batch_size, numbers)
+                _compare(pipe, places[0], missing, name, batch_size, numbers, pixels)
 
 
 def _compare(
@@ -162,27 +164,27 @@ def _compare(
     name: str,
     batch_size: int,
     numbers: range,
+    pixels: bool,
 ) -> None:
     """One slice of `compare`, of the places that miss something; `numbers` of videos to show."""
-    theirs = _latents(reference, name)
-    frames = pipe.to_frames(theirs, batch_size=batch_size)
+    theirs, frames = _latents(reference, name), None
+    if pixels or numbers:
+        frames = pipe.to_frames(theirs, batch_size=batch_size)
     for place in missing:
         ours, made = theirs, frames
         if place.distances:
             ours = _latents(place, name)
-            made = pipe.to_frames(ours, batch_size=batch_size)
+            made = frames if frames is None else pipe.to_frames(ours, batch_size=batch_size)
         for row, number in enumerate(numbers):
             _write(place.video(number), made[row], pipe.defaults["fps"])
         if place.distances:
-            pairs = list(zip(made, frames, strict=True))
+            found = {"gap": _norms(ours - theirs), "norm": _norms(theirs)}
+            if pixels:
+                pairs = list(zip(made, frames, strict=True))
+                found["psnr"] = np.array([psnr(*pair) for pair in pairs])
+                found["ssim"] = np.array([ssim(*pair) for pair in pairs])
             place.distances.mkdir(parents=True, exist_ok=True)
-            save_arrays(
-                place.distances / f"{name}.npz",
-                gap=_norms(ours - theirs),
-                norm=_norms(theirs),
-                psnr=np.array([psnr(*pair) for pair in pairs]),
-                ssim=np.array([ssim(*pair) for pair in pairs]),
-            )
+            save_arrays(place.distances / f"{name}.npz", **found)
 
 
 def _latents(place: Place, name: str) -> np.ndarray:

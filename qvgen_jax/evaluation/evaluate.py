@@ -91,8 +91,8 @@ def evaluate_variants(
     places = _places(config, workdir, known)
     for name in sorted(variants, key=lambda name: not variants[name].packed):
         answers.answer(variants[name].load, places[name].answers, mine, size)
-    shown = config["evaluate"]["shown"]
-    answers.compare(variants[first].load, list(places.values()), mine, size, shown)
+    shown, pixels = config["evaluate"]["shown"], config["evaluate"]["pixels"]
+    answers.compare(variants[first].load, list(places.values()), mine, size, shown, pixels)
     hosts.barrier("slices evaluated", 60 * _HOURS)
     if not all(place.is_complete(name) for place in places.values() for name in slices):
         return None
@@ -156,12 +156,13 @@ def _check_base(name: str, ours: _Known, theirs: _Known) -> None:
 
 def _places(config: Mapping, workdir: Path, known: Mapping[str, _Known]) -> dict[str, Place]:
     """Where each variant's files are; another model, or other settings, must not find them."""
-    places, home = {}, workdir / "evaluation"
+    places, home, pixels = {}, workdir / "evaluation", config["evaluate"]["pixels"]
     reference = next(iter(known.values())).made_by
     for name, each in known.items():
         folder = "-".join(filter(None, [slug(name), each.made_by]))
         if places:
-            place = Place(home / folder, home / f"{folder}-against-{reference}", home / "videos")
+            against = f"{folder}-against-{reference}" + "-latents" * (not pixels)
+            place = Place(home / folder, home / against, home / "videos")
         else:
             place = Place(reference_folder(config, workdir) / folder, None, home / "videos")
         places[name] = place

@@ -52,13 +52,14 @@ def _share(hits: np.ndarray) -> dict:
 
 
 def _metrics(found: Arrays, distance: Arrays, reference: Arrays) -> dict:
-    """Means over videos; null where videos are single frames, or full precision's stand still."""
+    """Means over videos; null where videos are single frames, full precision's stand still, or
+    pixels were not compared."""
     steady, before = found["consistency"], reference["consistency"]
     moves = np.isfinite(steady).all()
     ratio = moves and reference["motion"].all()
     return {
-        "psnr": _told(_mean(distance["psnr"])),
-        "ssim": _told(_mean(distance["ssim"])),
+        "psnr": _told(_mean(distance["psnr"])) if "psnr" in distance else None,
+        "ssim": _told(_mean(distance["ssim"])) if "ssim" in distance else None,
         "consistency": _told(_mean(steady)) if moves else None,
         "consistency_difference": _told(paired_difference(steady, before), 6) if moves else None,
         "motion": _told(paired_ratio(found["motion"], reference["motion"])) if ratio else None,

@@ -21,6 +21,7 @@ _FREE = (
     "data.most_refused",
     "data.skip_unusable",  # What that was before.
     "evaluate.held_out_encoded",
+    "evaluate.pixels",
     "evaluate.reference",
     "evaluate.shown",
     "kernels",

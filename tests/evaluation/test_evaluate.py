@@ -16,7 +16,7 @@ from qvgen_jax.evaluation.samples import read_prompts
 from qvgen_jax.evaluation.table import table
 
 CONFIG = {
-    "evaluate": {"videos": 4, "seed": 5, "reference": "", "shown": 2},
+    "evaluate": {"videos": 4, "seed": 5, "reference": "", "shown": 2, "pixels": True},
     "sample": {"batch_size": 2, "prompts": "held_out"},
 }
 SIZE = {"num_frames": 17, "height": 64, "width": 64}
@@ -101,6 +101,19 @@ def test_half_of_the_videos_being_equal_shows_in_the_measures(tmp_path):
     low, high = metrics["motion"]["interval"]
     assert low <= metrics["motion"]["mean"] <= high
     assert metrics["consistency"]["mean"] <= 1
+
+
+def test_without_pixels_no_video_is_decoded_twice(tmp_path):
+    config = {**CONFIG, "evaluate": {**CONFIG["evaluate"], "shown": 0, "pixels": False}}
+    good, bad = Renderer(), Renderer(wrong=2)
+    plain = compare(tmp_path, good, bad, config)["variants"][1]
+    assert (good.decoded, bad.decoded) == (2, 2)
+    assert plain["metrics"]["psnr"] is None
+    assert plain["metrics"]["motion"] is not None
+    whole = compare(tmp_path, good, bad)["variants"][1]  # Asked for later, it is not missing.
+    assert whole["metrics"]["psnr"] is not None
+    assert whole["strict_difference"] == plain["strict_difference"]
+    assert whole["latent_difference"] == plain["latent_difference"]
 
 
 def test_the_first_videos_of_every_variant_are_there_to_look_at(tmp_path):
