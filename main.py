@@ -1,4 +1,4 @@
-"""The one command: plan, pretrain, encode, train, generate, evaluate, export, compare, serve.
+"""The one command for all jobs: train, generate, evaluate, serve and the others of `JOBS`.
 
     python main.py --config configs/tiny_w4a4.py
     python main.py --config configs/tiny_w4a4.py --config.train.steps=300 --workdir runs/longer
@@ -215,6 +215,8 @@ def _encode(config: dict, workdir: Path) -> None:
     from qvgen_jax.training.run import load_model
 
     check_config(config)
+    if config["data"]["on_the_fly"]:
+        raise UserError("data.on_the_fly encodes nothing beforehand: leave it out for --job encode")
     check_source(config, workdir)
     check_held_out(config, workdir)
     pipe = load_model(config)

@@ -22,6 +22,7 @@ from model_speed import random_params
 
 from configs import read_config
 from kernels.bench import device_name, versions
+from qvgen_jax.data.clips import Size
 from qvgen_jax.models.published import PUBLISHED
 from qvgen_jax.plan.shapes import Run, scheduler_of, video_and_text
 from qvgen_jax.training.feed import feed
@@ -37,6 +38,7 @@ class DrawnClips:
         self._latents, self._text = latents, text
         self.max_length = text[0]
         self.empty_text_embeds = np.zeros(text, np.float32)
+        self.buckets = {Size(*latents[:3]): range(len(self))}
 
     def __len__(self) -> int:
         return 1024

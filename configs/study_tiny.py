@@ -102,11 +102,11 @@ _FINALS_ONLY = {
 _PLACES = {
     "cpu": (2, {"XLA_FLAGS": QUICK_TO_COMPILE}),
     # One GPU for all cells: a tiny model leaves it idle. Float32 is multiplied as such, as on a
-    # CPU, and not by the programs that went wrong there (docs/gpu.md).
+    # CPU. Runs diverged there at the first halving; what mended it, if it did, has not run on one
+    # (docs/gpu.md): see the losses before you believe the tables.
     "gpu": (
         16,
         {
-            "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         },

@@ -15,6 +15,7 @@ import numpy as np
 
 from qvgen_jax.data.clips import SIZE, Size, parse_size
 from qvgen_jax.data.encode import EMPTY_TEXT, FORMAT_VERSION, MANIFEST
+from qvgen_jax.data.live import LiveDataset
 from qvgen_jax.data.records import DAMAGE, unpack
 from qvgen_jax.errors import UserError
 from qvgen_jax.json_file import read_object
@@ -104,6 +105,10 @@ class EncodedDataset:
             ) from error
 
 
+Dataset = EncodedDataset | LiveDataset
+"""Clips by index, in buckets."""
+
+
 def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
     wrong = [name for name in ("max_length", "count") if not _is_count(manifest.get(name), 1)]
     clips = manifest.get("clips")
@@ -145,7 +150,7 @@ def _empty_text(path: Path, longest: int) -> np.ndarray:
 
 
 def batches(
-    dataset: EncodedDataset,
+    dataset: Dataset,
     *,
     seed: int,
     batch_size: int,
@@ -202,7 +207,7 @@ def batches(
     return iter(stream.to_iter_dataset(grain.ReadOptions(threads, threads)))
 
 
-def steps_by_shape(dataset: EncodedDataset, batch_size: int) -> dict[tuple[int, ...], int]:
+def steps_by_shape(dataset: Dataset, batch_size: int) -> dict[tuple[int, ...], int]:
     """How many batches of an epoch have clips with latents `[f, h, w, c]` of each shape."""
     found: dict[tuple[int, ...], int] = {}
     for place in dataset.buckets.values():

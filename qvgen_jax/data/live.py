@@ -3,6 +3,7 @@
 The clips, their order and what is cut out of the videos are those of an encoded folder.
 """
 
+import hashlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _MOST_KEPT = 1 << 30
 """Bytes of latents that stay in memory, so that later epochs need not encode them again."""
+_CAPTIONS = 64  # Encoded at once.
 
 
 class LiveDataset:
@@ -40,7 +42,6 @@ class LiveDataset:
         *,
         cut: Cut,
         max_length: int,
-        batch_size: int = 8,
         most_refused: float = 1.0,
         log: Callable[[str], None] = print,
     ):
@@ -49,7 +50,6 @@ class LiveDataset:
         Args:
             pipe, source, cut, most_refused, log: as of `encode_folder`.
             max_length: text tokens of a batch.
-            batch_size: captions at once.
 
         Raises:
             UserError: no captions, or too many videos that cannot be used.
@@ -75,21 +75,28 @@ class LiveDataset:
             if len(self._clips) > start:
                 self.buckets[size] = range(start, len(self._clips))
         captions = sorted({plan.entry.caption for plan, _ in self._clips})
-        self._texts = self._encode(captions, batch_size)
-        empty = self._encode([""], 1)[""]
+        self._texts = self._encode(captions)
+        empty = self._encode([""])[""]
         self.empty_text_embeds = np.pad(empty, ((0, max_length - len(empty)), (0, 0)))
         self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._bytes, self._lock = 0, threading.Lock()
         log(f"{len(self._clips)} clips of {len(entries)} videos, encoded when a batch asks for one")
 
-    def _encode(self, captions: list[str], batch_size: int) -> dict[str, np.ndarray]:
+    def _encode(self, captions: list[str]) -> dict[str, np.ndarray]:
         found = {}
-        for start in range(0, len(captions), batch_size):
-            some = captions[start : start + batch_size]
-            padded = some + [some[-1]] * (min(batch_size, len(captions)) - len(some))
-            texts = np.asarray(self._pipe.encode_prompt(padded, self.max_length))
-            found |= {c: without_padding(t) for c, t in zip(some, texts[: len(some)], strict=True)}
+        for start in range(0, len(captions), _CAPTIONS):  # The encoder may move for every call.
+            some = captions[start : start + _CAPTIONS]
+            texts = np.asarray(self._pipe.encode_prompt(some, self.max_length))
+            found |= {c: without_padding(text) for c, text in zip(some, texts, strict=True)}
         return found
+
+    def digest(self) -> str:
+        """Of all that batches and their order depend on, but for the files' pixels."""
+        told = hashlib.sha256()
+        for plan, number in self._clips:
+            told.update(repr((plan.entry, plan.size, number)).encode())
+            told.update(np.ascontiguousarray(plan.frames[number], np.int64).tobytes())
+        return told.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._clips)

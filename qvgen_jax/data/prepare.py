@@ -8,15 +8,17 @@ import jax
 
 from qvgen_jax import hosts, storage
 from qvgen_jax.data.clips import Cut, cut_of
-from qvgen_jax.data.dataset import EncodedDataset
+from qvgen_jax.data.dataset import Dataset, EncodedDataset
 from qvgen_jax.data.encode import FORMAT_VERSION, MANIFEST, encode_folder
 from qvgen_jax.data.live import LiveDataset
 from qvgen_jax.errors import UserError
-from qvgen_jax.json_file import read_object
+from qvgen_jax.json_file import read_object, write_json
 from qvgen_jax.request import latent_size
 
 if TYPE_CHECKING:
     from qvgen_jax.pipeline import Pipeline
+
+LIVE = "clips_on_the_fly.json"
 
 
 def check_source(config: Mapping, workdir: str | Path) -> None:
@@ -128,26 +130,38 @@ def ensure_encoded(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Pa
     return encoded
 
 
-def read_dataset(
-    config: Mapping, workdir: str | Path, pipe: "Pipeline"
-) -> EncodedDataset | LiveDataset:
+def read_dataset(config: Mapping, workdir: str | Path, pipe: "Pipeline") -> Dataset:
     """The clips to train on, as `config.data` says: `ensure_encoded`, or `on_the_fly`.
 
     Raises:
-        UserError: as `ensure_encoded`.
+        UserError: as `ensure_encoded`; or a run on the fly that would go on with other clips.
     """
     data = config["data"]
     if not data["on_the_fly"]:
         return EncodedDataset(ensure_encoded(config, workdir, pipe), data["max_length"])
     check_source(config, workdir)
-    return LiveDataset(
+    dataset = LiveDataset(
         pipe,
         storage.local(data["source"]),
         cut=cut_of(data),
         max_length=data["max_length"],
-        batch_size=data["encode_batch_size"],
         most_refused=data["most_refused"],
     )
+    _check_same(Path(workdir) / LIVE, dataset, data["source"])
+    return dataset
+
+
+def _check_same(path: Path, dataset: LiveDataset, source: str) -> None:
+    """See that a run goes on with the clips that it began with; its first start notes them."""
+    now = {"clips": len(dataset), "digest": dataset.digest()}
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
+    elif read_object(path, "put it back, or start anew with another --workdir") != now:
+        raise UserError(
+            f"the videos of {source} give other clips than those that {path.parent} began with, "
+            "and so another order: put them back, or start anew with another --workdir"
+        )
 
 
 def _held_out(config: Mapping, workdir: str | Path) -> dict:

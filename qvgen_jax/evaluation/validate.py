@@ -1,7 +1,7 @@
 """The student while it trains: held-out predictions, layer by layer, and its videos.
 
-Everything is asked of the student as it stands, with what is left of its branch. The teacher is
-asked once, before the first step, and its answers are kept.
+The student is asked as it stands while it has a branch, then as it would ship. The teacher is asked
+once, before the first step, and its answers are kept.
 """
 
 import dataclasses
@@ -81,17 +81,18 @@ def validation(
 
 
 def _telling(held_out: Mapping, drift: Mapping | None, layers: Mapping[str, Mapping]) -> dict:
-    """The scalars that go to the log, in short for all layers."""
+    """The scalars that go to the log, in short for all layers; without what is no number."""
     errors = [row["weight_error"] for row in layers.values()]
     branches = [row["branch_norm"] for row in layers.values() if row["branch_norm"] is not None]
     scalars = {f"held_out_{name}": held_out["mean"][name] for name in ("cosine", "relative")}
     if drift is not None:
         scalars |= {"drift": drift["relative"], "drift_motion": drift["motion"]}
     if errors:
-        scalars |= {"weight_error": float(np.mean(errors)), "weight_error_worst": max(errors)}
+        scalars["weight_error"] = float(np.mean(errors))
+        scalars["weight_error_worst"] = float(np.max(errors))
     if branches:
         scalars["branch_norm"] = float(np.mean(branches))
-    return scalars
+    return {name: value for name, value in scalars.items() if math.isfinite(value)}
 
 
 class _Videos(NamedTuple):
@@ -159,9 +160,9 @@ def _write(videos: _Videos, workdir: Path, files: list[str], latents: np.ndarray
         path = workdir / file
         path.parent.mkdir(parents=True, exist_ok=True)
         # Whole or not at all: a teacher's file that is there is not made again.
-        partial = path.with_suffix(".part")
-        write_video(partial, clip, videos.pipe.defaults["fps"])
-        partial.replace(path)
+        unfinished = path.with_suffix(".part")
+        write_video(unfinished, clip, videos.pipe.defaults["fps"])
+        unfinished.replace(path)
 
 
 def _plain(content: Any) -> Any:

@@ -116,7 +116,7 @@ def read_prompts(info: Path, suite: Suite = VBENCH) -> list[tuple[str, tuple[str
         named = good and all(isinstance(n, str) and re.fullmatch(r"[\w-]+", n) for n in dimensions)
         if not named or not dimensions:
             raise UserError(f"{info} holds no list of prompt_en and dimension; {remedy}")
-        name = f"{prompt[: suite.cut]}-00.mp4"
+        name = f"{prompt[: suite.cut]}-{max(map(suite.count, dimensions)) - 1}.mp4"
         if "/" in name or not name.isprintable() or len(name.encode()) > _LONGEST:
             raise UserError(f"{info}: the prompt {prompt[:80]!r} cannot be a file's name; {remedy}")
     return [(row["prompt_en"], tuple(row["dimension"])) for row in rows]

@@ -179,6 +179,11 @@ def on_every_branch(tree: Any, change: Callable) -> Any:
     return _rebuild(tree, on_branch)
 
 
+def replace_branches(tree: Any, change: Callable[[dict], dict]) -> Any:
+    """`tree` with `{"L", "R"}` of every branch replaced by `change` of it, nothing else copied."""
+    return _rebuild(tree, lambda node: {**node, **change({name: node[name] for name in "LR"})})
+
+
 def refactor_tree(params: dict, rank: jax.Array | int, order: str = "smallest") -> dict:
     """`params` with every branch refactored to `rank`; what leaves first comes last."""
 

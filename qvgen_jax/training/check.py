@@ -127,7 +127,8 @@ def check_config(config: Mapping) -> None:
         value = _value(config, name)
         if not 0 <= value <= 1:
             raise UserError(f"--config.{name}={value}; expected 0 to 1, a share")
-    _value(config, "data.buckets")
+    for name in ("data.buckets", "data.on_the_fly"):
+        _value(config, name)
     _check_cut(config["data"])
     if not 0 < train.get("shift", 1) < 1000:
         raise UserError(f"--config.train.shift={train['shift']}; expected above 0, below 1000")

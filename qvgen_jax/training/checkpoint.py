@@ -200,7 +200,8 @@ class Checkpoints:
         try:
             # Told here: where no folder can be made, orbax's threads wait five minutes for it.
             if not storage.is_remote(self.folder) and not os.access(self.folder, os.W_OK):
-                raise OSError("its file system, or who runs this, may only read there")
+                gone = not self.folder.exists()
+                raise OSError("it is gone" if gone else "it may only be read")
             self._manager.save(step, args=ocp.args.StandardSave(saved))
         except Exception as error:
             self._error = error

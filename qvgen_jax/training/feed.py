@@ -6,12 +6,12 @@ from typing import Any
 from jax.sharding import Mesh
 
 from qvgen_jax import sharding
-from qvgen_jax.data.dataset import EncodedDataset, batches
+from qvgen_jax.data.dataset import Dataset, batches
 from qvgen_jax.training.step import order_seed
 
 
 def feed(
-    dataset: EncodedDataset,
+    dataset: Dataset,
     config: Mapping,
     start: int = 0,
     mesh: Mesh | None = None,

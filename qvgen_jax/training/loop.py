@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from qvgen_jax import hosts, sharding, storage
 from qvgen_jax.components import Transformer
-from qvgen_jax.data.dataset import EncodedDataset, steps_by_shape
+from qvgen_jax.data.dataset import Dataset, steps_by_shape
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.diffusion.schedulers import Scheduler
 from qvgen_jax.errors import UserError
@@ -52,7 +52,7 @@ class Run(NamedTuple):
         model: sizes of both networks.
         scheduler: the pipeline's.
         teacher: full-precision parameters, as the steps hold them.
-        dataset: encoded clips.
+        dataset: the clips.
         checkpoints: the workdir's.
         mesh: None for one device.
         validate: what is found of a student at a step; None where the run does not ask for it.
@@ -63,7 +63,7 @@ class Run(NamedTuple):
     model: TransformerConfig
     scheduler: Scheduler
     teacher: dict
-    dataset: EncodedDataset
+    dataset: Dataset
     checkpoints: Checkpoints
     mesh: Mesh | None
     validate: Validate | None
@@ -173,7 +173,7 @@ def run_steps(
     model: TransformerConfig,
     scheduler: Scheduler,
     teacher: dict,
-    dataset: EncodedDataset,
+    dataset: Dataset,
     mesh: Mesh | None = None,
     validate: Validate | None = None,
 ) -> tuple[dict, dict]:

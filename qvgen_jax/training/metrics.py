@@ -160,7 +160,8 @@ class MetricWriter:
         """A pair of videos in TensorBoard and W&B."""
         from tensorboardX.proto.summary_pb2 import Summary
 
-        name, frames = f"validation/{row['prompt']}", validation.side_by_side(self._workdir, row)
+        name = f"validation/{row['prompt']}, seed {row['seed']}"
+        frames = validation.side_by_side(self._workdir, row)
         width, height = frames[0].size
         # `add_video` would want moviepy, and a second FFmpeg, for the same bytes.
         image = Summary.Image(

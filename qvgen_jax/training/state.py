@@ -8,6 +8,8 @@ keys and the data position are functions of `step` and of `order`, how often the
 another order; `skipped` counts updates that were not finite, `in_a_row` up to now and `in_all`.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,6 +20,7 @@ from qvgen_jax.quant.low_rank import (
     cut_tree,
     drop_branch,
     refactor_tree,
+    replace_branches,
     zero_branch,
 )
 from qvgen_jax.quant.schedule import RankDecay, is_boundary, phase_rank
@@ -45,6 +48,7 @@ def exported_params(state: dict) -> dict:
     return state.get("ema", state["params"])
 
 
+# Of one branch each, a program per shape: what a program returns is copied, changed or not.
 _refactored = jax.jit(refactor_tree, static_argnames="order")
 _cut = jax.jit(cut_tree)
 
@@ -57,14 +61,18 @@ def _shrink(state: dict, rank: jax.Array, decay: RankDecay, moments: str) -> dic
     """
     params, opt = state["params"], state["opt"]
     if not decay.refactor:
+
+        def cut(pair: dict) -> dict:
+            return _cut(pair, rank)
+
         # Columns that live keep their basis, and so their moments, whatever `moments` asks.
-        opt = opt if moments == "keep" else _cut(opt, rank)
-        return {**state, "params": _cut(params, rank), "opt": opt}
-    after = _refactored(params, rank, decay.order)
+        opt = opt if moments == "keep" else replace_branches(opt, cut)
+        return {**state, "params": replace_branches(params, cut), "opt": opt}
+    after = replace_branches(params, lambda pair: _refactored(pair, rank, decay.order))
     if moments == "reset":
         opt = zero_branch(opt)
     elif moments == "rotate":
-        opt = _rotated(opt, params, after)
+        opt = rotate_moments(opt, params, after)
     return {**state, "params": after, "opt": opt}
 
 
@@ -80,7 +88,8 @@ def rotate_moments(opt: optax.OptState, before: dict, after: dict) -> optax.OptS
             return moments
         out = {key: turned(moments[key], old[key], new[key], power) for key in moments}
         if "L" in out and "R" in out:
-            out["L"], out["R"] = _turn_layers(moments, old, new, power)
+            layers = tuple(node[key] for node in (moments, old, new) for key in ("L", "R"))
+            out["L"], out["R"] = _turn_layers(layers, power)
         return out
 
     def on_adam(part: optax.OptState) -> optax.OptState:
@@ -93,18 +102,15 @@ def rotate_moments(opt: optax.OptState, before: dict, after: dict) -> optax.OptS
     return jax.tree.map(on_adam, opt, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
 
 
-def _turn_layers(moments: dict, old: dict, new: dict, power: int) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames="power")
+def _turn_layers(layers: tuple[jax.Array, ...], power: int) -> tuple[jax.Array, jax.Array]:
     def one(layer: tuple) -> tuple:
         left, right, *bases = layer
         for_left, for_right = change_of_basis(*bases)
         return left @ for_left**power, for_right**power @ right
 
-    layers = tuple(node[key] for node in (moments, old, new) for key in ("L", "R"))
     # Layer by layer, not by vmap: see `on_every_branch`.
     return one(layers) if layers[0].ndim == 2 else jax.lax.map(one, layers)
-
-
-_rotated = jax.jit(rotate_moments)
 
 
 def enter_step(state: dict, step: int, decay: RankDecay, moments: str = "reset") -> dict:

@@ -1,6 +1,7 @@
 """What a validation of the student leaves: rows of `validation.jsonl`, and videos."""
 
 import io
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,15 +42,20 @@ def told(found: Validated) -> str:
     scalars, parts = found.scalars, [f"held-out loss {found.scalars['held_out_loss']:.4g}"]
     parts += [f"{name} {scalars[name]:.3g}" for name in ("drift",) if name in scalars]
     if worst := worst_layer(found.record):
-        parts.append(f"weights off by {scalars['weight_error']:.3g}, most in {worst}")
-        parts[-1] += f" by {scalars['weight_error_worst']:.3g}"
+        mean, most = (scalars.get(f"weight_error{end}", math.nan) for end in ("", "_worst"))
+        parts.append(f"weights off by {mean:.3g}, most in {worst} by {most:.3g}")
     return f"validation: {'; '.join(parts)}; {scalars['validation_seconds']:.1f} s"
 
 
 def worst_layer(record: Mapping) -> str:
     """The layer whose quantized weights are furthest from its weights; "" of none."""
-    errors = {name: row["weight_error"] or 0.0 for name, row in record["layers"].items()}
+    errors = {name: _or_worst(row["weight_error"]) for name, row in record["layers"].items()}
     return max(errors, key=errors.__getitem__, default="")
+
+
+def _or_worst(error: float | None) -> float:
+    """An error that is no number is the worst."""
+    return math.inf if error is None else error
 
 
 def side_by_side(workdir: Path, row: Mapping) -> list[Image.Image]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,7 +11,7 @@ from configs import read_config
 from qvgen_jax.data import live
 from qvgen_jax.data.dataset import batches, steps_by_shape
 from qvgen_jax.data.live import LiveDataset
-from qvgen_jax.data.prepare import check_source
+from qvgen_jax.data.prepare import LIVE, check_source, read_dataset
 from qvgen_jax.errors import UserError
 from tests.data.test_buckets import CUT, encoded, videos  # noqa: F401
 from tests.data.test_encoded_dataset import AveragingPipeline
@@ -18,7 +19,7 @@ from tests.data.test_encoded_dataset import AveragingPipeline
 
 @pytest.fixture
 def alive(videos):  # noqa: F811
-    return LiveDataset(AveragingPipeline(), videos, cut=CUT, max_length=12, batch_size=2)
+    return LiveDataset(AveragingPipeline(), videos, cut=CUT, max_length=12)
 
 
 def test_batches_are_those_of_an_encoded_folder(alive, encoded):  # noqa: F811
@@ -50,10 +51,29 @@ def test_too_many_unusable_videos_end_it(videos):  # noqa: F811
         LiveDataset(AveragingPipeline(), videos, **arguments)
 
 
-def test_it_writes_nothing_and_says_so_where_a_folder_is_named(videos, tmp_path):  # noqa: F811
+@pytest.fixture
+def config(videos):  # noqa: F811
     config = read_config("configs/tiny_w4a4.py").to_dict()
-    config["data"] |= {"source": str(videos), "on_the_fly": True}
+    how = {"buckets": tuple(map(str, CUT.sizes)), "fps": CUT.fps, "clips_per_video": CUT.most}
+    config["data"] |= how | {"source": str(videos), "on_the_fly": True, "crop": "random"}
+    return config
+
+
+def test_a_run_trains_on_videos_and_notes_only_which(config, tmp_path, videos):  # noqa: F811
+    dataset = read_dataset(config, tmp_path, AveragingPipeline())
+    assert len(next(batches(dataset, seed=0, batch_size=2))["latent_mean"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == [LIVE]
+    read_dataset(config, tmp_path, AveragingPipeline())
+    config["data"]["clips_per_video"] = 1  # As if the videos had become shorter.
+    with pytest.raises(UserError, match=r"give other clips than those that .* began with"):
+        read_dataset(config, tmp_path, AveragingPipeline())
+
+
+def test_a_folder_for_clips_or_a_second_device_is_refused(config, tmp_path, monkeypatch):
     check_source(config, tmp_path)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="for a run on one device, here are 2"):
+        check_source(config, tmp_path)
     config["data"]["encoded"] = "clips"
     with pytest.raises(UserError, match=r"encodes nothing beforehand, but data\.encoded='clips'"):
         check_source(config, tmp_path)

@@ -207,7 +207,7 @@ def test_on_a_disk_that_became_read_only_the_run_stops_and_has_its_last_good_ste
             for step in range(2, 5):
                 checkpoints.save(state_of(step))
 
-    with pytest.raises(UserError, match=r"may only read there.*last good checkpoint is step 1"):
+    with pytest.raises(UserError, match=r"may only be read.*last good checkpoint is step 1"):
         save_more()
     assert "trying again" in capsys.readouterr().err
     with Checkpoints(small_disk, 5) as checkpoints:  # It is read even so.

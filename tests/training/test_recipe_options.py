@@ -117,6 +117,22 @@ def test_rotated_moments_are_those_of_the_turned_gradients(stack):
     assert not reset["opt"][0].mu["a"]["L"].any()
 
 
+@pytest.mark.parametrize("moments", ["reset", "rotate", "keep"])
+@pytest.mark.parametrize("refactor", [True, False])
+def test_a_boundary_copies_nothing_but_branches(moments, refactor):
+    params = {"a": {"kernel": jnp.ones((9, 7)), **branch()}, "norm": {"scale": jnp.ones(7)}}
+    adam = optax.scale_by_adam()
+    state = {"params": params, "opt": (adam.init(params),), "step": jnp.int32(1)}
+    entered = enter_step(state, 1, RankDecay(phase_steps=1, rank=4, refactor=refactor), moments)
+    assert entered["params"]["a"]["kernel"] is params["a"]["kernel"]
+    assert entered["params"]["norm"]["scale"] is params["norm"]["scale"]
+    for name in ("mu", "nu"):
+        before, after = (getattr(each["opt"][0], name) for each in (state, entered))
+        assert after["a"]["kernel"] is before["a"]["kernel"]
+    assert not entered["params"]["a"]["L"][:, 2:].any()
+    assert entered["params"]["a"]["L"][:, :2].all()
+
+
 def test_without_refactoring_columns_that_live_keep_their_moments():
     params = {"a": branch()}
     adam = optax.scale_by_adam()

@@ -18,6 +18,7 @@ from qvgen_jax.evaluation import drift, validate
 from qvgen_jax.models import quantizable
 from qvgen_jax.training import loop, run
 from qvgen_jax.training.student import quant_config
+from qvgen_jax.training.validation import worst_layer
 from tests.training.test_run import lines, shared_compilation
 from tests.training.test_time_table_run import Clips
 
@@ -127,8 +128,16 @@ def _rows_are_whole(workdir, pipe, state) -> None:
         for shown in row["videos"]:
             for side in ("teacher", "student"):
                 assert read_video(workdir / shown[side]).shape == (5, 32, 32, 3)
-    assert "NaN" not in (workdir / "validation.jsonl").read_text()
     assert math.isfinite(logged[-1]["weight_error_worst"])
+
+
+def test_what_is_no_number_is_null_in_a_row_and_the_worst_layer():
+    found = {"drift": {"motion": math.nan}, "layers": {"a": {"weight_error": 0.5}}}
+    found["layers"]["b"] = {"weight_error": math.inf}
+    row = validate._plain(found)
+    assert row["drift"] == {"motion": None}
+    assert row["layers"] == {"a": {"weight_error": 0.5}, "b": {"weight_error": None}}
+    assert worst_layer(row) == "b"
 
 
 def test_several_processes_are_told_that_they_do_not_validate(tmp_path, monkeypatch):
