@@ -77,7 +77,9 @@ def build_page(studio: Studio, folder: Path, title: str) -> gr.Blocks:
             concurrency_limit=1,
             api_visibility="private",
         )
-        stop.click(cancel, None, outputs, cancels=running, queue=False, api_visibility="private")
+        # Apart from what it cancels: a last step on its way would be shown after "Cancelled".
+        ended = stop.click(None, cancels=running, queue=False, api_visibility="private")
+        ended.then(cancel, None, outputs, queue=False, api_visibility="private")
     return page.queue(max_size=WAITING)
 
 

@@ -129,6 +129,8 @@ def test_a_cancelled_request_makes_way_for_the_next(page):
     page.get_by_text(re.compile("step [1-9][0-9]* of 100")).first.wait_for(timeout=2 * MINUTES)
     page.click("#cancel")
     page.get_by_text("Cancelled.").wait_for(timeout=MINUTES)
+    page.wait_for_timeout(1000)
+    assert page.inner_text("#status") == "Cancelled.", "no last step comes after it"
     ask(page, prompt=PROMPT, steps=2)
     page.get_by_text("Done.").wait_for(timeout=2 * MINUTES)
     assert page.faults == []
