@@ -69,7 +69,7 @@ class Studio:
     _busy: Lock = field(default_factory=Lock)
 
     def __post_init__(self) -> None:
-        self.limits = limits_of(self.teacher.defaults)
+        self.limits = limits_of(self.teacher.defaults, self.teacher.vae.config.temporal_factor)
         self._colours = fit_colours(self.teacher)
 
     def generate(self, asked: Asked) -> Iterator[Progress]:

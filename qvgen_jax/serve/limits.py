@@ -1,6 +1,5 @@
 """What the page may be asked for: less than `generate` takes, because anybody may ask a server."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,13 +15,15 @@ class Limits(NamedTuple):
     Attributes:
         characters: of a prompt; text encoders read 512 tokens at most.
         steps: calls of the transformer.
-        pixels: frames x height x width.
+        positions: latent frames x height x width, the last two in pixels.
+        temporal: frames to a latent frame, after the first, which is one of its own.
         guidance: the scale.
     """
 
     characters: int
     steps: int
-    pixels: int
+    positions: int
+    temporal: int
     guidance: float = 30.0
 
 
@@ -53,14 +54,19 @@ class Asked(NamedTuple):
         return {"seeds": self.seed} | {name: getattr(self, name) for name in names}
 
 
-def limits_of(defaults: Mapping[str, Any]) -> Limits:
-    """The limits for a model, from its own settings.
+def limits_of(defaults: Mapping[str, Any], temporal: int) -> Limits:
+    """The limits for a model, from its own settings and the VAE's frames to a latent frame.
 
-    Three times the pixels of its own video hold 720p where 480p is usual; four times the steps are
-    more than any sampler here gains from.
+    Three times the positions of its own video hold 720p where 480p is usual; four times the steps
+    are more than any sampler here gains from. Pixels are no measure: one frame with the pixels of a
+    long video has nearly `temporal` times its tokens.
     """
-    pixels = math.prod(defaults[name] for name in ("num_frames", "height", "width"))
-    return Limits(2000, max(4 * defaults["steps"], 100), 3 * pixels)
+    own = _positions(*(defaults[name] for name in ("num_frames", "height", "width")), temporal)
+    return Limits(2000, max(4 * defaults["steps"], 100), 3 * own, temporal)
+
+
+def _positions(num_frames: int, height: int, width: int, temporal: int) -> int:
+    return ((num_frames - 1) // temporal + 1) * height * width
 
 
 def check(asked: Asked, limits: Limits, defaults: Mapping[str, Any], student: bool) -> Asked:
@@ -93,10 +99,11 @@ def check(asked: Asked, limits: Limits, defaults: Mapping[str, Any], student: bo
         raise UserError("there is no low-bit model here yet; choose full precision")
     whole_number(asked.steps, "steps", high=limits.steps)
     sizes = [whole_number(getattr(asked, n), n) for n in ("num_frames", "height", "width")]
-    if (pixels := math.prod(sizes)) > limits.pixels:
+    if (positions := _positions(*sizes, limits.temporal)) > limits.positions:
         raise UserError(
-            f"{' x '.join(map(str, sizes))} (frames x height x width) are {pixels} pixels, "
-            f"expected at most {limits.pixels}; ask for fewer frames or a smaller size"
+            f"{' x '.join(map(str, sizes))} (frames x height x width) are {positions} latent "
+            f"frames x height x width, expected at most {limits.positions}; ask for fewer frames "
+            "or a smaller size"
         )
     scale = asked.guidance_scale
     # "Not at most", because it may be NaN.

@@ -3,9 +3,11 @@
 import itertools
 import tempfile
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import av
 import gradio as gr
 
 from qvgen_jax.data.video import write_video
@@ -33,7 +35,7 @@ def build_page(studio: Studio, folder: Path, title: str) -> gr.Blocks:
     own, limits = studio.teacher.defaults, studio.limits
     with gr.Blocks(title=f"qvgen-jax: {title}", delete_cache=_KEPT) as page:
         gr.HTML(
-            f"<h1>{panels.escape(title)}</h1><p>One prompt, one noise, two transformers.</p>",
+            f"<h1>{escape(title)}</h1><p>One prompt, one noise, two transformers.</p>",
             elem_classes="qv-head",
         )
         if studio.why_alone:
@@ -45,9 +47,10 @@ def build_page(studio: Studio, folder: Path, title: str) -> gr.Blocks:
                     start = gr.Button("Generate", variant="primary", elem_id="generate")
                     stop = gr.Button("Cancel", elem_id="cancel")
                 gr.HTML(
-                    f"<p>At most {limits.steps} steps and {limits.pixels} pixels (frames x height "
-                    f"x width); the model's own are {own['steps']} steps, {own['num_frames']} x "
-                    f"{own['height']} x {own['width']}.</p>",
+                    f"<p>At most {limits.steps} steps, and {limits.positions} latent frames x "
+                    f"height x width: the first frame is one of them, then every "
+                    f"{limits.temporal}. The model's own are {own['steps']} steps, "
+                    f"{own['num_frames']} frames x {own['height']} x {own['width']}.</p>",
                     elem_classes="qv-head",
                 )
             with gr.Column(scale=4, min_width=420):
@@ -60,7 +63,7 @@ def build_page(studio: Studio, folder: Path, title: str) -> gr.Blocks:
         names = _SIDES[: len(sides)]
 
         def generate(*values: Any) -> Iterator[list]:
-            yield from _run(studio, folder, names, Asked(*values))
+            yield from run(studio, folder, names, Asked(*values))
 
         def cancel() -> list:
             return [panels.note("Cancelled."), "", *(u for name in names for u in _idle(name))]
@@ -74,7 +77,9 @@ def build_page(studio: Studio, folder: Path, title: str) -> gr.Blocks:
             concurrency_limit=1,
             api_visibility="private",
         )
-        stop.click(cancel, None, outputs, cancels=running, queue=False, api_visibility="private")
+        # Apart from what it cancels: a last step on its way would be shown after "Cancelled".
+        ended = stop.click(None, cancels=running, queue=False, api_visibility="private")
+        ended.then(cancel, None, outputs, queue=False, api_visibility="private")
     return page.queue(max_size=WAITING)
 
 
@@ -94,7 +99,7 @@ def _inputs(studio: Studio) -> list[gr.components.Component]:
     with gr.Row():
         numbers["seed"] = _number("Seed", 0, "seed")
         numbers["steps"] = _number("Steps", own["steps"], "steps")
-        numbers["guidance"] = _number("Guidance", own["guidance_scale"], "guidance", None)
+        numbers["guidance"] = _number("Guidance", own["guidance_scale"], "guidance")
     with gr.Row():
         numbers["frames"] = _number("Frames", own["num_frames"], "frames")
         numbers["height"] = _number("Height", own["height"], "height")
@@ -103,8 +108,9 @@ def _inputs(studio: Studio) -> list[gr.components.Component]:
     return [prompt, negative, *(numbers[name] for name in order), sides]
 
 
-def _number(label: str, value: float, name: str, precision: int | None = 0) -> gr.Number:
-    return gr.Number(value, label=label, precision=precision, elem_id=name, min_width=80)
+def _number(label: str, value: float, name: str) -> gr.Number:
+    # With a precision Gradio would round what was typed before `check` sees it.
+    return gr.Number(value, label=label, elem_id=name, min_width=80)
 
 
 def _side(name: str) -> tuple[gr.HTML, gr.Video]:
@@ -128,17 +134,32 @@ def _idle(name: str, text: str = "Nothing yet.") -> list:
     return [panels.side(name, idle=text), gr.update(value=None, visible=False)]
 
 
-def _run(studio: Studio, folder: Path, names: tuple[str, ...], asked: Asked) -> Iterator[list]:
-    """Updates of the page's outputs, after every step; errors are told in the first of them."""
+def run(studio: Studio, folder: Path, names: tuple[str, ...], asked: Asked) -> Iterator[list]:
+    """Updates of the page's outputs, after every step; errors are told in the first of them.
+
+    Args:
+        studio: the models.
+        folder: of `build_page`.
+        names: of the sides that the page has.
+        asked: the request, unchecked.
+
+    Raises:
+        Exception: a fault of ours, after the page was told that there is one.
+    """
     shown = {name: _idle(name, "Waiting.") for name in names}
     timings: dict[str, Timing] = {}
 
     def page(status: str) -> list:
         return [status, panels.times(timings) if timings else "", *itertools.chain(*shown.values())]
 
-    # Gradio copies the videos as they are shown; then these go.
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        try:
+    def failed(message: str) -> list:
+        shown.update((name, _idle(name)) for name in names)
+        timings.clear()
+        return page(panels.error(message))
+
+    try:
+        # Gradio copies the videos as they are shown; then these go.
+        with tempfile.TemporaryDirectory(dir=folder) as place:
             for now in studio.generate(asked):
                 shown[now.side] = _update(now, asked, Path(place), studio.teacher.defaults["fps"])
                 if now.timing:
@@ -146,14 +167,14 @@ def _run(studio: Studio, folder: Path, names: tuple[str, ...], asked: Asked) -> 
                 yield page(panels.note(f"Generating: {now.side}."))
                 if now.timing:
                     shown[now.side][1] = gr.skip()
-        except UserError as error:
-            shown = {name: _idle(name) for name in names}
-            timings.clear()
-            yield page(panels.error(str(error)))
-            return
-        for name in set(names) - set(timings):
-            shown[name] = _idle(name, "Not asked for.")
-        yield page(panels.note("Done."))
+            for name in set(names) - set(timings):
+                shown[name] = _idle(name, "Not asked for.")
+            yield page(panels.note("Done."))
+    except UserError as error:
+        yield failed(str(error))
+    except Exception:
+        yield failed("failed, see the server's log")
+        raise
 
 
 def _update(now: Progress, asked: Asked, place: Path, fps: float) -> list:
@@ -161,5 +182,10 @@ def _update(now: Progress, asked: Asked, place: Path, fps: float) -> list:
     if now.frames is None:
         return [card, _idle(now.side)[1]]
     label = f"{slug(asked.prompt) or 'video'}-{asked.seed}-{slug(now.side)}.mp4"
-    write_video(place / label, now.frames, fps)
+    try:
+        write_video(place / label, now.frames, fps)
+    except (OSError, av.error.FFmpegError) as error:
+        raise UserError(
+            f"the server cannot write the video ({error.strerror}); make room on its disk"
+        ) from error
     return [card, gr.update(value=str(place / label), visible=True)]

@@ -1,5 +1,7 @@
 """What the page's browser may do, and which names the server answers to."""
 
+from collections.abc import Sequence
+
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,15 +34,16 @@ class OnlyFromHere:
         await self.app(scope, receive, with_policy)
 
 
-def middleware(local: bool) -> list[Middleware]:
+def middleware(local: Sequence[str]) -> list[Middleware]:
     """Of the server.
 
     Args:
-        local: it listens to this machine alone. Then it answers to this machine's names alone, or
-            another page could make its own name mean this machine (DNS rebinding) and use it.
+        local: where it listens to this machine alone, its address as URLs write it. Then it answers
+            to this and this machine's usual names alone, or another page could make its own name
+            mean this machine (DNS rebinding) and use it.
     """
     wrapped = [Middleware(OnlyFromHere)]
     if local:
-        names = ["localhost", "127.0.0.1", "[::1]"]
+        names = ["localhost", "127.0.0.1", "[::1]", *local]
         wrapped.append(Middleware(TrustedHostMiddleware, allowed_hosts=names))
     return wrapped

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from qvgen_jax.evaluation.report.curves import column, phases, smooth_by_phase
-from qvgen_jax.evaluation.report.figure import FONT_SIZE, Phase
+from qvgen_jax.evaluation.report.figure import FONT_SIZE, STYLE, Phase
 from qvgen_jax.study import compare
 from qvgen_jax.study.record import curve_records, read_stage
 
@@ -47,8 +47,8 @@ def _write(path: Path, draw: Callable, panels: Mapping[str, Runs]) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": FONT_SIZE}
-    with matplotlib.rc_context({**style, "font.family": "sans-serif"}):
+    style = {**STYLE, "svg.hashsalt": path.stem, "font.family": "sans-serif"}
+    with matplotlib.rc_context(style):
         fig = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained", facecolor="white")
         axes = fig.subplots(1, len(panels), squeeze=False)[0]
         for ax, (title, runs) in zip(axes, panels.items(), strict=True):

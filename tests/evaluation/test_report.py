@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 
 import av
 import numpy as np
@@ -13,7 +14,7 @@ from qvgen_jax.evaluation.report.curves import column, phases
 from qvgen_jax.evaluation.report.layers import group_layers, page_names
 from qvgen_jax.evaluation.report.validation import lines_by_timestep
 from qvgen_jax.evaluation.report.words import signed, significant
-from tests.evaluation.full_workdir import add_everything, validation
+from tests.evaluation.full_workdir import add_everything, layer, validation
 
 
 def write_mp4(path, size=32, frames=5):
@@ -194,6 +195,44 @@ def test_a_lost_video_leaves_the_rest_of_the_report(workdir):
     assert "student_000.mp4 is missing" in page
 
 
+def test_a_link_out_of_the_workdir_is_not_followed(workdir, tmp_path_factory):
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret.mp4"
+    link = workdir / "samples" / "student_000.mp4"
+    link.rename(secret)
+    link.symlink_to(secret)
+    assert "student_000.mp4 is missing" in read(workdir)
+    assert not (workdir / "report/videos/samples/student_000.mp4").exists()
+    link.unlink()
+    secret.rename(workdir / "kept.mp4")
+    link.symlink_to(workdir / "kept.mp4")
+    assert read(workdir).count("<video") == 2, "a link inside is"
+
+
+def test_what_an_earlier_report_linked_to_stays(workdir, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "precious").write_text("kept")
+    (workdir / "report").mkdir()
+    (workdir / "report" / "videos").symlink_to(elsewhere)
+    assert read(workdir).count("<video") == 2
+    assert not (workdir / "report" / "videos").is_symlink()
+    assert [path.name for path in elsewhere.iterdir()] == ["precious"]
+
+
+def test_what_cannot_be_removed_is_told(workdir):
+    (workdir / "report").mkdir()
+    (workdir / "report" / "videos").write_text("no folder")
+    with pytest.raises(UserError, match=r"report/videos, of an earlier report, cannot be removed"):
+        write_report(workdir)
+
+
+def test_takes_of_a_validation_that_are_left_out_are_counted(workdir):
+    line = validation(12) | {"layers": None}
+    pair = line["videos"][0]
+    line["videos"] = [pair | {"seed": seed} for seed in range(26)]
+    (workdir / "validation.jsonl").write_text(json.dumps(line) + "\n")
+    assert "The first 24 of 26 pairs of prompt and seed." in read(workdir)
+
+
 def test_a_resumed_log_counts_each_step_once_and_skips_a_cut_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 3}\n{"step": 1, "loss": 4}\n{"st')
@@ -202,9 +241,25 @@ def test_a_resumed_log_counts_each_step_once_and_skips_a_cut_line(tmp_path):
 
 def test_values_that_are_not_finite_leave_a_gap(workdir):
     (workdir / "metrics.jsonl").write_text(
-        '{"step": 0, "loss": 1.0, "grad_norm": 2.0}\n{"step": 1, "loss": NaN, "grad_norm": NaN}\n'
+        '{"step": 0, "loss": 1.0, "grad_norm": 2.0}\n'
+        '{"step": 1, "loss": NaN, "grad_norm": Infinity}\n'
     )
     assert "Loss" in read(workdir)
+
+
+def test_ranks_and_rates_that_cannot_be_count_as_not_logged(workdir):
+    lines = ['{"step": 0, "rank": 4, "lr_weights": 1e-4}', '{"step": 1, "rank": NaN}']
+    lines += ['{"step": 2, "rank": -1, "lr_weights": NaN}', '{"step": 3, "lr_weights": -Infinity}']
+    (workdir / "metrics.jsonl").write_text("\n".join(lines))
+    logged = read_metrics(workdir / "metrics.jsonl")
+    assert logged[1:] == [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert "<small>rank 4</small>" in read(workdir)
+
+
+def test_an_empty_transformer_has_a_share_of_nothing(workdir):
+    sizes = json.loads((workdir / "sizes.json").read_text()) | {"transformer_bf16_bytes": 0}
+    (workdir / "sizes.json").write_text(json.dumps(sizes))
+    assert "Whole transformer: 0.00 of its bf16 bytes" in read(workdir)
 
 
 def test_phases_are_where_the_logged_rank_changes():
@@ -260,6 +315,11 @@ def test_samples_name_files_beside_them(workdir, name):
         ("validation.jsonl", {"step": 10**30}, "a number at step"),
         ("validation.jsonl", {"step": 1, "layers": {"x": 3}}, "an object at layers.x"),
         ("validation.jsonl", {"step": 1, "cosine": ["x"]}, r"a number or null at cosine\[0\]"),
+        ("metrics.jsonl", {"step": 10**400}, "a number at step"),
+        ("metrics.jsonl", {"step": 1, "loss": 10**400}, "a number of float32's range at loss"),
+        ("metrics.jsonl", {"step": 1, "rank": "4"}, "a number of float32's range at rank"),
+        ("alarms.jsonl", {"step": 10**400, "alarm": "x"}, "a number at step"),
+        ("alarms.jsonl", {"step": 1, "alarm": 3}, "a string at alarm"),
     ],
 )
 def test_a_file_of_another_shape_is_told_where(workdir, file, content, place):
@@ -343,6 +403,29 @@ def test_pages_of_layers_are_named_by_plain_characters_and_differ():
 def test_every_group_of_layers_has_a_page(full):
     names = {path.name for path in full.glob("*.html")}
     assert names == {"index.html", "layers-attn1.html", "layers-ffn.html", "layers-proj-out.html"}
+
+
+def test_names_of_layers_are_texts_and_no_formulas(workdir):
+    layers = {rf"blocks.{block}.ffn.$\frac{{up}}$": layer(block, 0) for block in range(2)}
+    (workdir / "validation.jsonl").write_text(json.dumps({"step": 1, "layers": layers}))
+    page = write_report(workdir).with_name("layers-ffn.html").read_text("utf-8")
+    assert r">$\frac{up}$</text>" in page
+
+
+def test_headings_skip_no_level_and_every_label_says_something(full):
+    for path in full.glob("*.html"):
+        page = path.read_text("utf-8")
+        levels = [0, *map(int, re.findall(r"<h(\d)", page))]
+        assert all(after <= before + 1 for before, after in pairwise(levels)), path.name
+        assert 'aria-label=""' not in page
+
+
+def test_a_variant_without_verdicts_has_no_empty_drawing(workdir):
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    for key in ("strict", "plain"):
+        evaluation["variants"][0].pop(key)
+    (workdir / "evaluation.json").write_text(json.dumps(evaluation))
+    assert 'aria-label=""' not in read(workdir)
 
 
 def test_a_layer_page_shows_every_layer_of_its_group(full):

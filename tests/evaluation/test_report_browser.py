@@ -9,10 +9,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from qvgen_jax.evaluation.report import write_report
-from tests.browser import browser_path
+from tests.browser import browser_path, new_page, opened_browser
 from tests.evaluation.full_workdir import FPS, FRAMES, VARIANTS, add_everything
 from tests.evaluation.test_report import make_workdir
 
@@ -35,11 +34,8 @@ WATCH = """gallery => new Promise(resolve => {
 
 @pytest.fixture(scope="module")
 def browser():
-    found = browser_path()
-    with sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=found)
+    with opened_browser() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -50,26 +46,26 @@ def report(tmp_path_factory):
 @pytest.fixture
 def visit(browser, report):
     """Opens a page of the report; what any of them says or asks for is looked at in the end."""
-    said, asked, contexts = [], [], []
+    pages = []
 
     def opened(name="index.html", viewport=DESK, **settings):
         settings = {"reduced_motion": "reduce"} | settings
-        context = browser.new_context(viewport=viewport, **settings)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("requestfailed", lambda request: said.append(f"{request.url} {request.failure}"))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto((report.parent / name).as_uri())
-        return page
+        pages.append(new_page(browser, viewport=viewport, **settings))
+        pages[-1].goto((report.parent / name).as_uri())
+        return pages[-1]
 
     yield opened
-    for context in contexts:
-        context.close()
-    assert not [text for text in said if "net::ERR_ABORTED" not in text]  # A video let go of.
     inside = report.parent.as_uri() + "/"
-    assert all(url.startswith((inside, "data:")) for url in asked), asked
+    for page in pages:
+        page.context.close()
+        assert page.faults == []
+        assert all(url.startswith((inside, "data:")) for url in page.asked), page.asked
+
+
+def test_a_browser_that_is_named_must_exist(monkeypatch):
+    monkeypatch.setenv("QVGEN_BROWSER", "/no/such/browser")
+    with pytest.raises(pytest.fail.Exception, match="'/no/such/browser', and there is no such"):
+        browser_path()
 
 
 def shown_frames(gallery):
@@ -202,7 +198,7 @@ def test_no_page_is_wider_than_its_window(visit, name, viewport):
 
 
 def test_everything_that_acts_has_a_name(visit):
-    acting = "a, button, input, select, table, video, summary, [role=group], [role=toolbar]"
+    acting = "a, button, input, select, table, video, summary, [role=group]"
     nameless = visit().evaluate(
         """acting => [...document.querySelectorAll(`${acting}, [role=region], [role=img]`)]
             .filter(each => !each.ariaLabel?.trim() && !each.innerText?.trim()

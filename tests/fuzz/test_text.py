@@ -15,6 +15,7 @@ from qvgen_jax.evaluation.report import write_report
 from qvgen_jax.evaluation.samples import slug
 from qvgen_jax.request import prompt_list
 from qvgen_jax.text.tokenizer import COGVIDEOX_PROMPTS, WAN_PROMPTS, load_tokenizer, tokenize
+from tests.evaluation.full_workdir import layer, validation
 from tests.evaluation.test_report import make_workdir
 from tests.fuzz.campaign import drawn, generators, tried
 from tests.fuzz.mutations import mutated_bytes, mutated_json
@@ -134,6 +135,10 @@ def workdir(tmp_path_factory):
     (workdir / "evaluation/videos.json").write_text(
         json.dumps([{"prompt": "a cat", "seed": 1, "videos": videos}])
     )
+    few = {"layers": {f"blocks.{block}.ffn.up": layer(block, 0) for block in range(2)}}
+    lines = [json.dumps(validation(step) | few) for step in (12, 24)]
+    (workdir / "validation.jsonl").write_text("\n".join(lines))
+    (workdir / "alarms.jsonl").write_text('{"step": 3, "alarm": "the loss is NaN"}\n')
     return workdir
 
 
@@ -173,17 +178,21 @@ def test_a_report_has_the_same_elements_whatever_prompts_and_captions_say(
 
 def test_a_report_of_mutated_files_is_refused_or_shows_nothing_outside_the_workdir(workdir):
     names = ("samples/samples.json", "evaluation/videos.json", "evaluation.json", "sizes.json")
-    files = [workdir / name for name in names]
+    logs = ("metrics.jsonl", "validation.jsonl", "alarms.jsonl")
+    files = [workdir / name for name in (*names, *logs)]
     (workdir.parent / "secret.mp4").write_bytes((workdir / "samples/teacher_000.mp4").read_bytes())
-    for label, rng in generators("files of a report", 6):
+    for label, rng in generators("files of a report", 10):
         path = rng.choice(files)
         good = path.read_text()
-        content = mutated_json(json.loads(good), rng)
+        lines = good.splitlines() if path.suffix == ".jsonl" else [good]
+        chosen = rng.randrange(len(lines))
+        content = mutated_json(json.loads(lines[chosen]), rng)
         if path in files[:2] and rng.random() < 0.3:
             content = json.loads(good)
             hostile = rng.choice(("../../secret.mp4", "../secret.mp4", str(Path("/etc/hostname"))))
             content[0].get("videos", content[0])["student"] = hostile
-        path.write_text(json.dumps(content))
+        lines[chosen] = json.dumps(content)
+        path.write_text("\n".join(lines))
         try:
             with tried("files of a report"):
                 page = write_report(workdir).read_text()

@@ -31,6 +31,11 @@ def test_only_loopback_addresses_are_this_machines_alone(host):
     assert job.is_local(host) is (host in HERE)
 
 
+def test_addresses_of_ipv6_are_written_in_brackets():
+    assert job.in_address("::1") == "[::1]"
+    assert job.in_address("127.0.0.2") == "127.0.0.2"
+
+
 def test_without_gradio_the_command_that_installs_it_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"pip install .*\[serve\]"):
@@ -51,11 +56,18 @@ def test_both_sides_share_what_is_the_same(tmp_path):
     assert studio.student.transformer is not studio.teacher.transformer
 
 
-def test_an_export_of_another_model_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("part", "file", "change"),
+    [
+        ("vae", "config.json", {"latents_mean": [1.0] * 16}),
+        ("scheduler", "scheduler_config.json", {"flow_shift": 7.0}),
+    ],
+)
+def test_an_export_of_another_model_is_refused(tmp_path, part, file, change):
     shutil.copytree("assets/tiny_wan", tmp_path / "export")
-    path = tmp_path / "export" / "vae" / "config.json"
+    path = tmp_path / "export" / part / file
     fields = json.loads(path.read_text())
-    fields["latents_mean"][0] += 1.0
-    path.write_text(json.dumps(fields))
-    with pytest.raises(UserError, match="its vae has another configuration"):
+    assert fields != fields | change
+    path.write_text(json.dumps(fields | change))
+    with pytest.raises(UserError, match=f"its {part} has another configuration"):
         job.open_studio(CONFIG, tmp_path)

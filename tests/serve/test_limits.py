@@ -6,7 +6,7 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.generation_config import WAN_DEFAULTS
 from qvgen_jax.serve.limits import BOTH, FULL, LOW, Asked, check, limits_of
 
-LIMITS = limits_of(WAN_DEFAULTS)
+LIMITS = limits_of(WAN_DEFAULTS, temporal=4)
 ASKED = Asked("a red star", "", 7, 81, 480, 832, 50, 5.0, BOTH)
 
 
@@ -34,6 +34,8 @@ def test_720p_passes_where_480p_is_usual():
         ({"steps": 0}, "steps is 0"),
         ({"steps": 2.5}, "steps is 2.5"),
         ({"num_frames": 81000}, "81000 x 480 x 832 .* ask for fewer frames"),
+        # Of fewer pixels than the model's own video.
+        ({"num_frames": 1, "height": 4800, "width": 6480}, "31104000 latent frames x height x"),
         ({"height": 10**30}, "height is 1000"),
         ({"width": -16}, "width is -16"),
         ({"guidance_scale": float("nan")}, "guidance is nan"),

@@ -1,14 +1,15 @@
 """The page in a real browser, on the embedded tiny pipeline: what a person does with it.
 
-Console errors and requests that leave the machine fail it, and so does a connection that the server
-opens to another one.
+Console errors and requests that leave the machine fail it, and so does a connection to another one
+that the server opens through Python's sockets; what uvloop opens by itself raises no audit event.
 """
 
 import dataclasses
+import errno
+import os
 import re
 import socket
 import sys
-import threading
 
 import pytest
 
@@ -16,9 +17,12 @@ pytest.importorskip("gradio", reason="no Gradio here: pip install -e '.[serve]'"
 
 import qvgen_jax
 from qvgen_jax.data.video import read_video
+from qvgen_jax.errors import UserError
 from qvgen_jax.serve.generate import Studio
 from qvgen_jax.serve.job import start
-from tests.browser import opened_page
+from qvgen_jax.serve.limits import FULL, Asked
+from qvgen_jax.serve.page import run
+from tests.browser import new_page, opened_browser
 
 pytestmark = pytest.mark.slow
 PROMPT = "a red star moving right"
@@ -36,24 +40,35 @@ def _hear(event: str, arguments: tuple) -> None:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    sys.addaudithook(_hear)
+def studio():
     teacher = qvgen_jax.load("assets/tiny_wan")
+    return Studio(teacher, dataclasses.replace(teacher))
+
+
+@pytest.fixture(scope="module")
+def address(studio, tmp_path_factory):
+    sys.addaudithook(_hear)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    studio = Studio(teacher, dataclasses.replace(teacher))
     page = start(studio, tmp_path_factory.mktemp("videos"), "tiny", "127.0.0.1", port)
     yield f"http://127.0.0.1:{port}"
     page.close(verbose=False)
+    assert connections, "its start asks itself whether it runs"
+    assert connections <= {"127.0.0.1", "localhost", "::1"}
+
+
+def visit(browser, address):
+    page = new_page(browser)
+    page.goto(address)
+    page.wait_for_selector("#prompt textarea")
+    return page
 
 
 @pytest.fixture
 def page(address):
-    with opened_page() as page:
-        page.goto(address)
-        page.wait_for_selector("#prompt textarea")
-        yield page
+    with opened_browser() as browser:
+        yield visit(browser, address)
 
 
 def fill(page, **fields) -> None:
@@ -96,6 +111,7 @@ def test_a_prompt_becomes_two_videos_that_play_and_can_be_kept(page, tmp_path):
             {"prompt": PROMPT, "frames": 6},
             "num_frames is 6, expected 1 plus a multiple of 4; use 5",
         ),
+        ({"prompt": PROMPT, "steps": 2.5}, "steps is 2.5, expected a whole number"),
         ({"prompt": PROMPT, "steps": 1000}, "steps is 1000, expected a whole number from 1 to 100"),
         ({"prompt": PROMPT, "width": 99999}, "ask for fewer frames or a smaller size"),
     ],
@@ -113,6 +129,8 @@ def test_a_cancelled_request_makes_way_for_the_next(page):
     page.get_by_text(re.compile("step [1-9][0-9]* of 100")).first.wait_for(timeout=2 * MINUTES)
     page.click("#cancel")
     page.get_by_text("Cancelled.").wait_for(timeout=MINUTES)
+    page.wait_for_timeout(1000)
+    assert page.inner_text("#status") == "Cancelled.", "no last step comes after it"
     ask(page, prompt=PROMPT, steps=2)
     page.get_by_text("Done.").wait_for(timeout=2 * MINUTES)
     assert page.faults == []
@@ -121,15 +139,35 @@ def test_a_cancelled_request_makes_way_for_the_next(page):
 def test_another_visitor_is_told_to_wait(page, address):
     ask(page, prompt=PROMPT, steps=100)
     page.get_by_text(re.compile("step [1-9][0-9]* of 100")).first.wait_for(timeout=2 * MINUTES)
-    other = page.context.browser.new_context().new_page()
-    other.goto(address)
-    other.wait_for_selector("#prompt textarea")
+    other = visit(page.context.browser, address)
     ask(other, prompt=PROMPT, steps=2)
     other.get_by_text(re.compile("queue")).first.wait_for(timeout=MINUTES)
     page.click("#cancel")
     other.get_by_text("Done.").wait_for(timeout=2 * MINUTES)
+    assert page.faults == other.faults == []
 
 
-def test_the_server_connects_to_this_machine_alone(address):
-    assert threading.active_count() > 1  # It runs; the tests above used it.
-    assert connections <= {"127.0.0.1", "localhost", "::1"}
+def test_an_address_that_is_taken_meanwhile_is_told(studio, address, tmp_path):
+    port = int(address.rpartition(":")[2])
+    with pytest.raises(UserError, match=f"cannot listen at 127.0.0.1:{port}"):
+        start(studio, tmp_path, "tiny", "127.0.0.1", port)
+
+
+SMALL = Asked(PROMPT, "", 3, 5, 32, 32, 2, 1.0)
+
+
+def test_a_video_that_cannot_be_written_is_told(studio, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("qvgen_jax.serve.page.write_video", full)
+    *_, last = run(studio, tmp_path, (FULL,), SMALL)
+    assert "cannot write the video (No space left on device); make room" in last[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_is_told_on_the_page_and_in_the_log(studio, tmp_path):
+    updates = run(studio, tmp_path / "gone", (FULL,), SMALL)
+    assert "failed, see the server&#x27;s log" in next(updates)[0]
+    with pytest.raises(FileNotFoundError):
+        next(updates)

@@ -12,8 +12,12 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from qvgen_jax.evaluation.report.words import power_of_ten
+
 WIDTH, HEIGHT = 340, 226  # CSS pixels at scale 1
 FONT_SIZE = 11.5
+# Names of layers and variants are texts: a dollar in one begins no formula.
+STYLE = {"svg.fonttype": "none", "font.size": FONT_SIZE, "text.parse_math": False}
 
 # Matplotlib wants colours; these placeholders become CSS variables in the finished SVG.
 INK, MUTED, RULE, ACCENT, WARM, GREEN = (f"#0000{i:02x}" for i in range(1, 7))
@@ -55,8 +59,7 @@ def figure(
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": FONT_SIZE}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
         fig = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
         ax = fig.add_axes((46 / WIDTH, 40 / HEIGHT, (WIDTH - 54) / WIDTH, (HEIGHT - 62) / HEIGHT))
         draw(ax)
@@ -109,12 +112,12 @@ def _draw_phases(ax, spans: Sequence[Phase]) -> None:
 
 
 def _short(value: float, powers_below: float) -> str:
-    """0.05 as it is, 2e-05 as 2·10⁻⁵, without mathtext."""
+    """Of a tick, which has no zeros at its end: 0.05 as it is, 2e-05 as 2·10⁻⁵."""
     if value == 0 or powers_below * (1 - 1e-9) <= abs(value) < 1e4:
         return f"{value:g}"
     exponent = math.floor(math.log10(abs(value)) + 1e-9)
     mantissa = round(value / 10.0**exponent, 2)
-    power = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    power = power_of_ten(exponent)
     return power if mantissa == 1 else f"{mantissa:g}·{power}"
 
 

@@ -13,8 +13,11 @@ function gallery(root) {
   let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
   let attempt = 0;  // Counts starts: an older one that still waits for its videos gives up.
   let regrouped = 0;
+  let told = "";
 
-  const active = () => videos.filter((video) => inView.has(video) && !video.error);
+  // Of a video whose metadata is on its way nothing is known yet: the others do not wait for it.
+  const active = () =>
+    videos.filter((video) => inView.has(video) && video.readyState >= 1 && !video.error);
   // The middle of a frame: no rounding, ours or the decoder's, shows the one beside it.
   const middle = (video) => {
     const time = (frame + 0.5) / fps;
@@ -24,6 +27,9 @@ function gallery(root) {
     active().reduce((best, video) => (best?.duration >= video.duration ? best : video), null);
 
   function tell() {
+    const now = `${playing} ${frame}`;
+    if (now === told) return;
+    told = now;
     play.textContent = playing ? "Pause" : "Play";
     scrub.value = frame;
     scrub.setAttribute("aria-valuetext", `frame ${frame + 1} of ${frames}`);
@@ -78,20 +84,18 @@ function gallery(root) {
   }
 
   function follow(mine) {
-    if (mine !== attempt) return;
     const first = leader();
-    if (first) {
-      frame = Math.min(frames - 1, Math.floor(first.currentTime * fps));
-      tell();
-      if (first.ended) {
-        if (!loop.checked) return stop(frames - 1);
-        frame = 0;
-        return start();
-      }
-      const apart = active().map((video) =>
-        Math.abs(Math.min(first.currentTime, video.duration) - video.currentTime));
-      if (Math.max(...apart) > 0.6 / fps && performance.now() - regrouped > 400) return start();
+    if (mine !== attempt || !first) return;  // What comes into view starts again.
+    frame = Math.min(frames - 1, Math.floor(first.currentTime * fps));
+    tell();
+    if (first.ended) {
+      if (!loop.checked) return stop(frames - 1);
+      frame = 0;
+      return start();
     }
+    const apart = active().map((video) =>
+      Math.abs(Math.min(first.currentTime, video.duration) - video.currentTime));
+    if (Math.max(...apart) > 0.6 / fps && performance.now() - regrouped > 400) return start();
     requestAnimationFrame(() => follow(mine));
   }
 
@@ -117,17 +121,19 @@ function gallery(root) {
     acts[event.key]();
   });
 
+  const regroup = () => { if (playing) start(); else show(frame); };
   const watcher = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) {
       if (isIntersecting) { inView.add(target); continue; }
       inView.delete(target);
       target.pause();
     }
-    if (playing) start(); else show(frame);
+    regroup();
   });
   for (const video of videos) {
     video.controls = false;
     video.onclick = toggle;
+    video.addEventListener("loadedmetadata", () => { if (inView.has(video)) regroup(); });
     watcher.observe(video);
   }
   find(".controls").hidden = !videos.length;

@@ -1,7 +1,8 @@
 """Videos side by side, played together by `gallery.js`, and copied beside the report's pages."""
 
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from urllib.parse import quote
 import av
 
 from qvgen_jax.data.video import open_video
+from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation.report.words import missing
 
 MOST_TAKES = 24
@@ -42,13 +44,16 @@ class Shelf:
     """The report's copies of the videos that it shows, so that its folder is complete."""
 
     def __init__(self, workdir: Path, folder: Path):
-        """`folder`: the report's."""
+        """`folder`: the report's. Raises UserError when an earlier report's copies stay there."""
         self._workdir, self._folder = workdir, folder / "videos"
-        shutil.rmtree(self._folder, ignore_errors=True)  # What an earlier report showed.
+        _remove(self._folder)
 
     def place(self, name: str) -> Clip | None:
-        """Copies a file of the workdir; None when it is missing or no readable video."""
+        """Copies a file of the workdir; None when it is missing, no readable video, or a link leads
+        out of the workdir."""
         source, copy = self._workdir / name, self._folder / name
+        if not Path(os.path.realpath(source)).is_relative_to(os.path.realpath(self._workdir)):
+            return None
         try:
             with open_video(source) as container:
                 stream = container.streams.video[0]
@@ -63,6 +68,19 @@ class Shelf:
         return Clip(quote(f"videos/{name}"), *size)
 
 
+def _remove(folder: Path) -> None:
+    """Removes a folder with all in it, or a link, whose target stays as it is."""
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}, of an earlier report, cannot be removed ({error.strerror}); remove it"
+        ) from error
+
+
 def videos_section(samples: list[dict] | None, judged: list[dict] | None, shelf: Shelf) -> str:
     """What the run ended with: every variant that was judged, and the pairs that were sampled."""
     takes = [Take(each["prompt"], each["seed"], [*each["videos"].items()]) for each in judged or []]
@@ -73,9 +91,8 @@ def videos_section(samples: list[dict] | None, judged: list[dict] | None, shelf:
             takes.append(Take(pair["prompt"], pair["seed"], videos))
     if not takes:
         return missing("No samples were generated (<code>samples/samples.json</code> is missing).")
-    shown = takes[:MOST_TAKES]
-    more = "" if len(shown) == len(takes) else f" The first {len(shown)} of {len(takes)}."
-    return f"<p>Side by side: {_ORDER}.{more}</p>{gallery(shown, shelf, 'Videos')}"
+    player = gallery(takes[:MOST_TAKES], shelf, "Videos")
+    return f"<p>Side by side: {_ORDER}.{_first(takes)}</p>{player}"
 
 
 def validation_videos(validations: Sequence[dict], shelf: Shelf) -> str:
@@ -94,9 +111,16 @@ def validation_videos(validations: Sequence[dict], shelf: Shelf) -> str:
     some = "" if len(shown) == len(steps) else f" {len(shown)} of {len(steps)} validations."
     player = gallery([*takes.values()][:MOST_TAKES], shelf, "Videos while training")
     return (
-        "<h3>Videos while training</h3>"
-        f"<p>The student at several steps beside the teacher, {_ORDER}.{some}</p>{player}"
+        "<h3>Videos while training</h3><p>The student at several steps beside the teacher, "
+        f"{_ORDER}.{some}{_first(takes)}</p>{player}"
     )
+
+
+def _first(takes: Sized) -> str:
+    """Says how many are shown, where not all are."""
+    if len(takes) <= MOST_TAKES:
+        return ""
+    return f" The first {MOST_TAKES} of {len(takes)} pairs of prompt and seed."
 
 
 def gallery(takes: Sequence[Take], shelf: Shelf, label: str) -> str:
@@ -124,7 +148,7 @@ def _controls(label: str, frames: int) -> str:
         for value, text in _SPEEDS.items()
     )
     return (
-        f'<div class="controls" role="toolbar" aria-label="{escape(label)}: playback" hidden>'
+        f'<div class="controls" role="group" aria-label="{escape(label)}: playback" hidden>'
         '<button type="button" class="play">Play</button>'
         '<button type="button" class="back" aria-label="One frame back">◂</button>'
         '<button type="button" class="forward" aria-label="One frame forward">▸</button>'

@@ -4,14 +4,18 @@ A shape is a type, a list of one shape, or a dict of them; a key that ends in `?
 null, and the key `str` stands for any. Keys that no shape names are left alone.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 from qvgen_jax.errors import UserError
+from qvgen_jax.evaluation.report.curves import LEARNING_RATES
 from qvgen_jax.json_file import read_json
 
 NUMBER, MAYBE, FILE = "a number", "a number or null", "the name of a file beside it"
+LOGGED = "a number of float32's range"  # Infinite and NaN are, as a run that diverges logs them.
 PATH = "a path inside the workdir"
+_LARGEST = {NUMBER: 1e18, LOGGED: 1e39}
 _COUNT = {"count": NUMBER, "total": NUMBER}
 _VERDICT = _COUNT | {"interval": (NUMBER, NUMBER)}
 _ESTIMATE = {"mean": NUMBER, "interval": (NUMBER, NUMBER)}
@@ -53,6 +57,12 @@ _LAYER = {
     "singular_values?": [MAYBE],
     "clip_low?": NUMBER,
     "clip_high?": NUMBER,
+}
+ALARM = {"step": NUMBER, "alarm": str}
+_CURVES = ("loss", "held_out_loss", "grad_norm", "gate", "small_singular_share")
+_COUNTERS = ("steps_per_second", "skipped")
+METRICS = {"step": NUMBER} | {
+    f"{name}?": LOGGED for name in (*_CURVES, *_COUNTERS, "rank", *LEARNING_RATES)
 }
 VALIDATION = {
     "step": NUMBER,
@@ -135,9 +145,11 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, str) and all(map(_is_file_name, value.split("/")))
     if kind is MAYBE:
         return value is None or _is(value, NUMBER)
-    if kind is NUMBER:
+    if kind in (NUMBER, LOGGED):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and not abs(value) >= 1e18  # NaN is one, too.
+        if kind is LOGGED and isinstance(value, float) and math.isinf(value):
+            return True
+        return number and not abs(value) >= _LARGEST[kind]  # NaN is one, too.
     return isinstance(value, kind)
 
 

@@ -133,6 +133,8 @@ def _dots(variant: dict) -> str:
             f'<circle class="{key}" cx="{mean:.1f}%" cy="{y}" r="4"/>'
         )
         said.append(f"{key} {mean:.0f} %, interval {percent_range(share['interval'])}")
+    if not said:
+        return "–"
     return f'<svg role="img" aria-label="{escape("; ".join(said))}">{lines}</svg>'
 
 

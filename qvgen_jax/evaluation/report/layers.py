@@ -104,11 +104,12 @@ def layer_page(group: str, step: int, rows: Sequence[Layer]) -> str:
             _by_block(rows, "Clips", ["clip_high", "clip_low"]),
         ),
     ]
+    figures = panels_grid(panels, "Nothing to draw: see the table.")
     return (
         '<p class="eyebrow"><a href="index.html">Report of the run</a></p>'
         f"<h1>{escape(group)} <span>layer by layer</span></h1>"
         f'<p class="lead">{_summary(rows)}, at step {whole(step)}.</p>'
-        f"<section>{panels_grid(panels, 'Nothing to draw: see the table.')}</section>"
+        f"<section><h2>Figures</h2>{figures}</section>"
         f"<section><h2>Every layer</h2>{_table(rows)}</section>"
     )
 

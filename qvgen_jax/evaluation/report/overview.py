@@ -6,6 +6,7 @@ from html import escape
 
 from qvgen_jax.evaluation.report.curves import column
 from qvgen_jax.evaluation.report.inputs import find_variant
+from qvgen_jax.evaluation.report.sizes import share_of
 from qvgen_jax.evaluation.report.words import megabytes, number, percent_range, points, whole
 
 FEW_VIDEOS = 100  # below this the intervals are too wide for a claim about quality
@@ -93,7 +94,7 @@ def _facts(records: Sequence[dict], evaluation: dict | None, sizes: dict | None)
         )
     if sizes:
         before, after = sizes["transformer_bf16_bytes"], sizes["transformer_export_bytes"]
-        detail = f"{after / before:.2f} of {megabytes(before)} in bf16"
+        detail = f"{share_of(before, after):.2f} of {megabytes(before)} in bf16"
         facts.append(("Transformer on disk", megabytes(after), detail))
     if (ratio := (student.get("speed") or {}).get("ratio_to_reference")) is not None:
         facts.append(("Seconds per video", number(ratio), "by full precision’s"))

@@ -21,13 +21,18 @@ def size_section(sizes: dict | None) -> str:
 
 
 def _size_bars(name: str, before: float, after: float) -> str:
-    share = after / before if before else 0
+    share = share_of(before, after)
     return (
         f"<dt>{escape(name)}: {share:.2f} of its bf16 bytes</dt>"
         f'<dd><i style="width:100%"></i><b>{megabytes(before)} <small>bf16</small></b></dd>'
         f'<dd><i class="small" style="width:{min(100 * share, 100):.1f}%"></i>'
         f"<b>{megabytes(after)} <small>export</small></b></dd>"
     )
+
+
+def share_of(before: float, after: float) -> float:
+    """Of what was there; 0 where nothing was."""
+    return after / before if before else 0.0
 
 
 def time_section(evaluation: dict | None) -> str:

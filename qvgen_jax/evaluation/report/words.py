@@ -52,5 +52,9 @@ def significant(value: float | None) -> str:
     mantissa = mantissa.rstrip(".").replace("-", "−")
     if not exponent:
         return mantissa
-    power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{mantissa}·10{power}"
+    return f"{mantissa}·{power_of_ten(int(exponent))}"
+
+
+def power_of_ten(exponent: int) -> str:
+    """-5 -> 10⁻⁵."""
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
