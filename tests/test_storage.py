@@ -111,7 +111,7 @@ def test_data_are_copied_before_they_are_read_and_an_empty_address_is_told(bucke
     shutil.rmtree(bucket / "videos")
     assert storage.local("gs://runs/videos") == folder  # Asked for once in a process.
     (bucket / "videos").mkdir()
-    data = {"source": "gs://runs/videos", "encoded": ""}
+    data = {"source": "gs://runs/videos", "encoded": "", "on_the_fly": False}
     check_source({"data": data}, folder)
     with pytest.raises(UserError, match=r"gs://runs/nothing is empty or does not exist"):
         storage.local("gs://runs/nothing")

@@ -65,6 +65,7 @@ def files(workdir: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in workdir.rglob("*.npz")}
 
 
+@pytest.mark.slow
 def test_the_measures_are_those_of_what_the_loaded_pipelines_generate(models, compared):
     videos = json.loads((compared / "evaluation" / "videos.json").read_text())
     asked = [row["prompt"] for row in videos], [row["seed"] for row in videos]
@@ -92,6 +93,7 @@ def test_an_export_that_is_round_to_nearest_is_as_far_from_full_precision_as_its
     assert rows[2]["latent_difference"] == pytest.approx(rows[1]["latent_difference"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_what_a_variant_holds_and_how_long_it_takes_is_told(compared):
     full, packed = (row["speed"] for row in result(compared)["variants"])
     assert packed["weights_bytes"] < full["weights_bytes"]

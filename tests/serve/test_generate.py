@@ -15,6 +15,9 @@ from qvgen_jax.serve.preview import fit_colours, patch_colours, preview
 SMALL = Asked("a red star moving right", "", 3, 5, 32, 32, 3, 2.0, BOTH)
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def studio() -> Studio:
     teacher = qvgen_jax.load("assets/tiny_wan")

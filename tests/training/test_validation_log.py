@@ -74,7 +74,7 @@ def test_tensorboard_plays_both_videos_beside_each_other_in_a_moderate_size(tmp_
     values = [(e.step, v) for e in events(tmp_path) for v in e.summary.value if v.image.width]
     ((step, value),) = values
     assert step == 3
-    assert value.tag == "validation/a star"
+    assert value.tag == "validation/a star, seed 7"
     assert (value.image.width, value.image.height) == shown
     film = Image.open(io.BytesIO(value.image.encoded_image_string))
     assert (film.n_frames, film.size) == (5, shown)
