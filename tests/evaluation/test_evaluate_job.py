@@ -242,7 +242,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_processes_of_one_run_share_the_work(models, compared, tmp_path):
     there = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     both = [

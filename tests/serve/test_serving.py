@@ -12,7 +12,6 @@ import pytest
 
 pytest.importorskip("gradio", reason="no Gradio here: pip install -e '.[serve]'")
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 PROXY = dict.fromkeys(("HTTP_PROXY", "http_proxy"), "http://127.0.0.1:9")  # Nobody answers there.
 
@@ -27,7 +26,13 @@ def free_port(host: str) -> int:
         pytest.skip(f"this machine has no {host}")
 
 
-@pytest.mark.parametrize("host", ["127.0.0.2", "::1"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        pytest.param("127.0.0.2", marks=pytest.mark.slow),
+        pytest.param("::1", marks=pytest.mark.by_hand),
+    ],
+)
 def test_it_serves_its_address_past_a_proxy_and_leaves_nothing_when_terminated(host, tmp_path):
     where = [f"--host={host}", f"--port={free_port(host)}", f"--workdir={tmp_path / 'run'}"]
     command = [sys.executable, "main.py", "--config=configs/tiny_w4a4.py", "--job=serve", *where]
