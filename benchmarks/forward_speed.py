@@ -24,8 +24,8 @@ from flax import nnx
 
 from convert import wan_transformer
 from convert.names import from_torch
-from qvgen_jax.components import Transformer
 from qvgen_jax.models.wan import WanConfig, WanTransformer
+from qvgen_jax.transformer import Transformer
 
 WIDTH = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960}
 LATENTS = (60, 104)  # 480 x 832 pixels

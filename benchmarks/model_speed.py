@@ -28,13 +28,13 @@ from load_memory import write_export
 from convert.load import read_transformer
 from kernels.attention import attention
 from kernels.bench import device_name, versions
-from qvgen_jax.components import Transformer
 from qvgen_jax.models import TransformerConfig, abstract_params, text_only
 from qvgen_jax.models.published import PUBLISHED
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.plan.shapes import Run, video_and_text
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.training.student import as_held, teacher_definition
+from qvgen_jax.transformer import Transformer
 
 _SIZES = {"Wan": (81, 480, 832), "CogVideoX1.5": (81, 768, 1360), "CogVideoX": (49, 480, 720)}
 

@@ -18,7 +18,7 @@ from convert.time_table import fold_names
 from qvgen_jax import storage
 from qvgen_jax.autoencoders.cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from qvgen_jax.autoencoders.wan import WanVAE, WanVAEConfig
-from qvgen_jax.components import VAE, TextEncoder, Transformer
+from qvgen_jax.components import VAE, TextEncoder
 from qvgen_jax.diffusion.schedulers import scheduler_from_json
 from qvgen_jax.errors import UserError
 from qvgen_jax.generation_config import generation_defaults
@@ -35,6 +35,7 @@ from qvgen_jax.text.tokenizer import (
     default_max_length,
     load_tokenizer,
 )
+from qvgen_jax.transformer import Transformer
 
 _LICENCES = ("*LICENSE*", "*LICENCE*", "*NOTICE*", "*README.md")
 

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from kernels.choose import BACKENDS
 from qvgen_jax.autoencoders.tiling import Tiling
-from qvgen_jax.components import VAE, Step, TextEncoder, Transformer
-from qvgen_jax.diffusion.guidance import Guidance
-from qvgen_jax.diffusion.schedulers import Scheduler, make_schedule
+from qvgen_jax.components import VAE, TextEncoder
+from qvgen_jax.diffusion.guidance import Guidance, own_guidance
+from qvgen_jax.diffusion.schedulers import Scheduler, make_schedule, shifted
 from qvgen_jax.errors import UserError
 from qvgen_jax.generation_config import WAN_DEFAULTS
 from qvgen_jax.placement import (
@@ -30,6 +30,7 @@ from qvgen_jax.placement import (
 )
 from qvgen_jax.request import check_request, latent_size, prompt_list, whole_number
 from qvgen_jax.text.tokenizer import WAN_PROMPTS, PromptRule, tokenize
+from qvgen_jax.transformer import Step, Transformer
 
 
 def load(
@@ -175,35 +176,15 @@ class Pipeline:
     def sample_latents(
         self,
         prompts: str | Sequence[str],
-        negative_prompts: str | Sequence[str] | None = None,
-        num_frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        seeds: int | Sequence[int] = 0,
-        latents: jax.Array | None = None,
-        *,
-        guidance: Guidance | None = None,
-        flow_shift: float | None = None,
-        max_length: int | None = None,
+        *settings: Any,
         batch_size: int | None = None,
+        **named: Any,
     ) -> np.ndarray:
-        """Final normalised latents, float32 `[prompts, f, h, w, channels]`; see `generate`."""
-        arrays, how, extra = self._start(
-            prompts,
-            negative_prompts,
-            num_frames,
-            height,
-            width,
-            steps,
-            guidance_scale,
-            seeds,
-            latents,
-            guidance,
-            flow_shift,
-            max_length,
-        )
+        """Final normalised latents, float32 `[prompts, f, h, w, channels]`.
+
+        Args and errors as of `generate`, without its `tiling`.
+        """
+        arrays, how, extra = self._start(prompts, *settings, **named)
 
         def run(negative_embeds: jax.Array | None = None, **arrays: jax.Array) -> jax.Array:
             return self.transformer.sample(negative_embeds=negative_embeds, **arrays, **how)
@@ -233,7 +214,7 @@ class Pipeline:
     def _start(
         self,
         prompts: Any,
-        negative_prompts: Any,
+        negative_prompts: Any = None,
         num_frames: Any = None,
         height: Any = None,
         width: Any = None,
@@ -241,6 +222,7 @@ class Pipeline:
         guidance_scale: Any = None,
         seeds: Any = 0,
         latents: Any = None,
+        *,
         guidance: Guidance | None = None,
         flow_shift: Any = None,
         max_length: Any = None,
@@ -249,10 +231,8 @@ class Pipeline:
         `sample` and `steps`, and how many frames go in front."""
         size, extra = self._latent_size(num_frames, height, width, latents)
         if guidance is None:
-            guidance = Guidance(
-                self._setting("guidance_scale", guidance_scale),
-                unguided_steps=self._unguided_steps(steps),
-            )
+            count = None if steps is None else whole_number(steps, "steps")
+            guidance = own_guidance(self.defaults, guidance_scale, count)
         request = check_request(
             prompts,
             negative_prompts,
@@ -263,7 +243,7 @@ class Pipeline:
             latents,
         )
         guidance = dataclasses.replace(guidance, scale=request.guidance_scale)
-        schedule = make_schedule(self._scheduler(flow_shift), request.steps)
+        schedule = make_schedule(shifted(self.scheduler, flow_shift), request.steps)
         self.transformer.check_schedule(schedule)  # Before the prompts are encoded.
         arrays = {
             "noise": request.noise(),
@@ -367,26 +347,6 @@ class Pipeline:
 
     def _setting(self, name: str, value: Any) -> Any:
         return self.defaults[name] if value is None else value
-
-    def _unguided_steps(self, steps: Any) -> int:
-        """The folder's number of last steps without guidance, in proportion to other lengths."""
-        if steps is None:
-            return self.defaults["unguided_steps"]
-        share = self.defaults["unguided_steps"] / self.defaults["steps"]
-        return round(share * whole_number(steps, "steps"))
-
-    def _scheduler(self, flow_shift: float | None) -> Scheduler:
-        if flow_shift is None:
-            return self.scheduler
-        if not hasattr(self.scheduler, "flow_shift"):
-            raise UserError(
-                f"flow_shift is {flow_shift}, but this pipeline's {type(self.scheduler).__name__} "
-                "does not sample a flow; leave it away"
-            )
-        number = isinstance(flow_shift, int | float | np.number)
-        if not number or isinstance(flow_shift, bool) or not 0 < flow_shift < 1000:
-            raise UserError(f"flow_shift is {flow_shift!r}, expected a number above 0, below 1000")
-        return dataclasses.replace(self.scheduler, flow_shift=float(flow_shift))
 
     def _latent_size(self, frames: Any, height: Any, width: Any, latents: Any) -> tuple:
         """Latent frames, height and width, and how many frames go in front while sampling."""

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from qvgen_jax.autoencoders.cogvideox import CogVideoXVAE, CogVideoXVAEConfig
-from qvgen_jax.components import VAE, TextEncoder, Transformer
+from qvgen_jax.components import VAE, TextEncoder
 from qvgen_jax.diffusion.cogvideox_dpm import CogVideoXDPMConfig
 from qvgen_jax.diffusion.guidance import Guidance
 from qvgen_jax.errors import UserError
@@ -18,6 +18,7 @@ from qvgen_jax.models.cogvideox_config import CogVideoXConfig
 from qvgen_jax.pipeline import Pipeline
 from qvgen_jax.text.t5 import T5Config, T5Encoder
 from qvgen_jax.text.tokenizer import COGVIDEOX_PROMPTS, load_tokenizer
+from qvgen_jax.transformer import Transformer
 
 TOKENIZER = Path(__file__).parents[1] / "assets" / "tiny_wan" / "tokenizer"
 TRANSFORMER = CogVideoXConfig(

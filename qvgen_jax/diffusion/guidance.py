@@ -5,8 +5,9 @@ the step. Where it is exactly 1 nothing is left of `without`, and it is not comp
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,23 @@ class Guidance:
             scales[:] = [dynamic_scale(self.scale, float(t), steps) for t in timesteps]
         scales[steps - self.unguided_steps :] = 1.0
         return scales.astype(np.float32)
+
+
+def own_guidance(
+    defaults: Mapping[str, Any], scale: float | None = None, steps: int | None = None
+) -> Guidance:
+    """A folder's own guidance, or another scale of it, or for another number of steps.
+
+    Args:
+        defaults: reads `guidance_scale`, `unguided_steps` and `steps`.
+        scale: instead of the folder's.
+        steps: of a trajectory; the last ones without guidance are in proportion to the folder's.
+    """
+    scale = defaults["guidance_scale"] if scale is None else scale
+    unguided = defaults["unguided_steps"]
+    if steps is not None:
+        unguided = round(unguided / defaults["steps"] * steps)
+    return Guidance(scale, unguided_steps=unguided)
 
 
 def dynamic_scale(scale: float, timestep: float, steps: int) -> float:

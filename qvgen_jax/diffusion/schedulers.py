@@ -8,11 +8,13 @@ Each is three functions: what its steps carry at first, what each of them is tol
 scan takes all steps in one program; `Transformer.steps` takes them one by one.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qvgen_jax.diffusion import cogvideox_ddim, cogvideox_dpm, flow_euler, unipc
 from qvgen_jax.errors import UserError
@@ -109,6 +111,25 @@ def scheduler_from_json(fields: Mapping[str, Any]) -> Scheduler:
             "put the scheduler published with the model there"
         )
     return _SAMPLERS[name].config.from_json(fields)
+
+
+def shifted(scheduler: Scheduler, flow_shift: float | None) -> Scheduler:
+    """The scheduler with another shift of its noise levels; itself for None.
+
+    Raises:
+        UserError: it samples no flow, or the shift is no number above 0, below 1000.
+    """
+    if flow_shift is None:
+        return scheduler
+    if not hasattr(scheduler, "flow_shift"):
+        raise UserError(
+            f"flow_shift is {flow_shift}, but this pipeline's {type(scheduler).__name__} "
+            "does not sample a flow; leave it away"
+        )
+    number = isinstance(flow_shift, int | float | np.number)
+    if not number or isinstance(flow_shift, bool) or not 0 < flow_shift < 1000:
+        raise UserError(f"flow_shift is {flow_shift!r}, expected a number above 0, below 1000")
+    return dataclasses.replace(scheduler, flow_shift=float(flow_shift))
 
 
 def make_schedule(scheduler: Scheduler, steps: int) -> Schedule:

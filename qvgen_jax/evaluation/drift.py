@@ -15,15 +15,15 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvgen_jax.components import Transformer
 from qvgen_jax.data.dataset import EncodedDataset
 from qvgen_jax.data.prepare import ensure_held_out
-from qvgen_jax.diffusion.guidance import Guidance
+from qvgen_jax.diffusion.guidance import own_guidance
 from qvgen_jax.diffusion.noising import noise_at
 from qvgen_jax.diffusion.schedulers import Scheduler, make_schedule
 from qvgen_jax.evaluation.evaluate import made_by
@@ -31,6 +31,7 @@ from qvgen_jax.evaluation.reference import locked, reference_folder, save_arrays
 from qvgen_jax.evaluation.samples import read_prompts
 from qvgen_jax.pipeline import Pipeline
 from qvgen_jax.training.step import fill_patches
+from qvgen_jax.transformer import Transformer
 
 # The centres of ten equal buckets of noise.
 _CENTRES = np.arange(50, 1000, 100)
@@ -217,23 +218,36 @@ def held_out_comparison(
     return compared
 
 
+def final_latents(
+    pipe: Pipeline, asked: Mapping[str, np.ndarray], defaults: Mapping[str, Any], batch_size: int
+) -> np.ndarray:
+    """What a pipeline's trajectories end in, float32 `[videos, f, h, w, c]`.
+
+    Args:
+        pipe: the teacher's or a student's.
+        asked: `prompts` and `seeds`, `[videos]` each.
+        defaults: the teacher's, whose guidance is everybody's: an export that ships with less of it
+            would be compared in that.
+        batch_size: videos at once, at most.
+    """
+    prompts, seeds = asked["prompts"].tolist(), asked["seeds"].tolist()
+    size = min(batch_size, len(prompts))
+    return pipe.sample_latents(
+        prompts, seeds=seeds, batch_size=size, guidance=own_guidance(defaults)
+    )
+
+
 def _measurements(config: Mapping, workdir: Path, teacher: Pipeline) -> list[tuple]:
     """(name, what is asked, the function that answers, the function that compares) of each."""
     evaluate, batch_size = config["evaluate"], config["sample"]["batch_size"]
 
     timesteps = bucket_timesteps(teacher)
-    # The teacher's for both: an export that ships with less guidance would be compared in that.
-    guidance = Guidance(
-        teacher.defaults["guidance_scale"], unguided_steps=teacher.defaults["unguided_steps"]
-    )
 
     def predict(pipe: Pipeline, clips: Mapping) -> np.ndarray:
         return predictions(pipe.transformer, clips, teacher.scheduler, batch_size, timesteps)
 
     def sample(pipe: Pipeline, asked: Mapping) -> np.ndarray:
-        prompts, seeds = asked["prompts"].tolist(), asked["seeds"].tolist()
-        size = min(batch_size, len(prompts))
-        return pipe.sample_latents(prompts, seeds=seeds, batch_size=size, guidance=guidance)
+        return final_latents(pipe, asked, teacher.defaults, batch_size)
 
     wanted = []
     if evaluate["held_out"]:

@@ -12,10 +12,10 @@ from qvgen_jax.evaluation.asked import parse_part
 from qvgen_jax.evaluation.evaluate import REFERENCE, Variant, evaluate_variants
 from qvgen_jax.evaluation.finish import untrained, untrained_name
 from qvgen_jax.evaluation.report import write_report
-from qvgen_jax.evaluation.samples import slug
+from qvgen_jax.evaluation.samples import load_to_generate, slug
 from qvgen_jax.evaluation.table import table
 from qvgen_jax.mesh import mesh_to_generate
-from qvgen_jax.pipeline import Pipeline, load
+from qvgen_jax.pipeline import Pipeline
 from qvgen_jax.training.check import check_config
 
 _LONGEST = 100  # Characters of a name.
@@ -123,11 +123,5 @@ def _part(text: str, workdir: Path) -> tuple[int, int]:
 
 
 def _load(config: Mapping, folder: str) -> Pipeline:
-    return load(
-        folder,
-        config["compute_dtype"],
-        mesh_to_generate(jax.local_devices()),
-        text_weights=config["text_weights"],
-        free_text_encoder=True,
-        kernels=config["kernels"],
-    )
+    mesh = mesh_to_generate(jax.local_devices())
+    return load_to_generate(config, folder, config["compute_dtype"], mesh)

@@ -13,10 +13,10 @@ from qvgen_jax.data.prepare import read_dataset
 from qvgen_jax.evaluation import drift
 from qvgen_jax.evaluation.evaluate import REFERENCE, Variant, evaluate_variants
 from qvgen_jax.evaluation.report import write_report
-from qvgen_jax.evaluation.samples import write_pairs
+from qvgen_jax.evaluation.samples import load_to_generate, write_pairs
 from qvgen_jax.evaluation.table import table
 from qvgen_jax.models import TransformerConfig, quantizable, time_only
-from qvgen_jax.pipeline import Pipeline, load
+from qvgen_jax.pipeline import Pipeline
 from qvgen_jax.quant.initialize import round_to_nearest
 from qvgen_jax.quant.named import layer_at
 from qvgen_jax.quant.packed import read_quantization_config
@@ -96,12 +96,7 @@ def compare_and_report(
         part: of the videos to evaluate, see `evaluate_variants`; the one that ends last does what
             follows, for the others the result is None.
     """
-    student = load(
-        workdir / "export",
-        text_weights=config["text_weights"],
-        free_text_encoder=True,
-        kernels=config["kernels"],
-    )
+    student = load_to_generate(config, workdir / "export")
     if config["evaluate"]["videos"]:
         result = _evaluate(config, workdir, teacher, student, part)
         if result is None:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from qvgen_jax import storage
 from qvgen_jax.data.moving_shapes import caption, held_out_prompts
 from qvgen_jax.data.video import write_video
@@ -61,6 +63,19 @@ def write_pairs(config: Mapping, workdir: Path, teacher: Pipeline, student: Pipe
     (folder / "samples.json").write_text(json.dumps(rows, indent=1))
 
 
+def load_to_generate(
+    config: Mapping, folder: str | Path, dtype: str | None = None, mesh: Mesh | None = None
+) -> Pipeline:
+    """A pipeline that only makes videos; its text encoder is on the devices only while it encodes.
+
+    Args:
+        config: reads `text_weights` and `kernels`.
+        folder, dtype, mesh: see `qvgen_jax.load`.
+    """
+    how = {"text_weights": config["text_weights"], "kernels": config["kernels"]}
+    return load(folder, dtype, mesh, free_text_encoder=True, **how)
+
+
 def slug(text: str) -> str:
     """At most 60 letters, digits and dashes of a text, for names of files; may be empty."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
@@ -85,13 +100,7 @@ def generate_files(config: Mapping, workdir: Path, prompts: Sequence[str], seed:
             "(--job export), or give an empty --workdir to generate with the full-precision model"
         )
     print(f"generating with {source}", flush=True)
-    pipe = load(
-        source,
-        mesh=mesh_to_generate(),
-        text_weights=config["text_weights"],
-        free_text_encoder=True,
-        kernels=config["kernels"],
-    )
+    pipe = load_to_generate(config, source, mesh=mesh_to_generate())
     folder = workdir / "generated"
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

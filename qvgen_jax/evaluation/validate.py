@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qvgen_jax.components import Transformer
 from qvgen_jax.data.video import write_video
-from qvgen_jax.diffusion.guidance import Guidance
-from qvgen_jax.evaluation.drift import compare_latents, held_out_comparison, teachers_answer
+from qvgen_jax.evaluation.drift import (
+    compare_latents,
+    final_latents,
+    held_out_comparison,
+    teachers_answer,
+)
 from qvgen_jax.evaluation.evaluate import made_by
 from qvgen_jax.evaluation.samples import read_prompts
 from qvgen_jax.models import TransformerConfig, quantizable
@@ -27,6 +30,7 @@ from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.measure import measure_layers
 from qvgen_jax.training.student import quant_config
 from qvgen_jax.training.validation import FOLDER, Validated
+from qvgen_jax.transformer import Transformer
 
 _DIGITS = 6  # Of the numbers in a row; float32 has seven.
 
@@ -103,14 +107,16 @@ class _Videos(NamedTuple):
         asked: `prompts` and `seeds`.
         latents: the teacher's final ones.
         rows: `prompt`, `seed` and the `teacher`'s file of each video.
-        settings: of the sampling.
+        defaults: the teacher's.
+        batch_size: videos at once.
     """
 
     pipe: Pipeline
     asked: Mapping[str, np.ndarray]
     latents: np.ndarray
     rows: list[dict]
-    settings: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    batch_size: int
 
 
 def _prepare_videos(config: Mapping, workdir: Path, teacher: Pipeline) -> _Videos:
@@ -119,27 +125,21 @@ def _prepare_videos(config: Mapping, workdir: Path, teacher: Pipeline) -> _Video
     # Those of the report's pairs: its student is the last of this series.
     seeds = config["sample"]["seed"] + np.arange(len(prompts))
     size = min(config["sample"]["batch_size"], len(prompts))
-    defaults = teacher.defaults
-    guidance = Guidance(defaults["guidance_scale"], unguided_steps=defaults["unguided_steps"])
-    settings = {"batch_size": size, "guidance": guidance}
     # Encoded now: later the devices are full of the training state.
     pipe = teacher.with_encoded([*prompts, ""])
     asked = {"prompts": np.array(prompts), "seeds": seeds}
-    answer = partial(_sample, settings=settings)
+    how = {"defaults": teacher.defaults, "batch_size": size}
+    answer = partial(final_latents, **how)
     latents = teachers_answer(config, workdir, pipe, "validation", asked, answer)
     made, rows = made_by(teacher), []
     for prompt, seed in zip(prompts, seeds.tolist(), strict=True):
         digest = hashlib.sha256(f"{made} {prompt}".encode()).hexdigest()[:8]
         file = f"{FOLDER}/teacher/{digest}-{seed}.mp4"
         rows.append({"prompt": prompt, "seed": seed, "teacher": file})
-    videos = _Videos(pipe, asked, latents, rows, settings)
+    videos = _Videos(pipe, asked, latents, rows, **how)
     if not all((workdir / row["teacher"]).is_file() for row in rows):
         _write(videos, workdir, [row["teacher"] for row in rows], latents)
     return videos
-
-
-def _sample(pipe: Pipeline, asked: Mapping, settings: Mapping) -> np.ndarray:
-    return pipe.sample_latents(asked["prompts"].tolist(), seeds=asked["seeds"].tolist(), **settings)
 
 
 def _film(
@@ -147,7 +147,7 @@ def _film(
 ) -> tuple[dict, list[dict]]:
     """How far the student's final latents drift, and a row for each of its videos."""
     pipe = dataclasses.replace(videos.pipe, transformer=student)
-    latents = _sample(pipe, videos.asked, videos.settings)
+    latents = final_latents(pipe, videos.asked, videos.defaults, videos.batch_size)
     files = [f"{FOLDER}/{step}/{Path(row['teacher']).name}" for row in videos.rows]
     _write(videos, workdir, files, latents)
     rows = [row | {"student": file} for row, file in zip(videos.rows, files, strict=True)]
@@ -155,7 +155,7 @@ def _film(
 
 
 def _write(videos: _Videos, workdir: Path, files: list[str], latents: np.ndarray) -> None:
-    frames = videos.pipe.to_frames(latents, videos.settings["batch_size"])
+    frames = videos.pipe.to_frames(latents, videos.batch_size)
     for file, clip in zip(files, frames, strict=True):
         path = workdir / file
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from qvgen_jax import hosts
 from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation.asked import parse_part
+from qvgen_jax.evaluation.samples import load_to_generate
 from qvgen_jax.evaluation.vbench import (
     PAPER,
     VBENCH,
@@ -21,7 +22,6 @@ from qvgen_jax.evaluation.vbench import (
     table,
     write_tree,
 )
-from qvgen_jax.pipeline import load
 
 _FIND = """
 import importlib.util, sys
@@ -106,12 +106,7 @@ def run_vbench(
     root = workdir / (f"{suite.package}_smoke" if smoke else suite.package)
     scores = {}
     for name, model in models.items():
-        pipe = load(
-            model,
-            text_weights=config["text_weights"],
-            free_text_encoder=True,
-            kernels=config["kernels"],
-        )
+        pipe = load_to_generate(config, model)
         out, size = root / name, config["sample"]["batch_size"]
         write_tree(pipe, out, rows, name=name, batch_size=size, part=which)
         del pipe  # Before the next is loaded.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from qvgen_jax.diffusion.guidance import Guidance
+from qvgen_jax.diffusion.guidance import own_guidance
 from qvgen_jax.errors import UserError
 from qvgen_jax.pipeline import Pipeline
 from qvgen_jax.serve.limits import BOTH, FULL, LOW, Asked, check, limits_of
@@ -85,7 +85,7 @@ class Studio:
         asked = check(asked, self.limits, self.teacher.defaults, self.student is not None)
         names = (FULL, LOW) if asked.sides == BOTH else (asked.sides,)
         pipes = {name: self.teacher if name == FULL else self.student for name in names}
-        guidance = self._guidance(asked)
+        guidance = own_guidance(self.teacher.defaults, asked.guidance_scale, asked.steps)
         settings = asked.settings() | {"guidance": guidance}
         with self._computing():
             started = {
@@ -113,10 +113,6 @@ class Studio:
             decode = time.perf_counter() - start
         timing = Timing(statistics.median(seconds[1:] or seconds), sum(seconds), decode)
         yield Progress(name, count, count, picture, frames, timing)
-
-    def _guidance(self, asked: Asked) -> Guidance:
-        share = self.teacher.defaults["unguided_steps"] / self.teacher.defaults["steps"]
-        return Guidance(asked.guidance_scale, unguided_steps=round(share * asked.steps))
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qvgen_jax.errors import UserError
+from qvgen_jax.evaluation.samples import load_to_generate
 from qvgen_jax.hosts import is_alone
 from qvgen_jax.mesh import mesh_to_generate
-from qvgen_jax.pipeline import Pipeline, load
+from qvgen_jax.pipeline import Pipeline
 from qvgen_jax.serve.generate import Studio
 
 _FONT = ["system-ui", "sans-serif"]
@@ -131,23 +132,19 @@ def open_studio(config: Mapping, workdir: Path) -> Studio:
         UserError: a model does not load, or the export's configurations are of another one; its
             weights are not compared.
     """
-    how = {
-        "dtype": config["compute_dtype"],
-        "mesh": mesh_to_generate(),
-        "text_weights": config["text_weights"],
-        "free_text_encoder": True,
-        "kernels": config["kernels"],
-    }
-    print(f"loading {config['model']}", flush=True)
-    teacher, export = load(config["model"], **how), workdir / "export"
+
+    def loaded(folder: str | Path) -> Pipeline:
+        print(f"loading {folder}", flush=True)
+        return load_to_generate(config, folder, config["compute_dtype"], mesh_to_generate())
+
+    teacher, export = loaded(config["model"]), workdir / "export"
     if not (export / "model_index.json").is_file():
         why = (
             f"{workdir} has no export yet, so there is full precision only. "
             "--job train ends with one; --job export packs a run that has ended."
         )
         return Studio(teacher, None, why)
-    print(f"loading {export}", flush=True)
-    return Studio(teacher, _sharing(teacher, load(export, **how), export))
+    return Studio(teacher, _sharing(teacher, loaded(export), export))
 
 
 def _sharing(teacher: Pipeline, student: Pipeline, export: Path) -> Pipeline:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qvgen_jax import hosts, sharding, storage
-from qvgen_jax.components import Transformer
 from qvgen_jax.data.dataset import Dataset, steps_by_shape
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.diffusion.schedulers import Scheduler
@@ -40,6 +39,7 @@ from qvgen_jax.training.student import (
 )
 from qvgen_jax.training.validation import Validated
 from qvgen_jax.training.watchdog import Watchdog
+from qvgen_jax.transformer import Transformer
 
 Validate = Callable[[int, Transformer], Validated]
 

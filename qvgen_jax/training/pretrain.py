@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from qvgen_jax.autoencoders.wan import WanVAE
-from qvgen_jax.components import VAE, TextEncoder, Transformer
+from qvgen_jax.components import VAE, TextEncoder
 from qvgen_jax.diffusion.unipc import UniPCConfig
 from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation.answers import SCORES, score
@@ -30,6 +30,7 @@ from qvgen_jax.text.tokenizer import load_tokenizer, tokenize
 from qvgen_jax.training import checkpoint
 from qvgen_jax.training.pretrain_flow import Clips, pretrain_flow
 from qvgen_jax.training.pretrain_vae import TrainedVAE, load_clips, pretrain_vae
+from qvgen_jax.transformer import Transformer
 
 
 def _read(path: Path) -> dict:

@@ -12,9 +12,9 @@ from convert.released import import_released
 from convert.save import write_json
 from convert.tables import table_for
 from convert.tensors import Tensors, read_json, write_tensors
-from qvgen_jax.components import Transformer
 from qvgen_jax.models import config_from_json, quantizable
 from qvgen_jax.quant.packed import read_quantization_config
+from qvgen_jax.transformer import Transformer
 from tests.golden import tiny_models
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -18,12 +18,12 @@ from convert.load import read_default_steps, read_transformer
 from convert.names import to_torch
 from convert.save import write_json
 from convert.tensors import Tensors, read_json, write_tensors
-from qvgen_jax.components import Transformer
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.wan import TEXT_ONLY, WanConfig, WanTransformer, quantizable
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, dense_factory
 from qvgen_jax.quant.initialize import quantize_params
+from qvgen_jax.transformer import Transformer
 from tests.compiling import optimized
 from tests.golden.tiny_models import WAN_ODD
 

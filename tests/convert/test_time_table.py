@@ -17,7 +17,6 @@ from convert.released_export import export_released
 from convert.save import SCHEDULER, write_json
 from convert.tensors import Tensors, read_json, write_tensors
 from convert.time_table import fold_time, visited_timesteps
-from qvgen_jax.components import Transformer
 from qvgen_jax.diffusion.cogvideox_ddim import CogVideoXDDIMConfig
 from qvgen_jax.diffusion.schedulers import make_schedule, scheduler_from_json
 from qvgen_jax.diffusion.unipc import UniPCConfig
@@ -39,6 +38,7 @@ from qvgen_jax.quant.dense import Dense, Levels, QuantContext, dense_factory
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.packed import packed_bytes
 from qvgen_jax.quant.time_table import nearest_entry, stored_table
+from qvgen_jax.transformer import Transformer
 from tests.compiling import optimized
 from tests.golden.tiny_models import WAN_ODD
 

@@ -50,7 +50,7 @@ def python(tmp_path):
 
 @pytest.fixture(autouse=True)
 def a_painter(monkeypatch):
-    monkeypatch.setattr(vbench_job, "load", lambda *_, **__: Painter())
+    monkeypatch.setattr(vbench_job, "load_to_generate", lambda *_, **__: Painter())
     monkeypatch.setattr(vbench, "made_by", lambda pipe: str(pipe.defaults))
 
 

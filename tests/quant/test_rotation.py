@@ -11,7 +11,6 @@ from flax import nnx
 
 from configs.tiny_w4a4 import get_config
 from convert.load import read_transformer
-from qvgen_jax.components import Transformer
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import build_transformer, quantizable, values_of
 from qvgen_jax.models.cogvideox_config import CogVideoXConfig
@@ -21,6 +20,7 @@ from qvgen_jax.quant.dense import Dense, Levels, QuantDense
 from qvgen_jax.quant.initialize import quantize_params, round_to_nearest
 from qvgen_jax.quant.rotation import block_size, rotate, rotate_kernel
 from qvgen_jax.training.student import quant_config, student_definition
+from qvgen_jax.transformer import Transformer
 
 TINY = Path(__file__).parents[2] / "assets/tiny_wan/transformer"
 WAN = WanConfig(

@@ -10,7 +10,6 @@ from flax import nnx
 
 from convert.export import export_pipeline
 from convert.load import read_transformer
-from qvgen_jax.components import Transformer
 from qvgen_jax.data.dataset import batches
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.models import build_transformer, quantizable
@@ -20,6 +19,7 @@ from qvgen_jax.training import loop
 from qvgen_jax.training.calibrate import BATCHES, activation_maxima, unmeasured
 from qvgen_jax.training.step import noisy_inputs, sample_keys
 from qvgen_jax.training.student import quant_config, student_definition
+from qvgen_jax.transformer import Transformer
 from tests.compiling import optimized
 from tests.convert.test_export import pipeline_folder
 from tests.training.test_run import CONFIG, MODEL, SCHEDULER, Clips, teacher  # noqa: F401

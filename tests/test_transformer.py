@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qvgen_jax.components import Transformer
 from qvgen_jax.diffusion.cogvideox_ddim import CogVideoXDDIMConfig
 from qvgen_jax.diffusion.cogvideox_dpm import CogVideoXDPMConfig
 from qvgen_jax.diffusion.flow_euler import FlowEulerConfig
@@ -14,6 +13,7 @@ from qvgen_jax.diffusion.schedulers import make_schedule
 from qvgen_jax.diffusion.unipc import UniPCConfig
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.wan import WanConfig, WanTransformer
+from qvgen_jax.transformer import Transformer
 
 CONFIG = WanConfig(
     num_attention_heads=1,
