@@ -121,8 +121,9 @@ def line(row: Row, found: Mapping) -> str:
 
 def estimated(row: Row) -> Memory:
     """What the plan would say without a compiler."""
-    config = row.read()
-    return estimate(read_run(config), sizes_of_config(config, parse_target(row.target).devices))
+    config, target = row.read(), parse_target(row.target)
+    sizes = sizes_of_config(config, target.devices)
+    return estimate(read_run(config), sizes, target.chip.platform)
 
 
 def _gb(size: float) -> str:

@@ -4,6 +4,7 @@ What the step is given (weights, moments, teacher, batch) is known to the byte. 
 way is estimated from a few sizes, with two factors that were fitted to compiled programs.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -57,8 +58,13 @@ class Memory(NamedTuple):
         return self.arguments + self.made
 
 
-def estimate(run: Run, sizes: Mapping[str, int]) -> Memory:
+def estimate(run: Run, sizes: Mapping[str, int], platform: str) -> Memory:
     """Of one device of a mesh with these sizes.
+
+    Args:
+        run: what is trained.
+        sizes: of the mesh's axes.
+        platform: of the devices; "tpu" pads arrays to its tiles.
 
     Raises:
         UserError: a parameter does not divide over the mesh.
@@ -66,6 +72,13 @@ def estimate(run: Run, sizes: Mapping[str, int]) -> Memory:
     mesh = abstract_mesh(sizes)
     state, batch, teacher, empty_text, _ = arguments(run, mesh)
     kept, host = _kept(run, sizes)
+    elements = in_tiles if platform == "tpu" else math.prod
+
+    def stored(tree: Any) -> int:
+        """Bytes of the shards on one device."""
+        leaves = jax.tree.leaves(tree)
+        return sum(elements(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
     return Memory(
         master=stored(state["params"]),
         moments=stored(state["opt"]) + stored(state["levels"]),
@@ -79,13 +92,21 @@ def estimate(run: Run, sizes: Mapping[str, int]) -> Memory:
     )
 
 
-def stored(tree: Any) -> int:
-    """Bytes of the shards of `jax.ShapeDtypeStruct` leaves on one device.
+def in_tiles(shape: tuple[int, ...]) -> int:
+    """Elements that an array takes on a TPU.
 
-    Without the tiles that arrays on a TPU are padded to: a step's arguments lie packed there.
+    Two of its dimensions lie in tiles of 8 x 128, or of 4, 2 or 1 x 128 where the first is shorter;
+    the compiler takes those two that waste least. A vector lies packed.
     """
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    if len(shape) < 2:
+        return math.prod(shape)
+
+    def tiled(rows: int, columns: int) -> int:
+        tall = _up(rows, 8) if rows >= 8 else 1 << (rows - 1).bit_length()
+        return tall * _up(columns, 128)
+
+    whole = math.prod(shape)
+    return min(whole // (a * b) * tiled(a, b) for a, b in itertools.permutations(shape, 2))
 
 
 def _up(n: int, multiple: int) -> int:

@@ -99,7 +99,7 @@ def make_plan(config: Mapping, target: Target, *, compiler: bool = True) -> Plan
     check_config(config)
     run = read_run(config)
     sizes = sizes_of_config(config, target.devices)
-    memory = estimate(run, sizes)
+    memory = estimate(run, sizes, target.chip.platform)
     compiled = None
     if compiler and target.here:
         compiled = ahead.measure(ahead.lower_step(config, target, sizes))

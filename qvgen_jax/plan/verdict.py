@@ -96,4 +96,5 @@ def _larger(config: Mapping, target: Target) -> Iterator[tuple[str, Mapping, Tar
 
 
 def _need(config: Mapping, target: Target) -> int:
-    return estimate(read_run(config), sizes_of_config(config, target.devices)).peak
+    sizes = sizes_of_config(config, target.devices)
+    return estimate(read_run(config), sizes, target.chip.platform).peak

@@ -20,7 +20,7 @@ def compiled(name: str, target: str, **train) -> tuple:
     sizes = sizes_of_config(config, chips.devices)
     found = ahead.compile_step(config, chips, sizes)
     assert isinstance(found, ahead.Compiled), found
-    return found, estimate(read_run(config), sizes)
+    return found, estimate(read_run(config), sizes, chips.chip.platform)
 
 
 def arriving(found: ahead.Compiled, *dtypes: str) -> int:

@@ -1,12 +1,15 @@
 """Bytes, bytes moved and seconds of a plan, by hand."""
 
+import json
+
 import pytest
 
+from benchmarks import ahead
 from configs import read_config
 from qvgen_jax.errors import UserError
 from qvgen_jax.mesh import sizes_of_config
 from qvgen_jax.plan.collectives import Collective
-from qvgen_jax.plan.memory import estimate
+from qvgen_jax.plan.memory import estimate, in_tiles
 from qvgen_jax.plan.pace import SHARE_OF_LINKS, UTILISATION, pace
 from qvgen_jax.plan.plan import make_plan
 from qvgen_jax.plan.shapes import read_run
@@ -25,7 +28,7 @@ def config(name="wan1_3b_w4a4", **sections):
 
 
 def of(sizes, **sections):
-    return estimate(read_run(config(**sections)), {**ONE, **sizes})
+    return estimate(read_run(config(**sections)), {**ONE, **sizes}, "gpu")
 
 
 def test_weights_gradients_and_moments_are_what_the_parameters_weigh():
@@ -55,6 +58,28 @@ def test_fsdp_cuts_what_lasts_and_data_copies_it():
         assert 1 < 16 * getattr(cut, part) / getattr(whole, part) < 1.4
         assert getattr(copied, part) == getattr(whole, part)
     assert cut.activations == copied.activations == whole.activations / 16
+
+
+@pytest.mark.parametrize(
+    ("shape", "elements"),
+    [
+        ((30, 7680, 30), 30 * 7680 * 32),  # 30 rows of 7680, whatever order they are named in.
+        ((40, 13824, 32), 40 * 13824 * 32),
+        ((3, 256), 4 * 256),
+        ((50,), 50),
+        ((), 1),
+    ],
+)
+def test_an_array_on_a_tpu_fills_whole_tiles(shape, elements):
+    assert in_tiles(shape) == elements
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ahead.ROWS if row.program == "step"], ids=lambda row: row.name
+)
+def test_arguments_are_within_half_a_percent_of_what_the_compiler_found(row):
+    found = json.loads(ahead.RESULTS.read_text())[row.name]["arguments"]
+    assert ahead.estimated(row).arguments == pytest.approx(found, rel=0.005)
 
 
 def test_every_policy_keeps_what_it_says():
