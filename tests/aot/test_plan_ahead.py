@@ -1,11 +1,14 @@
 """The real training step compiled for TPUs that are not here, and the plan's estimate beside it."""
 
+import json
+
 import pytest
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: jax[tpu]")
 
+from benchmarks.ahead import RESULTS, ROWS
 from configs import read_config
-from qvgen_jax.mesh import sizes_of_config
+from qvgen_jax.mesh import sizes_of_config, sizes_to_generate
 from qvgen_jax.plan import ahead
 from qvgen_jax.plan.memory import estimate
 from qvgen_jax.plan.shapes import read_run
@@ -61,3 +64,16 @@ def test_what_a_compiler_refuses_is_a_reason_and_no_crash():
     found = ahead.compile_step(config, target, sizes_of_config(config, target.devices))
     assert isinstance(found, ahead.Refused)
     assert "memory" in found.reason
+
+
+def test_the_14b_in_four_bits_makes_81_frames_of_720p_on_four_chips_as_the_table_says():
+    (row,) = (row for row in ROWS if row.program == "forward")
+    target, kept = parse_target(row.target), json.loads(RESULTS.read_text())[row.name]
+    sizes = sizes_to_generate(target.devices)
+    found = ahead.compile_step(row.read(), target, sizes, program="forward")
+    assert isinstance(found, ahead.Compiled), found
+    assert sizes == kept["mesh"]
+    # Other releases of the compiler may lay out a little else.
+    assert found.arguments == pytest.approx(kept["arguments"], rel=0.01)
+    assert found.temporaries == pytest.approx(kept["temporaries"], rel=0.1)
+    assert found.laid_out < 0.9 * target.memory
