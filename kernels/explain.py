@@ -123,18 +123,14 @@ def describe(config: Mapping[str, Any], chip: Chip, asked: str | None = None) ->
     # The only place in kernels/ that knows models: this is a command, like main.py.
     from kernels.attention import choose_attention
     from kernels.attention_call import AttentionCall
-    from qvgen_jax.models.linears import attended, linears, video_tokens
+    from qvgen_jax.models.linears import attended, quantized_products, video_tokens
     from qvgen_jax.models.published import transformer_config
     from qvgen_jax.training.student import quant_config
 
     model, data = transformer_config(config["model"]), config["data"]
     quant = quant_config(config["quant"], model)
     tokens = video_tokens(model, data["num_frames"], data["height"], data["width"])
-    layers = [
-        (x.name, x.count, Product(x.rows, x.inner, x.columns, *quant.bits_of(x.name)))
-        for x in linears(model, tokens, data["max_length"])
-        if x.name not in quant.full_precision
-    ]
+    layers = quantized_products(model, tokens, data["max_length"], quant)
     rows = explain(layers, chip, asked or config.get("kernels", "auto"))
     pairs = attended(model, tokens, data["max_length"])
     operations = 4 * model.dim * model.num_layers * sum(q * k for q, k in pairs)
