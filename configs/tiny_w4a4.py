@@ -65,6 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.quant.clip_index = ""  # The behaviour's own, or one of quant/clips.py.
     # Layers that differ: (name, weight bits, activation bits), and those left as they are.
     config.quant.bits = ()
+    config.quant.bits_file = ""  # Of --job mixed, in their place (docs/mixed.md).
     config.quant.full_precision = ()
     config.quant.product_dtype = "bfloat16"
 

@@ -100,13 +100,15 @@ def read_quantized(argument: str) -> Mapping[str, Any]:
     Raises:
         ValueError: see `configs.read_config`; or it is of no transformer that is quantized.
     """
+    from qvgen_jax.quant.bits_file import with_bits_file
+
     config = read_config(argument).to_dict()
     if missing := [name for name in ("model", "data", "quant") if name not in config]:
         raise ValueError(
             f"the config of {argument!r} has no {', '.join(missing)}; name one that quantizes a "
             "transformer, such as configs/wan14b_w4a4.py"
         )
-    return config
+    return with_bits_file(config)
 
 
 def describe(config: Mapping[str, Any], chip: Chip, asked: str | None = None) -> str:

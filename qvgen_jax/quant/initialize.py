@@ -169,7 +169,7 @@ def quantization_errors(params: dict, levels: dict, names: Iterable[str]) -> dic
 
 
 # The sigmoid of this is 1 in float32: a token keeps its whole range.
-_UNCLIPPED = 20.0
+UNCLIPPED = 20.0
 
 
 def round_to_nearest(
@@ -195,6 +195,6 @@ def round_to_nearest(
         else:
             scale = jnp.maximum((high - low) / most, 1e-9)
             leaves = {"scale": scale, "zero_point": jnp.round(-low / scale)}
-        leaves |= {clip: jnp.full_like(node[clip], _UNCLIPPED) for clip in ("lower", "upper")}
+        leaves |= {clip: jnp.full_like(node[clip], UNCLIPPED) for clip in ("lower", "upper")}
         params = with_layer(params, name, {**node, **leaves})
     return params, levels
