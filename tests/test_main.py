@@ -71,8 +71,6 @@ def test_wrong_arguments_get_one_line_and_exit_code_2(arguments, message):
         (("--job", "mixed", "--budget", "5 apples"), "expected a number and one of bits, MB"),
         (("--job", "mixed", "--budget", "5bits"), "--job sensitivity with this --workdir makes it"),
         (("--config.quant.bits_file=nowhere.json",), "give the bits.json that --job mixed wrote"),
-        (("--config.quant.bits=(('blocks.9.ffn.up', 8, 8),)",), "6 blocks, 0 to 5"),
-        (("--config.quant.full_precision=('blocks.1.ffn.up',)",), "in all blocks or in none"),
         (("--config.train.learning_rate.weights=nan",), "expected a number from 0 to below 100"),
         (("--config.train.clip_norm=0",), "expected a number above 0"),
         (("--config.train.caption_dropout=1.5",), "expected 0 to 1"),

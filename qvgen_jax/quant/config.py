@@ -129,13 +129,27 @@ class QuantConfig:
         return any(split_block(name)[0] is not None for name in self.bits)
 
     def with_widest(self, names: Iterable[str], blocks: Iterable[int]) -> "QuantConfig":
-        """The config of some blocks alone, each layer with the widest bits that it has in them."""
+        """The config of some blocks alone, counted from 0; of all of them, a layer's widest bits.
+
+        Args:
+            names: the layers that every block has.
+            blocks: numbers of neighbours.
+        """
         bits = {name: pair for name, pair in self.bits.items() if split_block(name)[0] is None}
         blocks = tuple(blocks)
         for name in names:
             pairs = [self.bits_of(name, block) for block in blocks]
             bits[name] = tuple(max(column) for column in zip(*pairs, strict=True))
+            if len(set(pairs)) > 1:
+                bits |= {in_block(name, place): pair for place, pair in enumerate(pairs)}
         return dataclasses.replace(self, bits=bits)
+
+    def token_bits(self, name: str) -> tuple[int, ...]:
+        """A layer's activation bits: of one block after the other where they have their own."""
+        numbers = [block for block, kind in map(split_block, self.bits) if kind == name]
+        last = max((block for block in numbers if block is not None), default=None)
+        blocks = (None,) if last is None else range(last + 1)
+        return tuple(self.bits_of(name, block)[1] for block in blocks)
 
     def buckets_of(self, name: str) -> int:
         """How many clip pairs a layer has."""

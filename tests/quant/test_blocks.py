@@ -10,6 +10,7 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.models import config_from_json, quantizable
 from qvgen_jax.quant.blocks import in_block, places_of, segments_of, split_block
 from qvgen_jax.quant.config import QuantConfig
+from qvgen_jax.quant.dense import PackedDense
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.named import layer_at
 from qvgen_jax.training.student import describe_layers
@@ -111,3 +112,16 @@ def test_one_segment_has_the_parameters_of_a_network_without_bits_of_blocks():
     )
     assert places_of(UP, found.segments)[0].path == UP
     np.testing.assert_array_equal(layer_at(found.levels, UP)["weight_levels"], [15, 7])
+
+
+def test_layers_share_quantized_tokens_only_where_every_block_has_the_same_bits():
+    q, k, v, out = (f"blocks.attn1.to_{name}" for name in ("q", "k", "v", "out"))
+    quant = QuantConfig(4, 4, rank=0, bits={"blocks.1.attn1.to_q": (4, 3), k: (3, 4)})
+    (segment,) = segments_of(quant, [q, k, v, out], 2)
+    forms = {
+        name: PackedDense(name, 8, 8, config=segment.config, key=jax.random.key(0)).token_form
+        for name in (q, k, v)
+    }
+    assert segment.config.bits_of(q)[1] == 4  # As wide as the others' in memory.
+    assert segment.config.token_bits(q) == (4, 3)
+    assert forms[k] == forms[v] != forms[q]
