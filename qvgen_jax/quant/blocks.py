@@ -5,6 +5,7 @@ training bits are data, an array over a stack's layers. In a packed network they
 the layout of arrays: blocks whose codes lie alike form a *segment*, a stack of its own.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,10 +23,8 @@ def split_block(name: str) -> tuple[int | None, str]:
 
     The block is None where the name is of every block, or of a linear outside them.
     """
-    number, _, rest = name.removeprefix(_PREFIX).partition(".")
-    if not name.startswith(_PREFIX) or not number.isdecimal() or str(int(number)) != number:
-        return None, name
-    return int(number), _PREFIX + rest
+    match = re.fullmatch(r"blocks\.(0|[1-9][0-9]{0,3})\.(.+)", name)
+    return (int(match[1]), _PREFIX + match[2]) if match else (None, name)
 
 
 def in_block(name: str, block: int | None) -> str:

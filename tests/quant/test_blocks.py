@@ -8,6 +8,7 @@ import pytest
 from convert.packed import packed_definition
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import config_from_json, quantizable
+from qvgen_jax.models.linears import quantized_products
 from qvgen_jax.quant.blocks import in_block, places_of, segments_of, split_block
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import PackedDense
@@ -17,6 +18,7 @@ from qvgen_jax.training.student import describe_layers
 from tests.golden import tiny_models
 
 WAN = config_from_json({"_class_name": "WanTransformer3DModel", **tiny_models.WAN_ODD})
+HUGE = "blocks." + "9" * 5000 + ".ffn.up"
 UP, DOWN = "blocks.ffn.up", "blocks.ffn.down"
 
 
@@ -28,6 +30,7 @@ UP, DOWN = "blocks.ffn.up", "blocks.ffn.down"
         (UP, (None, UP)),
         ("proj_out", (None, "proj_out")),
         ("blocks.07.ffn.up", (None, "blocks.07.ffn.up")),  # No second name for block 7.
+        pytest.param(HUGE, (None, HUGE), id="huge"),  # A number that Python refuses.
     ],
 )
 def test_a_name_says_which_block_it_is_of(name, expected):
@@ -79,6 +82,18 @@ def test_the_list_of_layers_says_which_blocks_have_which_bits():
     quant = QuantConfig(bits={"blocks.1.ffn.up": (8, 8)})
     line = next(x for x in describe_layers(WAN, quant).splitlines() if UP in x)
     assert "W4A4 (blocks 0), W8A8 (blocks 1)" in line
+
+
+def test_products_are_counted_by_bits_where_blocks_differ():
+    quant = QuantConfig(bits={"blocks.1.ffn.up": (8, 8)})
+    rows = quantized_products(WAN, 100, 5, quant)
+    found = [
+        (count, product.weight_bits, product.act_bits)
+        for name, count, product in rows
+        if name == UP
+    ]
+    assert found == [(1, 4, 4), (1, 8, 8)]
+    assert sum(count for _, count, _ in rows) == 6 + 10 * WAN.num_layers
 
 
 def bounds(config, layers, **how):
