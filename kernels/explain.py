@@ -63,14 +63,16 @@ def table(rows: Sequence[Row]) -> str:
         f"{'layer':44s} {'':>4s} {'rows x in x out':>24s} {'backend':8s} {'ms':>9s} {'bf16':>9s}"
     ]
     notes: dict[tuple[str, str], int] = {}
+    names = [row.name for row in rows]
     for row in rows:
         product, choice = row.product, row.choice
         note = notes.setdefault((choice.backend, choice.reason), len(notes) + 1)
         size = f"{product.rows} x {product.inner} x {product.columns}"
         times = " ".join(f"{_ms(x):>9s}" for x in (row.seconds, row.bf16))
-        lines.append(
-            f"{row.name:44s} x{row.count:3d} {size:>24s} {choice.backend:8s} {times} [{note}]"
-        )
+        # Where blocks differ, a linear has a row for each of its bits.
+        bits = f" W{product.weight_bits}A{product.act_bits}" if names.count(row.name) > 1 else ""
+        name = f"{row.name + bits:44s} x{row.count:3d}"
+        lines.append(f"{name} {size:>24s} {choice.backend:8s} {times} [{note}]")
     lines += [f"[{number}] {backend}: {reason}" for (backend, reason), number in notes.items()]
     return "\n".join(lines)
 
