@@ -35,6 +35,8 @@ JOBS = (
     "export",
     "study",
     "plan",
+    "sensitivity",
+    "mixed",
     "vbench",
     "serve",
 )
@@ -47,7 +49,9 @@ _WORKDIR = flags.DEFINE_string(
 _JOB = flags.DEFINE_enum("job", "train", JOBS, "what to do")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be repeated")
 _SEED = flags.DEFINE_integer("seed", 0, "generate: the seed of the noise", lower_bound=0)
-_TARGET = flags.DEFINE_string("target", "", "plan: chips such as v5p:4x4x4 or h200:8; else these")
+_TARGET = flags.DEFINE_string(
+    "target", "", "plan, mixed: chips such as v5p:4x4x4 or h200:8; else these"
+)
 _COMPILE = flags.DEFINE_bool("compile", True, "plan: ask the target's compiler, if it is installed")
 _VBENCH_INFO = flags.DEFINE_string("vbench_info", "", "vbench: its VBench_full_info.json")
 _VBENCH_PYTHON = flags.DEFINE_string("vbench_python", "", "vbench: of its environment, to score")
@@ -62,6 +66,16 @@ _PART = flags.DEFINE_string(
 )
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: where to listen; 0.0.0.0 for everybody")
 _PORT = flags.DEFINE_integer("port", 7860, "serve: the port of the page")
+_CANDIDATES = flags.DEFINE_string(
+    "candidates", "w3a3,w4a4,w8a8", "sensitivity: bits to try; w4 or a4 is one operand alone"
+)
+_TIMESTEPS = flags.DEFINE_integer("timesteps", 5, "sensitivity: of the sampler's", lower_bound=1)
+_CLIPS = flags.DEFINE_integer("clips", 8, "sensitivity: held-out ones if any", lower_bound=1)
+_BUDGET = flags.DEFINE_string("budget", "", "mixed: such as 5bits, 120MB, 20bops or 350ms")
+_SEGMENTS = flags.DEFINE_integer(
+    "segments", 8, "mixed: stacks of blocks that lie alike, at most", lower_bound=1
+)
+_MEASURE = flags.DEFINE_bool("measure", True, "mixed: ask the model what the plan predicts")
 _PLAN_JSON = flags.DEFINE_string("plan_json", None, "plan: a file to write it to as JSON too")
 
 
@@ -131,6 +145,7 @@ def default_workdir(config_file: str) -> Path:
 def run(job: str, config: ConfigDict, workdir: Path) -> None:
     """Do one job. Imports are here so that a wrong flag is told at once."""
     from qvgen_jax import hosts
+    from qvgen_jax.quant.bits_file import with_bits_file
 
     hosts.join()
     if job == "pretrain":
@@ -143,12 +158,13 @@ def run(job: str, config: ConfigDict, workdir: Path) -> None:
         raise UserError(
             f"--job {job} needs a config with a train section, not one of pretraining or a study"
         )
+    plain = with_bits_file(config.to_dict())
     if job == "plan":
         from qvgen_jax.plan.job import run_plan
 
-        print(run_plan(config.to_dict(), _TARGET.value, _COMPILE.value, _PLAN_JSON.value))
+        print(run_plan(plain, _TARGET.value, _COMPILE.value, _PLAN_JSON.value))
         return
-    plain = {**config.to_dict(), "command": f"python {shlex.join(sys.argv)}"}
+    plain["command"] = f"python {shlex.join(sys.argv)}"
     if job == "encode":
         _encode(plain, workdir)
     elif job == "generate":
@@ -156,6 +172,16 @@ def run(job: str, config: ConfigDict, workdir: Path) -> None:
 
         for path in generate_files(plain, workdir, _PROMPT.value, _SEED.value):
             print(path)
+    elif job == "sensitivity":
+        from qvgen_jax.mixed.sensitivity_job import run_sensitivity
+
+        how = (_CANDIDATES.value, _TIMESTEPS.value, _CLIPS.value)
+        print(run_sensitivity(plain, workdir, *how))
+    elif job == "mixed":
+        from qvgen_jax.mixed.plan_job import run_mixed
+
+        how = (_BUDGET.value, _SEGMENTS.value, _TARGET.value, _MEASURE.value)
+        print(run_mixed(plain, workdir, *how))
     elif job == "serve":
         from qvgen_jax.serve.job import serve
 

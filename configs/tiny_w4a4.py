@@ -63,8 +63,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.quant.time_table = False  # True: the timestep's own linears become a table.
     config.quant.table_steps = ()  # It serves the pipeline's own number of steps, and these.
     config.quant.clip_index = ""  # The behaviour's own, or one of quant/clips.py.
-    # Layers that differ: (name, weight bits, activation bits), and those left as they are.
+    # Layers that differ: (name, weight bits, activation bits), and those left as they are. A name
+    # such as blocks.ffn.up is of all blocks, blocks.3.ffn.up of one.
     config.quant.bits = ()
+    config.quant.bits_file = ""  # Of --job mixed, in their place (docs/mixed.md).
     config.quant.full_precision = ()
     config.quant.product_dtype = "bfloat16"
 

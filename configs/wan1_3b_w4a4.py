@@ -50,6 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.quant.act_bits = 4
     config.quant.clip_index = ""
     config.quant.bits = ()
+    config.quant.bits_file = ""  # Of --job mixed, in their place (docs/mixed.md).
     config.quant.full_precision = ()
     config.quant.rank = 32
     config.quant.shrink = 2

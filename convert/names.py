@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qvgen_jax.errors import UserError
+from qvgen_jax.quant.blocks import ranges
 
 # How PyTorch's axes become ours (channels last); the inverse permutation is computed.
 _AXES = {
@@ -88,19 +89,9 @@ def in_ranges(names: Iterable[str]) -> str:
         pattern = f"{name[: number.start()]}{{}}{name[number.end() :]}" if number else name
         layers.setdefault(pattern, []).extend([int(number.group())] if number else [])
     return ", ".join(
-        name.replace("{}", f"{{{_ranges(sorted(numbers))}}}" if len(numbers) > 1 else str(*numbers))
+        name.replace("{}", f"{{{ranges(sorted(numbers))}}}" if len(numbers) > 1 else str(*numbers))
         for name, numbers in layers.items()
     )
-
-
-def _ranges(numbers: list[int]) -> str:
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def check_names(expected: Iterable[str], given: Iterable[str]) -> None:

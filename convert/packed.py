@@ -1,6 +1,6 @@
 """A packed transformer between our params and diffusers' tensor names."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from qvgen_jax.models import (
     time_only,
     time_outputs,
 )
+from qvgen_jax.quant.blocks import Place, Segment, is_stacked, places_of, segment_key, segments_of
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, dense_factory
 from qvgen_jax.quant.named import layer_at, with_layer
@@ -90,21 +91,29 @@ def to_packed(
         if quant.smooths(name):
             node["smooth"] = layer_at(levels, name)["smooth"]
         layers = _layers(node, entry.layers is not None)
-        for stem, layer in zip(linear_stems(entry), layers, strict=True):
-            packed = pack_layer(layer, quant.bits_of(name)[0])
+        for block, (stem, layer) in enumerate(zip(linear_stems(entry), layers, strict=True)):
+            packed = pack_layer(layer, _bits(quant, name, block)[0])
             tensors |= {f"{stem}.{leaf}": array for leaf, array in packed.items()}
     return tensors
+
+
+def _bits(quant: QuantConfig, name: str, block: int) -> tuple[int, int]:
+    return quant.bits_of(name, block if is_stacked(name) else None)
 
 
 class PackedDefinition(NamedTuple):
     """A packed network described.
 
+    Where blocks lie differently its stacks are several, each with a path of its own: see
+    `qvgen_jax.quant.blocks.places_of`.
+
     Attributes:
         graphdef: of the transformer.
         shapes: of its params, nested dict.
         levels: what of it is not trained, nested dict of arrays.
-        layouts: of the codes of every quantized linear, by name (`kernels.layouts`).
-        inputs: how many channels every quantized linear reads, by name.
+        layouts: of the codes of every quantized linear, by path (`kernels.layouts`).
+        inputs: how many channels every quantized linear reads, by path.
+        segments: of its blocks.
     """
 
     graphdef: nnx.GraphDef
@@ -112,6 +121,7 @@ class PackedDefinition(NamedTuple):
     levels: dict
     layouts: dict[str, str]
     inputs: dict[str, int]
+    segments: tuple[Segment, ...]
 
 
 def packed_definition(
@@ -127,31 +137,50 @@ def packed_definition(
         dtype: in which it computes.
         backend: of its products, see `kernels.choose`.
         chip: that it will run on; this machine's if None.
+
+    Raises:
+        UserError: the config names layers or blocks that the model does not have.
     """
-    dense = dense_factory(quant, "packed", backend=backend, chip=chip)
-    if quant.time_table:
-        dense = table_factory(dense, quant.time_entries, time_only(config), time_outputs(config))
+    names = quant.quantized(quantizable(config))
+    quant.check_blocks(config.num_layers)
+    segments = segments_of(quant, names, config.num_layers)
+
+    def factory(own: QuantConfig) -> Callable[..., nnx.Module]:
+        dense = dense_factory(own, "packed", backend=backend, chip=chip)
+        if not quant.time_table:
+            return dense
+        return table_factory(dense, quant.time_entries, time_only(config), time_outputs(config))
+
     model = nnx.eval_shape(
         lambda: build_transformer(
             config,
             key=jax.random.key(0),
-            dense=dense,
+            dense=factory(quant),
             dtype=dtype,
             clip_mode=quant.clip_index,
             remat="none",
             time_entries=quant.time_entries,
+            segments=[(each.stop - each.start, factory(each.config)) for each in segments],
         )
     )
     graphdef, shapes, levels = nnx.split(model, nnx.Param, Levels)
     shapes, levels = nnx.to_pure_dict(shapes), nnx.to_pure_dict(levels)
     layouts, inputs = {}, {}
-    for name in quant.quantized(quantizable(config)):
-        layer = reduce(getattr, name.split("."), model)
-        layouts[name], inputs[name] = layer.layout, layer.in_features
-        node = layer_at(levels, name)
-        for key, bits in zip(("weight_levels", "act_levels"), quant.bits_of(name), strict=True):
-            node[key] = np.full(node[key].shape, 2**bits - 1, np.float32)
-    return PackedDefinition(graphdef, shapes, levels, layouts, inputs)
+    for name in names:
+        for place in places_of(name, segments):
+            layer = reduce(getattr, place.path.split("."), model)
+            layouts[place.path], inputs[place.path] = layer.layout, layer.in_features
+            node = layer_at(levels, place.path)
+            weights, activations = _most(quant, name, place.blocks)
+            node["weight_levels"], node["act_levels"] = weights, activations
+    return PackedDefinition(graphdef, shapes, levels, layouts, inputs, segments)
+
+
+def _most(quant: QuantConfig, name: str, blocks: range | None) -> Iterable[np.ndarray]:
+    """2^bits - 1 of weights and of activations: float32 `[]`, or `[blocks]`."""
+    bits = [quant.bits_of(name, block) for block in (blocks or [None])]
+    most = np.float32(2) ** np.array(bits, np.float32).T - 1
+    return most if blocks is not None else [np.asarray(each) for each in most[:, 0]]
 
 
 def from_packed(
@@ -194,26 +223,62 @@ def from_packed(
     others = {n: tensors[n] for n in tensors if n not in packed_names}
     check_names(torch_names(rest), others)
     for entry in rest:
-        leaf = layer_at(definition.shapes, ".".join(entry.path))
+        place = places_of(".".join(entry.path), definition.segments)[0]
+        leaf = layer_at(definition.shapes, place.path)
         expected = torch_shape(_layer_shape(leaf, entry), entry)
         for name in torch_names([entry]):
             _check_shape(name, others[name], expected)
-    params = from_torch(rest, others)
+    params = _in_segments(from_torch(rest, others), definition.segments)
     for name, entry in kernels.items():
-        expected, layout = layer_at(definition.shapes, name), definition.layouts[name]
-        bits, fan_in = quant.bits_of(name)[0], definition.inputs[name]
-        node: dict[str, np.ndarray] = {}
-        for index, stem in enumerate(linear_stems(entry)):
-            layer = {leaf: tensors[f"{stem}.{leaf}"] for leaf in leaves_of(quant, name)}
-            layer = unpack_layer(layer, bits, fan_in, layout)
-            for key, array in layer.items():
-                _check_shape(f"{stem}.{key}", array, _layer_shape(expected[key], entry))
-                if key not in node:
-                    node[key] = np.empty(expected[key].shape, array.dtype)
-                node[key][index if entry.layers is not None else ...] = array
-        node = {key: put(array, name, key) for key, array in node.items()}
-        params = with_layer(params, name, node)
+        stems, leaves = linear_stems(entry), leaves_of(quant, name)
+        for place in places_of(name, definition.segments):
+            layers = (
+                (
+                    stems[block],
+                    _bits(quant, name, block)[0],
+                    {leaf: tensors[f"{stems[block]}.{leaf}"] for leaf in leaves},
+                )
+                for block in place.blocks or [0]
+            )
+            node = _unpacked(layers, definition, place)
+            node = {key: put(array, place.path, key) for key, array in node.items()}
+            params = with_layer(params, place.path, node)
     return params
+
+
+def _unpacked(
+    layers: Iterable[tuple[str, int, dict[str, np.ndarray]]],
+    definition: PackedDefinition,
+    place: Place,
+) -> dict[str, np.ndarray]:
+    """Params of a stack, or of a linear outside the blocks, from each one's stem, bits and tensors.
+
+    One layer at a time.
+    """
+    expected, layout = layer_at(definition.shapes, place.path), definition.layouts[place.path]
+    stacked, node = place.blocks is not None, {}
+    for index, (stem, bits, layer) in enumerate(layers):
+        layer = unpack_layer(layer, bits, definition.inputs[place.path], layout, place.bits[0])
+        for key, array in layer.items():
+            shape = expected[key].shape
+            _check_shape(f"{stem}.{key}", array, shape[1:] if stacked else shape)
+            if key not in node:
+                node[key] = np.empty(shape, array.dtype)
+            node[key][index if stacked else ...] = array
+    return node
+
+
+def _in_segments(params: dict, segments: tuple[Segment, ...]) -> dict:
+    """The params with the stacks of the blocks cut into those of the segments."""
+    if len(segments) == 1 or "blocks" not in params:
+        return params
+    cut = {
+        segment_key(each.start): jax.tree.map(
+            lambda stack, each=each: stack[each.start : each.stop], params["blocks"]
+        )
+        for each in segments
+    }
+    return {**params, "blocks": cut}
 
 
 def _layer_shape(leaf: jax.ShapeDtypeStruct, entry: Entry) -> tuple[int, ...]:

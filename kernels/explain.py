@@ -63,14 +63,16 @@ def table(rows: Sequence[Row]) -> str:
         f"{'layer':44s} {'':>4s} {'rows x in x out':>24s} {'backend':8s} {'ms':>9s} {'bf16':>9s}"
     ]
     notes: dict[tuple[str, str], int] = {}
+    names = [row.name for row in rows]
     for row in rows:
         product, choice = row.product, row.choice
         note = notes.setdefault((choice.backend, choice.reason), len(notes) + 1)
         size = f"{product.rows} x {product.inner} x {product.columns}"
         times = " ".join(f"{_ms(x):>9s}" for x in (row.seconds, row.bf16))
-        lines.append(
-            f"{row.name:44s} x{row.count:3d} {size:>24s} {choice.backend:8s} {times} [{note}]"
-        )
+        # Where blocks differ, a linear has a row for each of its bits.
+        bits = f" W{product.weight_bits}A{product.act_bits}" if names.count(row.name) > 1 else ""
+        name = f"{row.name + bits:44s} x{row.count:3d}"
+        lines.append(f"{name} {size:>24s} {choice.backend:8s} {times} [{note}]")
     lines += [f"[{number}] {backend}: {reason}" for (backend, reason), number in notes.items()]
     return "\n".join(lines)
 
@@ -100,13 +102,15 @@ def read_quantized(argument: str) -> Mapping[str, Any]:
     Raises:
         ValueError: see `configs.read_config`; or it is of no transformer that is quantized.
     """
+    from qvgen_jax.quant.bits_file import with_bits_file
+
     config = read_config(argument).to_dict()
     if missing := [name for name in ("model", "data", "quant") if name not in config]:
         raise ValueError(
             f"the config of {argument!r} has no {', '.join(missing)}; name one that quantizes a "
             "transformer, such as configs/wan14b_w4a4.py"
         )
-    return config
+    return with_bits_file(config)
 
 
 def describe(config: Mapping[str, Any], chip: Chip, asked: str | None = None) -> str:
@@ -123,18 +127,14 @@ def describe(config: Mapping[str, Any], chip: Chip, asked: str | None = None) ->
     # The only place in kernels/ that knows models: this is a command, like main.py.
     from kernels.attention import choose_attention
     from kernels.attention_call import AttentionCall
-    from qvgen_jax.models.linears import attended, linears, video_tokens
+    from qvgen_jax.models.linears import attended, quantized_products, video_tokens
     from qvgen_jax.models.published import transformer_config
     from qvgen_jax.training.student import quant_config
 
     model, data = transformer_config(config["model"]), config["data"]
     quant = quant_config(config["quant"], model)
     tokens = video_tokens(model, data["num_frames"], data["height"], data["width"])
-    layers = [
-        (x.name, x.count, Product(x.rows, x.inner, x.columns, *quant.bits_of(x.name)))
-        for x in linears(model, tokens, data["max_length"])
-        if x.name not in quant.full_precision
-    ]
+    layers = quantized_products(model, tokens, data["max_length"], quant)
     rows = explain(layers, chip, asked or config.get("kernels", "auto"))
     pairs = attended(model, tokens, data["max_length"])
     operations = 4 * model.dim * model.num_layers * sum(q * k for q, k in pairs)

@@ -58,6 +58,9 @@ _WHOLE = (
     r"|(blocks\.)?scale_shift_table|timestep_table"
 )
 
+# Where blocks differ in bits they are several stacks (qvgen_jax/models/stack.py), cut alike.
+_SEGMENT = r"^blocks\.from_\d+\."
+
 
 def spec_of(path: str) -> tuple[str | None, ...]:
     """The mesh axis of each dimension of a parameter, by its dotted path; stacked ones included.
@@ -66,6 +69,7 @@ def spec_of(path: str) -> tuple[str | None, ...]:
         UserError: the table has no such parameter.
     """
     layers = (None,) if path.startswith("blocks.") else ()
+    path = re.sub(_SEGMENT, "blocks.", path)
     if re.fullmatch(_WHOLE, path):
         return layers  # Shorter than the shape: the rest is whole too.
     name, _, leaf = path.rpartition(".")

@@ -13,7 +13,7 @@ Everything but `measure` is a function of arrays, so that a student can be asked
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvgen_jax.data.dataset import EncodedDataset
+from qvgen_jax.data.dataset import Dataset, EncodedDataset
 from qvgen_jax.data.prepare import ensure_held_out
 from qvgen_jax.diffusion.guidance import own_guidance
 from qvgen_jax.diffusion.noising import noise_at
@@ -52,10 +52,10 @@ def bucket_timesteps(pipe: Pipeline) -> tuple[int, ...]:
     return tuple(sorted({int(visited[row]) for row in nearest}))
 
 
-def read_clips(dataset: EncodedDataset) -> dict[str, np.ndarray]:
-    """All clips of a (small) folder: `latents` `[clips, f, h, w, c]`, the posterior's mean, and
-    `text_embeds` `[clips, max_length, dim]`."""
-    clips = [dataset[index] for index in range(len(dataset))]
+def read_clips(dataset: Dataset, indices: Iterable[int] | None = None) -> dict[str, np.ndarray]:
+    """Clips of one size, all of a (small) folder if no indices are given: `latents`
+    `[clips, f, h, w, c]`, the posterior's mean, and `text_embeds` `[clips, max_length, dim]`."""
+    clips = [dataset[index] for index in (range(len(dataset)) if indices is None else indices)]
     widths = [dataset.max_length - len(clip["text_embeds"]) for clip in clips]
     texts = [
         np.pad(clip["text_embeds"], ((0, missing), (0, 0)))

@@ -13,7 +13,6 @@ from flax import nnx
 
 from kernels.reference import wide_type
 from qvgen_jax.errors import UserError
-from qvgen_jax.layer_scan import layer_scan
 from qvgen_jax.models.cogvideox_block import CogVideoXBlock
 from qvgen_jax.models.cogvideox_config import CogVideoXConfig
 from qvgen_jax.models.cogvideox_positions import rotations, sincos_table
@@ -27,6 +26,7 @@ from qvgen_jax.models.layers import (
 )
 from qvgen_jax.models.remat import recomputed
 from qvgen_jax.models.rope import pad_table
+from qvgen_jax.models.stack import Segments, build_blocks, scan_blocks
 from qvgen_jax.quant import clips
 from qvgen_jax.quant.dense import Dense, QuantContext
 from qvgen_jax.quant.time_table import nearest_entry
@@ -147,6 +147,7 @@ class CogVideoXTransformer(nnx.Module):
         remat: what the backward pass keeps, see `qvgen_jax.models.remat`.
         time_entries: of a time table, see `quant.time_table`; its timesteps are then parameters,
             and each sample reads the entry nearest to its own.
+        segments: where blocks differ in how their linears lie in memory, see `models.stack`.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class CogVideoXTransformer(nnx.Module):
         clip_mode: str = "bucket",
         remat: str = "blocks",
         time_entries: int | None = None,
+        segments: Segments = (),
     ):
         keys = jax.random.split(key, 5)
         dim, time_dim = config.dim, config.time_embed_dim
@@ -173,11 +175,12 @@ class CogVideoXTransformer(nnx.Module):
             dtype=wide_type(dtype),
         )
 
-        def make_block(key: jax.Array) -> CogVideoXBlock:
+        def make_block(key: jax.Array, dense: Callable) -> CogVideoXBlock:
             sizes = (dim, config.num_attention_heads, time_dim, config.norm_eps)
             return CogVideoXBlock(*sizes, key=key, dense=dense, dtype=dtype)
 
-        self.blocks = jax.vmap(make_block)(jax.random.split(keys[2], config.num_layers))
+        layers = jax.random.split(keys[2], config.num_layers)
+        self.blocks = build_blocks(make_block, layers, dense, segments)
         self.norm_final = LayerNorm(dim, eps=config.norm_eps)
         self.norm_out = OutputNorm(config, key=keys[3], dense=dense, dtype=dtype)
         patch = config.patch_size
@@ -231,7 +234,7 @@ class CogVideoXTransformer(nnx.Module):
         def body(x: jax.Array, block: CogVideoXBlock) -> tuple[jax.Array, None]:
             return over_tokens(block(x, condition, text_tokens, rotary, tokens, ctx)), None
 
-        x, _ = layer_scan(recomputed(body, self.remat), x, self.blocks)
+        x = scan_blocks(recomputed(body, self.remat), x, self.blocks)
 
         x = self.norm_out(self.norm_final(x[:, text_tokens:tokens]), condition, ctx)
         x = self.proj_out(x.astype(self.dtype), ctx)

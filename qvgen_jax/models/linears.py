@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from kernels.operands import Product
 from qvgen_jax.models import (
     TransformerConfig,
     abstract_params,
@@ -11,6 +12,8 @@ from qvgen_jax.models import (
     time_only,
 )
 from qvgen_jax.models.cogvideox_config import CogVideoXConfig
+from qvgen_jax.quant.blocks import is_stacked
+from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.named import layer_at
 
 
@@ -72,6 +75,23 @@ def linears(config: TransformerConfig, tokens: int, text_tokens: int) -> list[Li
         elif isinstance(config, CogVideoXConfig) and name.startswith("blocks."):
             rows = tokens + text_tokens  # Its blocks see both as one sequence.
         found.append(Linear(name, math.prod(layers), rows, inner, columns))
+    return found
+
+
+def quantized_products(
+    config: TransformerConfig, tokens: int, text_tokens: int, quant: QuantConfig
+) -> list[tuple[str, int, Product]]:
+    """Name, number of layers and product of every quantized linear; by bits, where blocks differ.
+
+    Args: as `linears`, and what of them is quantized.
+    """
+    found = []
+    for x in linears(config, tokens, text_tokens):
+        if x.name in quant.full_precision:
+            continue
+        held = quant.blocks_by_bits(x.name, x.count if is_stacked(x.name) else None)
+        for bits, blocks in held.items():
+            found.append((x.name, len(blocks), Product(x.rows, x.inner, x.columns, *bits)))
     return found
 
 

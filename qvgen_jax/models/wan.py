@@ -12,7 +12,6 @@ from kernels.fused_quantize import Normalized, gelu
 from kernels.reference import at_least_float32, wide_type
 from qvgen_jax.config_fields import Even, Layers, Positive, check_fields
 from qvgen_jax.errors import UserError
-from qvgen_jax.layer_scan import layer_scan
 from qvgen_jax.models.layers import (
     TwoLinears,
     linear,
@@ -22,6 +21,7 @@ from qvgen_jax.models.layers import (
 )
 from qvgen_jax.models.remat import recomputed
 from qvgen_jax.models.rope import pad_table, rotary_table
+from qvgen_jax.models.stack import Segments, build_blocks, scan_blocks
 from qvgen_jax.models.wan_block import WanBlock
 from qvgen_jax.quant import clips
 from qvgen_jax.quant.apply import apply_normalized
@@ -209,6 +209,7 @@ class WanTransformer(nnx.Module):
             block is faster too: the stacked activations are fresh pages at every step.
         time_entries: of a time table, see `quant.time_table`; its timesteps are then parameters,
             and each sample reads the entry nearest to its own.
+        segments: where blocks differ in how their linears lie in memory, see `models.stack`.
     """
 
     def __init__(
@@ -221,6 +222,7 @@ class WanTransformer(nnx.Module):
         clip_mode: str = "bucket",
         remat: str = "blocks",
         time_entries: int | None = None,
+        segments: Segments = (),
     ):
         keys = jax.random.split(key, 5)
         dim, window = config.dim, config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
@@ -229,11 +231,12 @@ class WanTransformer(nnx.Module):
         )
         self.condition_embedder = ConditionEmbedder(config, key=keys[1], dense=dense, dtype=dtype)
 
-        def make_block(key: jax.Array) -> WanBlock:
+        def make_block(key: jax.Array, dense: Callable) -> WanBlock:
             heads, hidden = config.num_attention_heads, config.ffn_dim
             return WanBlock(dim, heads, hidden, config.eps, key=key, dense=dense, dtype=dtype)
 
-        self.blocks = jax.vmap(make_block)(jax.random.split(keys[2], config.num_layers))
+        layers = jax.random.split(keys[2], config.num_layers)
+        self.blocks = build_blocks(make_block, layers, dense, segments)
         self.proj_out = dense(
             "proj_out", dim, window * config.out_channels, key=keys[3], dtype=dtype
         )
@@ -284,7 +287,7 @@ class WanTransformer(nnx.Module):
         def body(x: jax.Array, block: WanBlock) -> tuple[jax.Array, None]:
             return over_tokens(block(x, text, modulation, rotary, tokens, ctx)), None
 
-        x, _ = layer_scan(recomputed(body, self.remat), x, self.blocks)
+        x = scan_blocks(recomputed(body, self.remat), x, self.blocks)
 
         table = at_least_float32(self.scale_shift_table[...]) + embedding[:, None]
         shift, scale = jnp.split(table, 2, axis=1)

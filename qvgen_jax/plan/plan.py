@@ -8,12 +8,11 @@ import jax.numpy as jnp
 from kernels.attention import choose_attention
 from kernels.attention_call import AttentionCall
 from kernels.explain import Row, explain
-from kernels.operands import Product
 from qvgen_jax.errors import UserError
 from qvgen_jax.mesh import sizes_of_config
 from qvgen_jax.models import quantizable
 from qvgen_jax.models.attention import exchange
-from qvgen_jax.models.linears import attended, linears
+from qvgen_jax.models.linears import attended, quantized_products
 from qvgen_jax.plan import ahead
 from qvgen_jax.plan.collectives import Collective
 from qvgen_jax.plan.memory import Memory, estimate
@@ -146,9 +145,5 @@ def _attention(run: Run, target: Target, sizes: Mapping[str, int]) -> tuple:
 
 def _layers(run: Run, target: Target) -> tuple[Row, ...]:
     quant = quant_config(run.config["quant"], run.model)
-    products = [
-        (x.name, x.count, Product(x.rows, x.inner, x.columns, *quant.bits_of(x.name)))
-        for x in linears(run.model, run.tokens, run.text_tokens)
-        if x.name not in quant.full_precision
-    ]
+    products = quantized_products(run.model, run.tokens, run.text_tokens, quant)
     return tuple(explain(products, target.chip, run.config["kernels"]))

@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 from qvgen_jax.errors import UserError
+from qvgen_jax.quant.blocks import in_block, split_block
 from qvgen_jax.quant.clips import CLIP_INDEX_MODES
 from qvgen_jax.quant.rotation import block_size
 
@@ -18,7 +19,8 @@ class QuantConfig:
     Attributes:
         weight_bits: 2 to 8, for every layer not in `bits`.
         act_bits: the same for activations.
-        bits: layer name to (weight bits, activation bits), where a layer differs.
+        bits: layer name to (weight bits, activation bits), where a layer differs; of all blocks
+            (`blocks.ffn.up`) or of one (`blocks.7.ffn.up`), which goes before.
         rank: of the low-rank branch at step 0; 0 for none.
         buckets: learned clip pairs per layer.
         clip_index: how a timestep chooses its pair, see `qvgen_jax.quant.clips`.
@@ -109,9 +111,45 @@ class QuantConfig:
         """The constant on top of the learned clips."""
         return self.initial_clip if self.clip_twice else 1.0
 
-    def bits_of(self, name: str) -> tuple[int, int]:
-        """(weight bits, activation bits) of a layer."""
-        return tuple(self.bits.get(name, (self.weight_bits, self.act_bits)))
+    def bits_of(self, name: str, block: int | None = None) -> tuple[int, int]:
+        """(weight bits, activation bits) of a layer; of all blocks' if `block` is None."""
+        everywhere = self.bits.get(name, (self.weight_bits, self.act_bits))
+        return tuple(self.bits.get(in_block(name, block), everywhere))
+
+    def blocks_by_bits(self, name: str, blocks: int | None) -> dict[tuple[int, int], list[int]]:
+        """Bits to the numbers of the blocks that have them, 0 for a layer outside the blocks."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for block in [None] if blocks is None else range(blocks):
+            found.setdefault(self.bits_of(name, block), []).append(block or 0)
+        return found
+
+    @property
+    def by_block(self) -> bool:
+        """Whether blocks may differ in bits."""
+        return any(split_block(name)[0] is not None for name in self.bits)
+
+    def with_widest(self, names: Iterable[str], blocks: Iterable[int]) -> "QuantConfig":
+        """The config of some blocks alone, counted from 0; of all of them, a layer's widest bits.
+
+        Args:
+            names: the layers that every block has.
+            blocks: numbers of neighbours.
+        """
+        bits = {name: pair for name, pair in self.bits.items() if split_block(name)[0] is None}
+        blocks = tuple(blocks)
+        for name in names:
+            pairs = [self.bits_of(name, block) for block in blocks]
+            bits[name] = tuple(max(column) for column in zip(*pairs, strict=True))
+            if len(set(pairs)) > 1:
+                bits |= {in_block(name, place): pair for place, pair in enumerate(pairs)}
+        return dataclasses.replace(self, bits=bits)
+
+    def token_bits(self, name: str) -> tuple[int, ...]:
+        """A layer's activation bits: of one block after the other where they have their own."""
+        numbers = [block for block, kind in map(split_block, self.bits) if kind == name]
+        last = max((block for block in numbers if block is not None), default=None)
+        blocks = (None,) if last is None else range(last + 1)
+        return tuple(self.bits_of(name, block)[1] for block in blocks)
 
     def buckets_of(self, name: str) -> int:
         """How many clip pairs a layer has."""
@@ -135,7 +173,14 @@ class QuantConfig:
         """
         names = tuple(names)
         folded = (*self.folded, *(source for source, _ in self.folded.values()))
-        for name in (*self.bits, *self.single_clip, *self.full_precision, *folded):
+        stacked = [split_block(name)[1] for name in self.bits]
+        for name in (*stacked, *self.single_clip, *self.full_precision, *folded):
+            if name in self.full_precision and split_block(name)[0] is not None:
+                raise UserError(
+                    f"full_precision names {name!r}, of one block: a layer stays in full precision "
+                    "in all blocks or in none; give that block 8 bits instead, "
+                    f"bits=(({name!r}, 8, 8),)"
+                )
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
                 raise UserError(
@@ -143,3 +188,17 @@ class QuantConfig:
                     f"this model; the nearest is {near[0] if near else None!r}"
                 )
         return tuple(name for name in names if name not in self.full_precision)
+
+    def check_blocks(self, blocks: int) -> None:
+        """Refuse bits of a block that a model of so many blocks does not have.
+
+        Raises:
+            UserError: it names the layer.
+        """
+        for name in self.bits:
+            if (split_block(name)[0] or 0) >= blocks:
+                raise UserError(
+                    f"the quantization config gives bits to {name!r}, and the model has {blocks} "
+                    f"blocks, 0 to {blocks - 1}; the bits are of another model, or the number is "
+                    "wrong"
+                )

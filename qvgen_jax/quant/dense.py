@@ -240,6 +240,7 @@ class PackedDense(_TokenQuantizer):
         super().__init__(config, name, in_features, dtype)
         self.name = name
         self.bits, self.in_features = config.bits_of(name), in_features
+        self.token_bits = config.token_bits(name)
         product = Product(None, in_features, out_features, *self.bits, jnp.dtype(dtype))
         self.backend, reason, self.layout = choose(product, chip, backend)
         if backend not in ("auto", self.backend):
@@ -282,7 +283,7 @@ class PackedDense(_TokenQuantizer):
     def token_form(self) -> tuple:
         """What its tokens go through: equal for layers that can read the same ones together."""
         ranges = (self.include_zero, self.clip_ratio, self.range_dtype)
-        return (self.backend, self.bits[1], self.block, hasattr(self, "smooth"), *ranges)
+        return (self.backend, self.token_bits, self.block, hasattr(self, "smooth"), *ranges)
 
     def _weight(self) -> Weight:
         given = None if self.zero_point is None else self.zero_point[...]

@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels.reference import at_least_float32
 from qvgen_jax.quant.config import QuantConfig
@@ -113,9 +114,7 @@ def quantize_params(
         node = layer_at(params, name)
         kernel = node["kernel"]
         stack = kernel.shape[:-2]
-        weight_levels, act_levels = (
-            jnp.full(stack, 2**bits - 1, jnp.float32) for bits in config.bits_of(name)
-        )
+        weight_levels, act_levels = _levels(config, name, stack)
         leaves = _quantize_stack(
             kernel.reshape(-1, *kernel.shape[-2:]),
             weight_levels.reshape(-1),
@@ -130,6 +129,13 @@ def quantize_params(
         fixed |= {"smooth": smooth[name]} if name in smooth else {}
         levels = with_layer(levels, name, fixed)
     return params, levels
+
+
+def _levels(config: QuantConfig, name: str, stack: tuple[int, ...]) -> jax.Array:
+    """2^bits - 1 of weights and activations: float32 `[2]`, or `[2, layers]`."""
+    blocks = range(stack[0]) if stack else (None,)
+    bits = np.array([config.bits_of(name, block) for block in blocks])
+    return jnp.asarray(2.0**bits - 1, jnp.float32).T.reshape(2, *stack)
 
 
 @jax.jit
@@ -163,7 +169,7 @@ def quantization_errors(params: dict, levels: dict, names: Iterable[str]) -> dic
 
 
 # The sigmoid of this is 1 in float32: a token keeps its whole range.
-_UNCLIPPED = 20.0
+UNCLIPPED = 20.0
 
 
 def round_to_nearest(
@@ -189,6 +195,6 @@ def round_to_nearest(
         else:
             scale = jnp.maximum((high - low) / most, 1e-9)
             leaves = {"scale": scale, "zero_point": jnp.round(-low / scale)}
-        leaves |= {clip: jnp.full_like(node[clip], _UNCLIPPED) for clip in ("lower", "upper")}
+        leaves |= {clip: jnp.full_like(node[clip], UNCLIPPED) for clip in ("lower", "upper")}
         params = with_layer(params, name, {**node, **leaves})
     return params, levels

@@ -27,9 +27,11 @@ Version 3 is written where a model uses something that older readers do not know
     rotation            the tokens are rotated before they are quantized, see docs/format.md
     smoothing           they are divided before that by
         smooth          float32 [in]   unless the linear is `folded`
+    bits_by_layer       with names of single blocks: `blocks.7.attn1.to_q`
 
 The transformer's config.json holds a `quantization_config`, see `quantization_config`. Its layer
-names are the model's `quantizable` names: `blocks.attn1.to_q` stands for every block's.
+names are the model's `quantizable` names: `blocks.attn1.to_q` stands for every block's, but for
+those that have bits of their own.
 """
 
 from collections.abc import Mapping
@@ -147,17 +149,23 @@ def pack_tensors(codes: np.ndarray, layer: Mapping[str, Any], bits: int) -> dict
 
 
 def unpack_layer(
-    tensors: Mapping[str, np.ndarray], bits: int, in_features: int, layout: str = "rows"
+    tensors: Mapping[str, np.ndarray],
+    bits: int,
+    in_features: int,
+    layout: str = "rows",
+    held: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Params of one `PackedDense` from the tensors of one linear; the inverse of `pack_layer`.
 
     Args:
+        bits: of the codes.
         layout: of the codes, see `kernels.layouts`; the layer's own.
+        held: bits that their container is chosen for, the widest of a stack; as `bits` if None.
     """
     codes = unpack_codes(tensors["codes"], bits, in_features)
     codes = (codes - np.uint8(2 ** (bits - 1))).view(np.int8).T  # Wraps into two's complement.
     layer = {
-        "codes": np.ascontiguousarray(lay_out(codes, bits, layout)),
+        "codes": np.ascontiguousarray(lay_out(codes, held or bits, layout)),
         "scale": np.asarray(tensors["scale"], np.float32),
         "code_sum": codes.sum(axis=0, dtype=np.int32).astype(np.float32),
         "lower": np.asarray(tensors["clips"][:, 0], np.float32),
@@ -196,7 +204,7 @@ def quantization_config(config: QuantConfig) -> dict[str, Any]:
     version = BRANCH_VERSION if config.rank else PLAIN_VERSION
     fields = {
         "quant_method": "qvgen",
-        "format_version": FEATURES_VERSION if features else version,
+        "format_version": FEATURES_VERSION if features or config.by_block else version,
         "bits": {"weights": config.weight_bits, "activations": config.act_bits},
         "bits_by_layer": {
             name: {"weights": weights, "activations": activations}
@@ -240,7 +248,7 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
         for name, kind in _KINDS.items():
             check_value(fields[name], kind, name, "quantization_config")
         ratio = float(fields["clip_ratio"])
-        return QuantConfig(
+        config = QuantConfig(
             weight_bits=fields["bits"]["weights"],
             act_bits=fields["bits"]["activations"],
             bits={
@@ -270,6 +278,12 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
         raise UserError(
             f"quantization_config is damaged ({type(error).__name__}: {error}); export again"
         ) from error
+    if config.by_block and version != FEATURES_VERSION:
+        raise UserError(
+            f"quantization_config gives bits to single blocks and has format_version={version}, "
+            f"which does not know them, expected {FEATURES_VERSION}; export again"
+        )
+    return config
 
 
 def _time_table(table: Mapping[str, Any] | None) -> dict[str, Any]:

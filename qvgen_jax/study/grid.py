@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import read_config
 from qvgen_jax.errors import UserError
+from qvgen_jax.quant.bits_file import with_bits_file
 from qvgen_jax.study.operations import EQUAL_OPERATIONS, equal_steps
 
 # Keys that change where things lie, what is kept or what is written about a run, not its numbers.
@@ -156,7 +157,7 @@ def _resolve(base: str, overrides: Mapping[str, Any], variant: str) -> dict:
             node[leaf] = value
         except (TypeError, ValueError) as error:
             raise UserError(f"variant {variant!r}, {key}={value!r}: {error}") from error
-    return config.to_dict()
+    return with_bits_file(config.to_dict())
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

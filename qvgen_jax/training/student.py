@@ -16,6 +16,7 @@ from qvgen_jax.models import (
     time_only,
     values_of,
 )
+from qvgen_jax.quant.blocks import is_stacked, ranges, split_block
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, dense_factory
 
@@ -36,8 +37,8 @@ def quant_config(quant: Mapping, model: TransformerConfig) -> QuantConfig:
     """The `quant` section of a config as the quantizers read it.
 
     Raises:
-        UserError: an unknown behaviour, a layer name that the model does not have, or bits for a
-            layer that stays in full precision.
+        UserError: an unknown behaviour, a layer or block that the model does not have, or bits for
+            a layer that stays in full precision.
     """
     if quant["behaviour"] not in _BEHAVIOURS:
         raise UserError(
@@ -72,8 +73,9 @@ def quant_config(quant: Mapping, model: TransformerConfig) -> QuantConfig:
         single = tuple(name for name in text_only(model) if name not in chosen["full_precision"])
         config = QuantConfig(single_clip=single, **chosen)
     names = config.quantized(quantizable(model))
+    config.check_blocks(model.num_layers)
     for name in config.bits:
-        if name not in names:
+        if split_block(name)[1] not in names:
             raise UserError(
                 f"quant.bits asks {config.bits[name]} bits of {name!r}, which stays in full "
                 "precision (quant.full_precision, or quant.time_table for the timestep's own); "
@@ -139,17 +141,25 @@ def describe_layers(model: TransformerConfig, quant: QuantConfig) -> str:
     names = quantizable(model)
     lines = []
     for name in names:
-        count = model.num_layers if name.startswith("blocks.") else 1
-        kind = f"W{quant.bits_of(name)[0]}A{quant.bits_of(name)[1]}"
+        count = model.num_layers if is_stacked(name) else 1
+        kind = _kinds(quant.blocks_by_bits(name, count if is_stacked(name) else None))
         if name in quant.full_precision:
             table = quant.time_table and name in time_only(model)
             kind = "full precision" + (", a table in the export" if table else "")
         clips = "" if name in quant.full_precision else f", {quant.buckets_of(name)} clip pairs"
         lines.append(f"  {name:45s} x {count:3d}  {kind}{clips}")
-    total = sum(model.num_layers if n.startswith("blocks.") else 1 for n in names)
+    total = sum(model.num_layers if is_stacked(n) else 1 for n in names)
     patches = "" if "patch_embed.proj" in names else "patch embedding, "
     kept = f"  {patches}norms, modulation tables, attention products    full precision"
     before = [f"smoothed by {quant.smoothing}"] if quant.smoothing else []
     before += [f"rotated ({quant.rotation})"] if quant.rotation != "none" else []
     ready = [f"  tokens {', then '.join(before)}, before they are quantized"] if before else []
     return "\n".join([f"{total} linears:", *lines, *ready, kept])
+
+
+def _kinds(blocks: Mapping[tuple[int, int], list[int]]) -> str:
+    """`W4A4`, or `W4A4 (blocks 0-3,5), W8A8 (blocks 4)`."""
+    kinds = {f"W{weights}A{acts}": held for (weights, acts), held in blocks.items()}
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return ", ".join(f"{kind} (blocks {ranges(held)})" for kind, held in kinds.items())

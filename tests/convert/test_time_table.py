@@ -211,6 +211,22 @@ def test_the_table_is_what_the_layers_say_at_every_timestep(exported):
         )
 
 
+@pytest.mark.slow
+def test_tables_of_blocks_that_differ_in_bits_are_cut_like_their_blocks(tmp_path):
+    quant = quant_for(COGVIDEOX, bits={"blocks.1.ffn.up": (8, 8)})
+    trained = student(COGVIDEOX, quant)
+    source = pipeline_folder(tmp_path / "source", "cogvideox")
+    export_pipeline(source, tmp_path / "export", COGVIDEOX, trained.states[0], quant)
+    loaded = read_transformer(tmp_path / "export" / "transformer", jnp.float32)
+    timesteps = loaded.states[0]["timestep_table"]
+    said = fold_time(COGVIDEOX, trained.states[0], timesteps)["blocks"]["norm1"]["linear"]["table"]
+    for block, part in enumerate(("from_0", "from_1")):
+        found = loaded.states[0]["blocks"][part]["norm1"]["linear"]["table"]
+        np.testing.assert_allclose(np.float32(found), said[block : block + 1], **ROUNDING)
+    arguments = (jnp.ones((1, 3, 4, 6, COGVIDEOX.in_channels)), timesteps[:1], jnp.ones((1, 5, 10)))
+    assert np.isfinite(loaded(*arguments)).all()
+
+
 def test_the_export_holds_tables_and_none_of_the_linears(exported):
     tensors = Tensors(exported.folder / "transformer")
     config = read_json(exported.folder / "transformer" / "config.json")["quantization_config"]

@@ -33,6 +33,16 @@ def test_the_ceiling_adds_attention_in_bf16_to_both_sides():
     assert "the transformer is at best 1.33x" in text  # (12 + 12) / (6 + 12)
 
 
+def test_rows_of_one_linear_say_their_bits_where_blocks_differ():
+    four, eight = Product(64, 64, 64, 4, 4), Product(64, 64, 64, 8, 8)
+    text = table(explain([("up", 3, four), ("up", 1, eight), ("down", 4, four)], ROUND))
+    assert [line.split(" x")[0].rstrip() for line in text.splitlines()[1:4]] == [
+        "up W4A4",
+        "up W8A8",
+        "down",
+    ]
+
+
 def test_a_chip_without_peaks_has_no_times():
     rows = explain([("one", 1, Product(64, 64, 64))], ROUND._replace(bf16=0, int8=0))
     assert rows[0].seconds is None
