@@ -19,6 +19,8 @@ from importlib.metadata import version
 
 from ml_collections import ConfigDict
 
+from configs._baselines import BASELINES
+
 # Programs compile in two thirds of the time and are no slower (CPU). JAX 0.11 ends over the first.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=1"
 if version("jax").startswith("0.10."):
@@ -97,6 +99,9 @@ _FINALS_ONLY = {
     # operations: whether Phi adds anything to them (ours).
     "together": _TOGETHER,
     "together_plain": {**_TOGETHER, "quant.rank": 0, "train.steps": "equal_operations"},
+    # The trained baselines of QVGen's paper, as configs/_baselines.py has them; its plain training
+    # is plain_qat above.
+    **{name: BASELINES[name] for name in ("lsq", "q_dm", "efficient_dm")},
 }
 # Cells at once, each on its share of the CPUs, and what every cell's process is started with.
 _PLACES = {
@@ -155,6 +160,9 @@ def get_config(arg: str = "screening") -> ConfigDict:
         "unguided_last",
         "together",
         "together_plain",
+        "lsq",
+        "q_dm",
+        "efficient_dm",
     )
     config.finalists.names = ()
     config.finalists.without = tuple(_FINALS_ONLY)
