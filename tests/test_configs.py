@@ -47,6 +47,15 @@ def test_every_model_takes_every_baseline_and_keeps_its_own_data_steps_and_bits(
     assert quant.learned_steps == (baseline != "plain_qat")
 
 
+def test_an_adapters_rate_is_the_published_one_where_weights_train_at_the_usual_rate():
+    rates = config("wan14b_w4a4", "efficient_dm")["train"]["learning_rate"]
+    assert rates == {"weights": 3e-5, "branch": 1 / 2500, "scales": 1e-6, "clips": 5e-4}
+    tiny = config("tiny_w4a4", "efficient_dm")["train"]["learning_rate"]
+    assert tiny["branch"] == pytest.approx(1 / 75)  # Its weights train at 1e-3.
+    variants = importlib.import_module("configs.study_tiny").get_config("finals").variants
+    assert variants["efficient_dm"]["train.learning_rate.branch"] == tiny["branch"]
+
+
 def test_two_baselines_or_one_as_released_are_refused():
     assert config("tiny_w3a3", "full,lsq")["train"]["steps"] == 3000
     for name, argument in (("tiny_w4a4", "lsq,q_dm"), ("wan1_3b_w4a4", "released,lsq")):
