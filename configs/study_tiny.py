@@ -19,6 +19,9 @@ from importlib.metadata import version
 
 from ml_collections import ConfigDict
 
+from configs import tiny_w4a4
+from configs._baselines import overrides
+
 # Programs compile in two thirds of the time and are no slower (CPU). JAX 0.11 ends over the first.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=1"
 if version("jax").startswith("0.10."):
@@ -89,6 +92,7 @@ _SCREENING = {
     "abrupt_end": {"quant.decay_shape": "abrupt", "quant.decay_fraction": 0.9},
 }
 _TOGETHER = {"quant.rotation": "hadamard", "quant.smoothing": 0.5, "quant.time_table": True}
+_WEIGHTS_RATE = tiny_w4a4.get_config("full").train.learning_rate.weights
 _FINALS_ONLY = {
     # The last 4 of 25 steps without guidance, which amplifies errors (arXiv 2404.07724). It trains
     # as the default does: only videos can tell.
@@ -97,6 +101,9 @@ _FINALS_ONLY = {
     # operations: whether Phi adds anything to them (ours).
     "together": _TOGETHER,
     "together_plain": {**_TOGETHER, "quant.rank": 0, "train.steps": "equal_operations"},
+    # The trained baselines of QVGen's paper, as configs/_baselines.py has them; its plain training
+    # is plain_qat above.
+    **{name: overrides(name, _WEIGHTS_RATE) for name in ("lsq", "q_dm", "efficient_dm")},
 }
 # Cells at once, each on its share of the CPUs, and what every cell's process is started with.
 _PLACES = {
@@ -155,6 +162,9 @@ def get_config(arg: str = "screening") -> ConfigDict:
         "unguided_last",
         "together",
         "together_plain",
+        "lsq",
+        "q_dm",
+        "efficient_dm",
     )
     config.finalists.names = ()
     config.finalists.without = tuple(_FINALS_ONLY)

@@ -12,11 +12,11 @@ from configs import tiny_w4a4
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg`: "" for the demo, "full" for the measured run."""
+    """`arg`: as in `tiny_w4a4`."""
     config = tiny_w4a4.get_config(arg)
     config.quant.weight_bits = 3
     config.quant.act_bits = 3
-    if arg == "full":
+    if "full" in arg.split(","):
         config.train.steps = 3000
         config.train.warmup_steps = 150
     return config

@@ -11,15 +11,21 @@ stage, not the method's quality. `full` trains on 1024 clips and judges
 
 from ml_collections import ConfigDict
 
+from configs._baselines import BASELINES, split, with_baseline
+
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg`: "" for the demo, "full" for the measured run."""
+    """`arg`: "" for the demo, "full" for the measured run; or a baseline, or "full,lsq"."""
+    arg, baseline = split(arg)
     if arg not in ("", "full"):
-        raise ValueError(f"tiny_w4a4 knows the argument 'full', not {arg!r}")
+        raise ValueError(
+            f"tiny_w4a4 knows the arguments 'full' and {', '.join(BASELINES)}, not {arg!r}"
+        )
     full = arg == "full"
 
     config = ConfigDict()
     config.seed = 0
+    config.method = "QVGen"  # What tables and the report call the student.
     config.model = "assets/tiny_wan"
     config.text_weights = "float"  # Of the text encoder: "float", or "int8", a byte each.
     config.compute_dtype = "float32"
@@ -48,6 +54,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.quant.behaviour = "default"  # Or "released": as the authors' code does it.
     config.quant.weight_bits = 4
     config.quant.act_bits = 4
+    config.quant.act_range = "token"  # Or "learned", "learned_zero": steps are parameters.
+    config.quant.buckets = 50  # Clip pairs, or steps, over the timesteps.
     config.quant.rank = 32
     config.quant.shrink = 2
     config.quant.decay_shape = "cosine"
@@ -55,7 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.quant.branch_moments = "reset"
     config.quant.decay_order = "smallest"  # Singular values that leave first; or "largest".
     config.quant.refactor = True  # A new SVD at every halving; False: the columns as they are.
-    config.quant.branch_space = "tokens"  # Or "weights": added to the kernel, as the release does.
+    config.quant.branch_space = "tokens"  # Or "weights", as the release does; "merged": an adapter.
     config.quant.symmetric_weights = False  # True: zero is the middle of the codes.
     config.quant.include_zero = ""  # In every token's range: "yes", "no", or the behaviour's own.
     config.quant.rotation = "none"  # Or "hadamard", before the activations are quantized.
@@ -81,6 +89,8 @@ def get_config(arg: str = "") -> ConfigDict:
         # at 5e-4 (0.20).
         {"weights": 1e-3, "branch": 1e-3, "scales": 2e-4, "clips": 1e-2}
     )
+    config.train.freeze_weights = False  # True: branch, scales and clips train alone.
+    config.train.scale_aware = False  # True: the branch's rate times its layer's scale.
     config.train.schedule = "cosine"  # To 0; or "constant_tail", level once the branch is gone.
     config.train.tail_rate = 0.0  # Of the peak, in that tail; 0: what the cosine has there.
     config.train.beta1 = 0.9
@@ -91,6 +101,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.shift = 2.0  # The pipeline's own training shift.
     config.train.caption_dropout = 0.05
     config.train.truth_blend = 0.0  # a of l(t); 0: the teacher alone is the target.
+    config.train.target = "teacher"  # Or "truth": the ground truth alone.
     config.train.ema_decay = 0.0  # Of the exported weights, once the branch is gone; 0 is off.
     config.train.remat = "blocks"
     config.train.log_every = 20 if full else 5
@@ -130,4 +141,4 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluate.drift_videos = 0  # Compared in their final latents with full precision's.
     config.evaluate.reference = ""  # Full precision's answers; "" means inside the workdir.
 
-    return config.lock()
+    return with_baseline(config, baseline).lock()

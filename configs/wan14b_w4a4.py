@@ -15,15 +15,21 @@ to start it. The step was compiled for 64 v5p and for 256 v6e, and fits.
 
 from ml_collections import ConfigDict
 
+from configs._baselines import BASELINES, split, with_baseline
+
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg`: "" for our defaults, "released" for the authors' behaviour."""
-    if arg not in ("", "released"):
-        raise ValueError(f"this config knows the argument 'released', not {arg!r}")
+    """`arg`: "" for our defaults, "released" for the authors' behaviour, or a baseline."""
+    arg, baseline = split(arg)
+    if arg and (arg != "released" or baseline):
+        raise ValueError(
+            f"this config knows 'released' or one of {', '.join(BASELINES)}, not {arg!r}"
+        )
     released = arg == "released"
 
     config = ConfigDict()
     config.seed = 0
+    config.method = "QVGen"
     config.model = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
     config.text_weights = "float"  # Of the text encoder: "float", or "int8", a byte each.
     config.compute_dtype = "bfloat16"
@@ -55,6 +61,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.quant.bits = ()
     config.quant.bits_file = ""  # Of --job mixed, in their place (docs/mixed.md).
     config.quant.full_precision = ()
+    config.quant.act_range = "token"
+    config.quant.buckets = 50
     config.quant.rank = 32
     config.quant.shrink = 2
     config.quant.decay_shape = "cosine"
@@ -80,6 +88,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.learning_rate = ConfigDict(
         {"weights": 3e-5, "branch": 3e-5, "scales": 3e-5, "clips": 1e-2}
     )
+    config.train.freeze_weights = False
+    config.train.scale_aware = False
     config.train.schedule = "cosine"
     config.train.tail_rate = 0.0
     config.train.beta1 = 0.9
@@ -90,6 +100,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.shift = 1.0
     config.train.caption_dropout = 0.05
     config.train.truth_blend = 0.0
+    config.train.target = "teacher"
     config.train.ema_decay = 0.0
     config.train.remat = "blocks"
     config.train.log_every = 10
@@ -129,4 +140,4 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluate.drift_videos = 0
     config.evaluate.reference = ""
 
-    return config.lock()
+    return with_baseline(config, baseline).lock()

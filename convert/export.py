@@ -20,6 +20,7 @@ from qvgen_jax.diffusion.schedulers import scheduler_from_json
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.quant.config import QuantConfig
+from qvgen_jax.quant.low_rank import merge_adapters
 from qvgen_jax.quant.packed import quantization_config
 
 # Hidden: it does not travel with a copy of the pipeline, which is then no longer ours to replace.
@@ -45,7 +46,8 @@ def export_pipeline(
             weights is copied, licence and model card with it.
         folder: where to write.
         model: the transformer's sizes.
-        params: the student's, without a low-rank branch.
+        params: the student's, without a low-rank branch. A merged adapter (`quant.merged`) is added
+            to the weights here, as training does before it quantizes them.
         quant: how it was quantized. With `time_table`, the linears that see only the timestep are
             stored as what they say in `source`'s default number of steps and in `table_steps`.
         generation: defaults of `generate` that it was made for, see
@@ -56,6 +58,7 @@ def export_pipeline(
         UserError: the student still has its branch, or `folder` or `FOLDER.partial` holds
             something else than an export.
     """
+    params = merge_adapters(params) if quant.merged else params
     _refuse_branch(params)
     source, folder = find_folder(source), Path(folder)
     if folder.resolve() == source.resolve():

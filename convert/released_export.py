@@ -143,6 +143,11 @@ def _refuse(quant: QuantConfig, differences: list[str], approximate: bool) -> No
             "its tokens are smoothed before they are quantized (train with "
             "--config.quant.smoothing=0)"
         )
+    if quant.learned_steps:
+        impossible.append(
+            "its activations have learned steps, no ranges of their own (train with "
+            "--config.quant.act_range=token)"
+        )
     if quant.buckets not in (1, _BUCKETS):
         impossible.append(
             f"it has {quant.buckets} clip pairs per layer, theirs has {_BUCKETS} (train with "

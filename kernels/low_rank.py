@@ -61,3 +61,12 @@ def low_rank_hidden(values: jax.Array, branch: LowRank) -> jax.Array:
     """The first half, `(values @ right^T) * gate`: `[..., in]` to `[..., rank]`."""
     hidden = rows_matmul(values, branch.right.T.astype(values.dtype))
     return (hidden * jax.lax.stop_gradient(branch.gate)).astype(values.dtype)
+
+
+def branch_in_weights(values: jax.Array, branch: LowRank) -> jax.Array:
+    """`values @ ((L * gate) @ R)^T`, as the release computes it: a product of full size.
+
+    `low_rank_matmul` to rounding, in its shapes and dtypes.
+    """
+    gated = branch.left * jax.lax.stop_gradient(branch.gate)
+    return rows_matmul(values, jnp.matmul(gated, branch.right).T.astype(values.dtype))

@@ -18,7 +18,8 @@ class QuantizedTokens(NamedTuple):
     Attributes:
         codes: int8 `[..., in]`, `q - 2^(bits - 1)`.
         scale: float32 `[..., 1]`.
-        zero_point: float32 `[..., 1]`, an integer, signed like the codes.
+        zero_point: float32 `[..., 1]`, signed like the codes; an integer where it is a token's own,
+            any number where it is learned.
         row_sum: float32 `[..., 1]`, the sum of the codes.
     """
 

@@ -45,6 +45,8 @@ _LEAVES = {
     "R": (None, "in"),
     "lower": (None,),
     "upper": (None,),
+    "act_scale": (None,),
+    "act_zero_point": (None,),
     "gate": (None,),
     "smooth": ("in",),
     "weight_levels": (),

@@ -1,5 +1,6 @@
 """What a finished run ends with: the comparison, the pairs of videos, the sizes, the report."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,17 +20,17 @@ from qvgen_jax.models import TransformerConfig, quantizable, time_only
 from qvgen_jax.pipeline import Pipeline
 from qvgen_jax.quant.initialize import round_to_nearest
 from qvgen_jax.quant.named import layer_at
-from qvgen_jax.quant.packed import read_quantization_config
+from qvgen_jax.quant.packed import STEP_LEAVES, read_quantization_config
 from qvgen_jax.training.calibrate import activation_maxima
 from qvgen_jax.training.student import quant_config, student_definition
 
-_PACKED = ("codes", "scale", "zero_point", "clips", "smooth")
+_PACKED = ("codes", "scale", "zero_point", "clips", "smooth", *STEP_LEAVES)
 
 
 def untrained(config: Mapping, workdir: Path, pipe: Pipeline) -> Pipeline:
     """Round-to-nearest at the config's bit-widths: min-max ranges, nothing learned."""
     model: TransformerConfig = pipe.transformer.config
-    quant = quant_config(config["quant"], model)
+    quant = dataclasses.replace(quant_config(config["quant"], model), act_range="token")
     teacher, activations = pipe.transformer.states[0], None
     if quant.smoothing:
         dataset = read_dataset(config, workdir, pipe)
@@ -126,5 +127,6 @@ def _evaluate(
     if config["evaluate"]["round_to_nearest"]:
         nearest = untrained(config, workdir, teacher)
         variants[untrained_name(config)] = Variant(lambda: nearest)
-    variants[f"QVGen {_bits(config)}"] = Variant(lambda: student, packed=True)
+    name = config.get("method", "QVGen")  # Runs from before there were other methods.
+    variants[f"{name} {_bits(config)}"] = Variant(lambda: student, packed=True)
     return evaluate_variants(config, workdir, variants, part)

@@ -27,6 +27,7 @@ from qvgen_jax.evaluation.samples import read_prompts
 from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.pipeline import Pipeline
 from qvgen_jax.quant.config import QuantConfig
+from qvgen_jax.quant.low_rank import merge_adapters
 from qvgen_jax.quant.measure import measure_layers
 from qvgen_jax.training.student import quant_config
 from qvgen_jax.training.validation import FOLDER, Validated
@@ -62,7 +63,10 @@ def validation(
         held_out, drift, videos = compare(student), None, []
         if shown is not None:
             drift, videos = _film(shown, workdir, step, student)
-        found = measure_layers(*student.states, quantized, student.gate)
+        params, levels, gate = *student.states, student.gate
+        if quant.merged:  # What its quantizers see.
+            params, gate = merge_adapters(params), None
+        found = measure_layers(params, levels, quantized, gate)
         layers = {
             name: row
             for kind in quantized

@@ -14,6 +14,7 @@ import jax
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.plan.shapes import Run, abstract_mesh, arguments
 from qvgen_jax.sharding import TOKEN_BLOCK
+from qvgen_jax.training.optimizer import split_frozen
 
 
 class Memory(NamedTuple):
@@ -25,7 +26,7 @@ class Memory(NamedTuple):
         average: of the weights, where the run keeps one.
         teacher: its weights.
         batch: latents and prompts.
-        gradients: float32, of all parameters at once: their norm is needed before any is applied.
+        gradients: float32, of all that trains at once: their norm is needed before any is applied.
             Twice where they accumulate, the sum and a part's.
         activations: kept from forward to backward pass, see `qvgen_jax.models.remat`.
         temporaries: of the block that is being computed, and its weights, gathered.
@@ -79,13 +80,15 @@ def estimate(run: Run, sizes: Mapping[str, int], platform: str) -> Memory:
         leaves = jax.tree.leaves(tree)
         return sum(elements(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
+    train = run.config["train"]
+    trained, _ = split_frozen(state["params"], train["freeze_weights"])
     return Memory(
         master=stored(state["params"]),
         moments=stored(state["opt"]) + stored(state["levels"]),
         average=stored(state.get("ema", {})),
         teacher=stored(teacher),
         batch=stored(batch) + stored(empty_text),
-        gradients=stored(state["params"]) * (1 if run.config["train"]["accumulate"] == 1 else 2),
+        gradients=stored(trained) * (1 if train["accumulate"] == 1 else 2),
         activations=kept,
         temporaries=_working(run, sizes),
         host=host,

@@ -108,9 +108,9 @@ def make_plan(config: Mapping, target: Target, *, compiler: bool = True) -> Plan
     moved = tuple(compiled.collectives if counted else estimated(run, sizes))
     quant = quant_config(config["quant"], run.model)
     names = quant.quantized(quantizable(run.model))
-    work = step_work(
-        run.model, run.tokens, run.text_tokens, quant.rank, config["train"]["remat"], names
-    )
+    shape, train = (run.model, run.tokens, run.text_tokens), config["train"]
+    asked = train["target"] == "teacher"
+    work = step_work(*shape, quant.token_rank, train["remat"], names, teacher=asked)
     operations = 2 * config["train"]["batch_size"] * sum(work.values())
     quantized, every = kernel_sizes(run)
     return Plan(

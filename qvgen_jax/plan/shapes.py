@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,7 @@ from qvgen_jax.models import TransformerConfig, abstract_params
 from qvgen_jax.models.linears import video_tokens
 from qvgen_jax.models.published import PUBLISHED, transformer_config
 from qvgen_jax.models.wan import WanConfig
-from qvgen_jax.training.calibrate import unmeasured
-from qvgen_jax.training.loop import initial_state
+from qvgen_jax.training.loop import undrawn_state
 from qvgen_jax.training.student import as_held
 
 _PUBLISHED_FACTORS = (4, 8)
@@ -112,10 +112,7 @@ def arguments(run: Run, mesh: Mesh | AbstractMesh) -> tuple[dict, dict, dict, An
     """
     dtype = jnp.dtype(run.config["compute_dtype"])
     teacher = jax.eval_shape(lambda x: as_held(x, dtype), abstract_params(run.model))
-    state = jax.eval_shape(
-        lambda params: initial_state(run.config, run.model, params, unmeasured(run.model, params)),
-        teacher,
-    )
+    state = jax.eval_shape(partial(undrawn_state, run.config, run.model), teacher)
     whole = NamedSharding(mesh, PartitionSpec())
     batch, empty_text = _batch(run)
     return (

@@ -42,7 +42,8 @@ def estimated(run: Run, sizes: Mapping[str, int]) -> list[Collective]:
     # Codes are one byte; the layers of a block are gathered one by one.
     per_block = len([n for n in quantizable(run.model) if n.startswith("blocks.")])
     add("all-gather", "s8", fsdp, passes * layers * per_block, passes * quantized * others)
-    add("all-gather", dtype, fsdp, times * layers * per_block, times * width * every * others)
+    if train["target"] == "teacher":
+        add("all-gather", dtype, fsdp, times * layers * per_block, times * width * every * others)
     add("reduce-scatter", "f32", fsdp, times * layers * per_block, times * 4 * every * others)
     for axis in ("data", "context"):
         size = sizes[axis]

@@ -56,8 +56,9 @@ def _quantize_together(layers: Sequence[nnx.Module]) -> bool:
     """Whether a GPU's quantizer makes the codes of all from one read."""
 
     def on_gpu(layer: nnx.Module) -> bool:
-        packed = isinstance(layer, PackedDense)
-        return packed and layer.backend in GPU_BACKENDS and not hasattr(layer, "smooth")
+        if not isinstance(layer, PackedDense) or layer.backend not in GPU_BACKENDS:
+            return False
+        return not hasattr(layer, "smooth") and not layer.has_step
 
     return all(map(on_gpu, layers)) and len({layer.token_form for layer in layers}) == 1
 

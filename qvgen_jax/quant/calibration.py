@@ -1,8 +1,8 @@
-"""The largest activation of every input channel of every linear, stacked layers included.
+"""Statistics of what every linear reads, stacked layers included.
 
-Each observed linear has a `probe [in]` that its output does not depend on. The backward pass
-returns the channels' maxima as the probe's gradient, so `jax.grad` with respect to the probes gives
-those of all layers at once, out of the scan over blocks too.
+Each observed linear has probes that its output does not depend on. The backward pass returns the
+statistics as the probes' gradients, so `jax.grad` with respect to the probes gives those of all
+layers at once, out of the scan over blocks too.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ from qvgen_jax.quant.dense import Dense, QuantContext
 
 
 class Probe(nnx.Variable):
-    """What the statistics of one linear come out at: zeros, float32 `[in]`."""
+    """What one statistic of one linear comes out at: zeros in its shape, float32."""
 
 
 @jax.custom_vjp
@@ -33,11 +33,26 @@ def _forward(x, probe):
     return x, maxima
 
 
-def _backward(maxima, cotangent):
-    return cotangent, maxima
+def _backward(statistic, cotangent):
+    return cotangent, statistic
 
 
 observe.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def observe_moments(x: jax.Array, probe: jax.Array) -> jax.Array:
+    """`x [..., in]`; the gradient of `probe [3]` is the mean of |x|, of x and of x^2."""
+    del probe
+    return x
+
+
+def _moments_forward(x, probe):
+    wide = x.astype(probe.dtype)
+    return x, jnp.stack([jnp.mean(jnp.abs(wide)), jnp.mean(wide), jnp.mean(jnp.square(wide))])
+
+
+observe_moments.defvjp(_moments_forward, _backward)
 
 
 class ObservedDense(Dense):
@@ -46,9 +61,11 @@ class ObservedDense(Dense):
     def __init__(self, name: str, in_features: int, out_features: int, **options):
         super().__init__(name, in_features, out_features, **options)
         self.probe = Probe(jnp.zeros((in_features,), jnp.float32))
+        self.moments = Probe(jnp.zeros((3,), jnp.float32))
 
     def __call__(self, x: jax.Array, ctx: QuantContext = QuantContext()) -> jax.Array:
-        return super().__call__(observe(x, self.probe[...]), ctx)
+        x = observe_moments(observe(x, self.probe[...]), self.moments[...])
+        return super().__call__(x, ctx)
 
 
 def observing(names: Iterable[str]) -> Callable[..., nnx.Module]:

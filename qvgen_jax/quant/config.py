@@ -10,6 +10,8 @@ from qvgen_jax.quant.clips import CLIP_INDEX_MODES
 from qvgen_jax.quant.rotation import block_size
 
 PRODUCT_DTYPES = ("int8", "bfloat16", "float32", "float64")
+BRANCH_SPACES = ("tokens", "weights", "merged")
+ACT_RANGES = ("token", "learned", "learned_zero")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,12 @@ class QuantConfig:
         range_dtype: what a token's range is computed in: `float32`, or `tensor` for its own dtype.
         product_dtype: what the codes are multiplied in: int8, bfloat16, float32 (or float64).
         branch_space: where the low-rank branch is applied in training: to the `tokens`, or, as the
-            release does, to the `weights`. The same numbers to rounding.
+            release does, to the `weights`: the same numbers to rounding. Or `merged`: an adapter
+            inside the weights' quantizer (EfficientDM, arXiv 2310.03270, eq. 6), which an export
+            has in its codes.
+        act_range: what activations are quantized with: `token`, every token's own range and learned
+            clips; `learned`, a learned step per bucket, symmetric (LSQ, arXiv 1902.08153);
+            `learned_zero`, a learned zero point beside it (LSQ+, arXiv 2004.09576).
         symmetric_weights: the zero point of every kernel stays in the middle of its codes
             (QuaRot, arXiv 2404.00456, and DSAQuant, arXiv 2609.04031); LSQ+ learns it.
         rotation: `hadamard` before activations are quantized (QuaRot), or `none`.
@@ -63,6 +70,7 @@ class QuantConfig:
     range_dtype: str = "float32"
     product_dtype: str = "int8"
     branch_space: str = "tokens"
+    act_range: str = "token"
     symmetric_weights: bool = False
     rotation: str = "none"
     folded: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
@@ -82,7 +90,8 @@ class QuantConfig:
             ("clip_index", self.clip_index, CLIP_INDEX_MODES),
             ("range_dtype", self.range_dtype, ("float32", "tensor")),
             ("product_dtype", self.product_dtype, PRODUCT_DTYPES),
-            ("branch_space", self.branch_space, ("tokens", "weights")),
+            ("branch_space", self.branch_space, BRANCH_SPACES),
+            ("act_range", self.act_range, ACT_RANGES),
             ("rotation", self.rotation, ("none", "hadamard")),
         ):
             if value not in known:
@@ -94,6 +103,12 @@ class QuantConfig:
             )
         if not 0 <= self.smoothing < 1:
             raise UserError(f"smoothing={self.smoothing}; expected 0 (off) to below 1")
+        if self.learned_steps and (self.smoothing or self.rotation != "none"):
+            raise UserError(
+                f"act_range={self.act_range!r} with smoothing={self.smoothing}, rotation="
+                f"{self.rotation!r}; a learned step starts from tokens as the teacher has them: "
+                "leave smoothing and rotation away, or take act_range='token'"
+            )
 
     @classmethod
     def released(cls, **changes) -> "QuantConfig":
@@ -150,6 +165,21 @@ class QuantConfig:
         last = max((block for block in numbers if block is not None), default=None)
         blocks = (None,) if last is None else range(last + 1)
         return tuple(self.bits_of(name, block)[1] for block in blocks)
+
+    @property
+    def learned_steps(self) -> bool:
+        """Whether activations have learned steps in place of ranges of their own."""
+        return self.act_range != "token"
+
+    @property
+    def merged(self) -> bool:
+        """Whether there is an adapter inside the weights' quantizer."""
+        return self.branch_space == "merged" and self.rank > 0
+
+    @property
+    def token_rank(self) -> int:
+        """Of the branch that every token passes; a merged one costs a product of weights a step."""
+        return 0 if self.merged else self.rank
 
     def buckets_of(self, name: str) -> int:
         """How many clip pairs a layer has."""

@@ -1,6 +1,7 @@
 """Linear layers: full precision here, quantized beside it, behind one calling convention."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 from kernels.chips import Chip
 from kernels.choose import choose, say_once
 from kernels.layouts import container, laid_out_shape
-from kernels.low_rank import LowRank, low_rank_matmul, rows_matmul
+from kernels.low_rank import LowRank, branch_in_weights, low_rank_matmul, rows_matmul
 from kernels.operands import Product, Weight
 from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens, quantize_tokens
 from kernels.quantized_matmul import quantize_and_matmul, quantized_matmul
@@ -18,9 +19,16 @@ from kernels.reference import wide_type
 from kernels.xla import wide_dtype
 from qvgen_jax.quant.codes_matmul import QuantizedWeight, codes_matmul, signed_zero_point
 from qvgen_jax.quant.config import QuantConfig
+from qvgen_jax.quant.low_rank import merge_adapter
 from qvgen_jax.quant.rotation import rotate
 from qvgen_jax.quant.smoothing import smooth_tokens
-from qvgen_jax.quant.tokens import clip_multipliers, fake_quantize_tokens, initial_clips
+from qvgen_jax.quant.steps import encode_with_step, fake_quantize_with_step
+from qvgen_jax.quant.tokens import (
+    clip_multipliers,
+    fake_quantize_tokens,
+    initial_clips,
+    of_bucket,
+)
 from qvgen_jax.quant.weights import fake_quantize_weight, quantize_weight
 from qvgen_jax.sharding import cut, gathered
 
@@ -85,13 +93,18 @@ def _levels(bits: int) -> Levels:
 
 
 class _TokenQuantizer(nnx.Module):
-    """What the quantized layers share: clips, levels and how tokens become integers."""
+    """What the quantized layers share: clips or steps, levels, and how tokens become integers."""
 
     def __init__(self, config: QuantConfig, name: str, in_features: int, dtype: jnp.dtype):
         weight_bits, act_bits = config.bits_of(name)
         buckets = config.buckets_of(name)
-        self.lower = nnx.Param(initial_clips(buckets, config.initial_clip))
-        self.upper = nnx.Param(initial_clips(buckets, config.initial_clip))
+        if config.learned_steps:
+            self.act_scale = nnx.Param(jnp.ones((buckets,), jnp.float32))
+        else:
+            self.lower = nnx.Param(initial_clips(buckets, config.initial_clip))
+            self.upper = nnx.Param(initial_clips(buckets, config.initial_clip))
+        if config.act_range == "learned_zero":
+            self.act_zero_point = nnx.Param(jnp.zeros((buckets,), jnp.float32))
         self.weight_levels, self.act_levels = _levels(weight_bits), _levels(act_bits)
         self.dtype = dtype
         self.product_dtype = config.product_dtype
@@ -104,6 +117,22 @@ class _TokenQuantizer(nnx.Module):
         if hasattr(self, "smooth"):
             x = smooth_tokens(x, self.smooth[...])
         return rotate(x, self.block)
+
+    @property
+    def has_step(self) -> bool:
+        """Whether its tokens are quantized with a learned step."""
+        return hasattr(self, "act_scale")
+
+    def step_arguments(self, x: jax.Array, ctx: QuantContext) -> dict:
+        """The arguments of `encode_with_step` for tokens `x`."""
+        of_sample = partial(of_bucket, clip_index=ctx.clip_index, ndim=x.ndim)
+        zero = getattr(self, "act_zero_point", None)
+        zero = None if zero is None else of_sample(zero[...])
+        return {
+            "step": of_sample(self.act_scale[...]),
+            "zero_point": zero,
+            "levels": self.act_levels[...],
+        }
 
     def clip_arguments(self, x: jax.Array, ctx: QuantContext) -> dict:
         """The arguments of `quantize_tokens` for tokens `x` that are ready."""
@@ -121,8 +150,9 @@ class QuantDense(_TokenQuantizer):
     """A linear in training: quantized tokens times (quantized kernel + gated low-rank branch).
 
     `y = Xq @ (What + (L * gate) @ R)^T + bias`, the first product in integers, the branch in token
-    space. `kernel` is the float master weight; `qvgen_jax.quant.initialize.quantize_params` gives
-    scale, zero point, L and R their values, the ones here only have the right shapes.
+    space. With a merged adapter it is `y = Xq @ Q(W + (L @ R)^T) + bias`. `kernel` is the float
+    master weight; `qvgen_jax.quant.initialize.quantize_params` gives scale, zero point, L and R
+    their values, the ones here only have the right shapes.
     """
 
     def __init__(
@@ -159,13 +189,11 @@ class QuantDense(_TokenQuantizer):
         if isinstance(x, QuantizedTokens):
             values, tokens = dequantize_tokens(x), x
         else:
-            x = self._prepare(x)
-            values, tokens = fake_quantize_tokens(x, **self.clip_arguments(x, ctx))
+            values, tokens = self._fake_quantize(self._prepare(x), ctx)
         values = values.astype(self.dtype)
         # Over a mesh each device quantizes its slice of the master, and codes are what travels.
-        path = f"{self.name}.kernel"
         weight = (
-            cut(self.kernel[...], path),
+            self._kernel(),
             self.scale[...],
             None if self.zero_point is None else self.zero_point[...],
             self.weight_levels[...],
@@ -176,13 +204,27 @@ class QuantDense(_TokenQuantizer):
         )
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
-        if ctx.gate is not None and hasattr(self, "L"):
+        if ctx.gate is not None and hasattr(self, "L") and self.branch_space != "merged":
             applied = low_rank_matmul if self.branch_space == "tokens" else branch_in_weights
             left = gathered(cut(self.L[...], f"{self.name}.L"), f"{self.name}.L")
             right = gathered(cut(self.R[...], f"{self.name}.R"), f"{self.name}.R")
             branch = LowRank(left, right, ctx.gate)
             y = y + applied(values, branch).astype(y.dtype)
         return y.astype(self.dtype)
+
+    def _fake_quantize(self, x: jax.Array, ctx: QuantContext) -> tuple[jax.Array, QuantizedTokens]:
+        if self.has_step:
+            return fake_quantize_with_step(x, **self.step_arguments(x, ctx))
+        return fake_quantize_tokens(x, **self.clip_arguments(x, ctx))
+
+    def _kernel(self) -> jax.Array:
+        """What is quantized, `[in, out]`: the master weight, and a merged adapter in it."""
+        path = f"{self.name}.kernel"
+        kernel = cut(self.kernel[...], path)
+        if self.branch_space != "merged" or not hasattr(self, "L"):
+            return kernel
+        left, right = (cut(getattr(self, leaf)[...], f"{self.name}.{leaf}") for leaf in "LR")
+        return cut(merge_adapter(kernel, left, right), path)
 
     def _everywhere(
         self, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, levels: jax.Array
@@ -204,23 +246,14 @@ def _zero_points(config: QuantConfig, out_features: int) -> nnx.Param | None:
     return nnx.Param(jnp.zeros((out_features,), jnp.float32))
 
 
-def branch_in_weights(values: jax.Array, branch: LowRank) -> jax.Array:
-    """`values @ ((L * gate) @ R)^T`, as the release computes it: a product of full size.
-
-    `low_rank_matmul` to rounding, in its shapes and dtypes.
-    """
-    gated = branch.left * jax.lax.stop_gradient(branch.gate)
-    return rows_matmul(values, jnp.matmul(gated, branch.right).T.astype(values.dtype))
-
-
 class PackedDense(_TokenQuantizer):
     """A linear at inference: integers in memory, the same arithmetic as `QuantDense`.
 
     Params: `codes`, in the layout of the backend that multiplies them (`kernels.layouts`), `scale`,
     `zero_point` (unless weights are symmetric), `code_sum` (the codes summed over the input axis)
-    and `bias` `[out]`, `lower` and `upper` `[buckets]`; where the config has a rank, `L`, `R` and
-    the `gate [rank]` they were saved with; `smooth [in]` where it divides its tokens. The values
-    come from `qvgen_jax.quant.packed`.
+    and `bias` `[out]`; `lower` and `upper`, or `act_scale` and `act_zero_point`, `[buckets]`; where
+    the config has a rank, `L`, `R` and the `gate [rank]` they were saved with; `smooth [in]` where
+    it divides its tokens. The values come from `qvgen_jax.quant.packed`.
     """
 
     def __init__(
@@ -271,6 +304,8 @@ class PackedDense(_TokenQuantizer):
         }
         ready = isinstance(x, QuantizedTokens)
         x = x if ready else self._prepare(x)
+        if self.has_step and not ready:  # The kernels that quantize know tokens' own ranges alone.
+            x, ready = encode_with_step(x, **self.step_arguments(x, ctx)), True
         if hasattr(self, "L"):
             tokens = x if ready else quantize_tokens(x, **self.clip_arguments(x, ctx))
             branch = LowRank(self.L[...], self.R[...], self.gate[...])

@@ -1,6 +1,7 @@
 """From a full-precision transformer's parameters to those of the quantized one at step 0."""
 
 import dataclasses
+import zlib
 from collections.abc import Iterable, Mapping
 from functools import partial
 
@@ -10,10 +11,11 @@ import numpy as np
 
 from kernels.reference import at_least_float32
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.low_rank import initial_branch
+from qvgen_jax.quant.low_rank import initial_adapter, initial_branch
 from qvgen_jax.quant.named import layer_at, with_layer
 from qvgen_jax.quant.rotation import rotate, rotate_kernel
 from qvgen_jax.quant.smoothing import smooth_factors
+from qvgen_jax.quant.steps import initial_step
 from qvgen_jax.quant.tokens import initial_clips
 from qvgen_jax.quant.weights import dequantize_weight, quantize_weight, search_range
 
@@ -83,13 +85,40 @@ def _quantize_stack(kernels: jax.Array, levels: jax.Array, rank: int, symmetric:
     return jax.lax.map(lambda pair: _quantize_kernel(*pair, rank, symmetric), (kernels, levels))
 
 
+def _ranges(
+    config: QuantConfig, name: str, act_levels: jax.Array, moments: Mapping[str, jax.Array] | None
+) -> dict:
+    """What a layer's activations are quantized with: clips, or steps; `[buckets]` for each layer.
+
+    Every bucket starts from the same step (EfficientDM, train_efficientdm.py): a few batches hold
+    no clip at most of the timesteps.
+    """
+
+    def everywhere(start: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(start, (*act_levels.shape, config.buckets_of(name)))
+
+    if not config.learned_steps:
+        clips = everywhere(initial_clips(1, config.initial_clip))
+        return {"lower": clips, "upper": clips}
+    if moments is None or name not in moments:
+        raise ValueError(
+            f"learned steps need the mean activation of {name!r}; "
+            "qvgen_jax.training.calibrate.activation_moments measures it"
+        )
+    start = initial_step(moments[name], act_levels, config.act_range == "learned_zero")
+    named = zip(("act_scale", "act_zero_point"), start, strict=True)
+    return {leaf: everywhere(value[..., None]) for leaf, value in named if value is not None}
+
+
 def quantize_params(
     params: dict,
     names: Iterable[str],
     config: QuantConfig,
     activations: Mapping[str, jax.Array] | None = None,
+    moments: Mapping[str, jax.Array] | None = None,
+    seed: int = 0,
 ) -> tuple[dict, dict]:
-    """Adds scale, zero point, clips and the branch to every layer that the config quantizes.
+    """Adds scale, zero point, clips or steps, and the branch to every layer that is quantized.
 
     Args:
         params: nested dict; a quantizable layer holds `kernel [in, out]`, or `[layers, in, out]`
@@ -98,6 +127,9 @@ def quantize_params(
         config: bits, rank, clips, rotation, smoothing and the layers that stay in full precision.
         activations: for smoothing, each layer's largest magnitude of every input channel, `[in]` or
             `[layers, in]`.
+        moments: for learned steps, the means of |x|, x and x^2 of what each layer reads, `[3]` or
+            `[layers, 3]`.
+        seed: of merged adapters, which start at random.
 
     Returns:
         params (a new dict that shares the untouched arrays) and levels, the nested dict of the
@@ -106,7 +138,7 @@ def quantize_params(
 
     Raises:
         UserError: a name that neither the parameters nor the model have.
-        ValueError: smoothing, and no activations of a layer.
+        ValueError: smoothing or learned steps, and no activations of a layer.
     """
     params, smooth = _prepare(params, names, config, activations)
     levels: dict = {}
@@ -118,13 +150,15 @@ def quantize_params(
         leaves = _quantize_stack(
             kernel.reshape(-1, *kernel.shape[-2:]),
             weight_levels.reshape(-1),
-            config.rank,
+            0 if config.merged else config.rank,
             config.symmetric_weights,
         )
         leaves = {key: leaf.reshape(*stack, *leaf.shape[1:]) for key, leaf in leaves.items()}
-        clips = initial_clips(config.buckets_of(name), config.initial_clip)
-        clips = jnp.broadcast_to(clips, (*stack, *clips.shape))
-        params = with_layer(params, name, {**node, **leaves, "lower": clips, "upper": clips})
+        if config.merged:
+            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+            leaves["L"], leaves["R"] = initial_adapter(key, kernel, config.rank)
+        ranges = _ranges(config, name, act_levels, moments)
+        params = with_layer(params, name, {**node, **leaves, **ranges})
         fixed = {"weight_levels": weight_levels, "act_levels": act_levels}
         fixed |= {"smooth": smooth[name]} if name in smooth else {}
         levels = with_layer(levels, name, fixed)
@@ -180,9 +214,10 @@ def round_to_nearest(
 ) -> tuple[dict, dict]:
     """What low bits cost when nothing is learned: min-max ranges that contain 0, no branch.
 
-    The floor of every comparison. Arguments and result as of `quantize_params`, at rank 0.
+    The floor of every comparison, of methods with learned steps too. Arguments and result as of
+    `quantize_params`, at rank 0 and with every token's own range.
     """
-    config = dataclasses.replace(config, rank=0)
+    config = dataclasses.replace(config, rank=0, act_range="token")
     params, levels = quantize_params(params, names, config, activations)
     for name in config.quantized(names):
         node = layer_at(params, name)

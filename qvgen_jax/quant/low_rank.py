@@ -1,4 +1,7 @@
-"""The low-rank branch: its start, its refactoring when the rank halves, and its end."""
+"""The low-rank branch: its start, its refactoring when the rank halves, and its end.
+
+And the adapter that is merged into the weight instead (EfficientDM, arXiv 2310.03270).
+"""
 
 import math
 from collections.abc import Callable
@@ -69,6 +72,42 @@ def initial_branch(
     error = (kernel.astype(jnp.float32) - dequantized.astype(jnp.float32)).T
     small = min(error.shape) <= max(_DENSE_SVD_SIDE, rank)
     return dense_svd(error, rank) if small else randomized_svd(error, rank)
+
+
+def initial_adapter(key: jax.Array, kernel: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """An adapter that changes nothing yet, as LoRA's: L is zero, R uniform in +-1 / sqrt(in).
+
+    EfficientDM's `loraB` and `loraA` (ThisisBillhe/EfficientDM, quant_scripts/quant_layer.py).
+
+    Args:
+        key: of this layer.
+        kernel: `[..., in, out]`.
+        rank: of the adapter.
+
+    Returns:
+        L float32 `[..., out, rank]`, R float32 `[..., rank, in]`.
+    """
+    *stack, width, out = kernel.shape
+    bound = width**-0.5
+    right = jax.random.uniform(key, (*stack, rank, width), jnp.float32, -bound, bound)
+    return jnp.zeros((*stack, out, rank), jnp.float32), right
+
+
+def merge_adapter(kernel: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    """`kernel + (L @ R)^T`: `[..., in, out]`, in the kernel's dtype.
+
+    In whole float32, so that training and an export round the same weight to the same codes.
+    """
+    return kernel + jnp.swapaxes(_product(left, right), -1, -2).astype(kernel.dtype)
+
+
+def merge_adapters(tree: Any) -> Any:
+    """Params whose every kernel has its adapter in it, without any L and R."""
+
+    def on_branch(node: dict) -> dict:
+        return {**node, "kernel": merge_adapter(node["kernel"], node["L"], node["R"])}
+
+    return drop_branch(_rebuild(tree, on_branch))
 
 
 def _triangles(left: jax.Array, right: jax.Array):

@@ -27,7 +27,7 @@ def measure_layers(
         `weight_error`, `|W - dequantized| / |W|`, without the branch; `branch_norm`, the Frobenius
         norm of the gated branch, and its leading `singular_values`, as far as components live, both
         None without a branch; `clip_low` and `clip_high`, the learned multipliers of the tokens'
-        minimum and maximum, means over the timesteps' buckets.
+        minimum and maximum, means over the timesteps' buckets, where a layer has clips.
     """
     names = tuple(names)
     errors = quantization_errors(params, levels, names)
@@ -35,7 +35,8 @@ def measure_layers(
 
 
 def _rows(node: Mapping, errors: jax.Array, gate: jax.Array | None) -> list[dict]:
-    clips = {"clip_low": _mean_clips(node["lower"]), "clip_high": _mean_clips(node["upper"])}
+    named = (("clip_low", "lower"), ("clip_high", "upper"))
+    clips = {name: _mean_clips(node[leaf]) for name, leaf in named if leaf in node}
     branches = _branches(node, gate, len(errors))
     return [
         {"weight_error": float(error), **branches[layer]}

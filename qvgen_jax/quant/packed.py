@@ -28,6 +28,11 @@ Version 3 is written where a model uses something that older readers do not know
     smoothing           they are divided before that by
         smooth          float32 [in]   unless the linear is `folded`
     bits_by_layer       with names of single blocks: `blocks.7.attn1.to_q`
+    act_range           `learned` or `learned_zero`: no clips; all tokens of a bucket share a step
+                        and a zero point (a real number, or the middle of the codes if `learned`):
+                        code = clamp(round(x / act_scale + act_zero_point), 0, 2^bits - 1)
+        act_scale       float32 [buckets]
+        act_zero_point  float32 [buckets], with `learned_zero`
 
 The transformer's config.json holds a `quantization_config`, see `quantization_config`. Its layer
 names are the model's `quantizable` names: `blocks.attn1.to_q` stands for every block's, but for
@@ -52,6 +57,9 @@ from qvgen_jax.quant.weights import quantize_weight
 PLAIN_VERSION, BRANCH_VERSION, FEATURES_VERSION = 1, 2, 3
 LEAVES = ("codes", "scale", "zero_point", "clips", "bias")
 BRANCH_LEAVES = ("L", "R", "gate")
+STEP_LEAVES = ("act_scale", "act_zero_point")
+# Of a linear's tensors, those whose names are its params' too.
+_SAME = ("zero_point", "bias", "smooth", *STEP_LEAVES)
 
 # What QuantConfig does not check itself.
 _KINDS = {"clip_ratio": Positive, "clip_buckets": int, "include_zero": bool}
@@ -119,7 +127,7 @@ def pack_layer(layer: Mapping[str, Any], bits: int) -> dict[str, np.ndarray]:
 
     Args:
         layer: params of one `QuantDense`, not stacked, with its `smooth` where it has one; L and R
-            are not read.
+            are not read: an adapter must be merged by now.
         bits: of the weight.
 
     Returns:
@@ -134,15 +142,18 @@ def pack_tensors(codes: np.ndarray, layer: Mapping[str, Any], bits: int) -> dict
 
     Args:
         codes: unsigned, `[out, in]`.
-        layer: `scale`, `lower`, `upper`; `zero_point`, `bias` and `smooth` where there are any.
+        layer: `scale`, and `lower` and `upper` or the steps; `zero_point`, `bias` and `smooth`
+            where there are any.
         bits: of the codes.
     """
     tensors = {
         "codes": pack_codes(codes, bits),
         "scale": np.asarray(layer["scale"], np.float32),
-        "clips": np.stack([np.asarray(layer[k], np.float32) for k in ("lower", "upper")], axis=1),
     }
-    for leaf in ("zero_point", "bias", "smooth"):
+    if "act_scale" not in layer:
+        clips = [np.asarray(layer[k], np.float32) for k in ("lower", "upper")]
+        tensors["clips"] = np.stack(clips, axis=1)
+    for leaf in _SAME:
         if layer.get(leaf) is not None:
             tensors[leaf] = np.asarray(layer[leaf], np.float32)
     return tensors
@@ -168,10 +179,11 @@ def unpack_layer(
         "codes": np.ascontiguousarray(lay_out(codes, held or bits, layout)),
         "scale": np.asarray(tensors["scale"], np.float32),
         "code_sum": codes.sum(axis=0, dtype=np.int32).astype(np.float32),
-        "lower": np.asarray(tensors["clips"][:, 0], np.float32),
-        "upper": np.asarray(tensors["clips"][:, 1], np.float32),
     }
-    for leaf in ("zero_point", "bias", "smooth", *BRANCH_LEAVES):
+    if "clips" in tensors:
+        for side, leaf in enumerate(("lower", "upper")):
+            layer[leaf] = np.asarray(tensors["clips"][:, side], np.float32)
+    for leaf in (*_SAME, *BRANCH_LEAVES):
         if leaf in tensors:
             layer[leaf] = np.asarray(tensors[leaf], np.float32)
     return layer
@@ -180,7 +192,10 @@ def unpack_layer(
 def leaves_of(config: QuantConfig, name: str) -> tuple[str, ...]:
     """What a quantized linear of a folder holds."""
     leaves = LEAVES + BRANCH_LEAVES if config.rank else LEAVES
-    leaves = tuple(x for x in leaves if x != "zero_point" or not config.symmetric_weights)
+    absent = {"zero_point": config.symmetric_weights, "clips": config.learned_steps}
+    leaves = tuple(leaf for leaf in leaves if not absent.get(leaf))
+    if config.learned_steps:
+        leaves += STEP_LEAVES[: 2 if config.act_range == "learned_zero" else 1]
     return (*leaves, "smooth") if config.smooths(name) else leaves
 
 
@@ -189,6 +204,8 @@ def quantization_config(config: QuantConfig) -> dict[str, Any]:
     features: dict[str, Any] = {}
     if config.symmetric_weights:
         features["symmetric_weights"] = True
+    if config.learned_steps:
+        features["act_range"] = config.act_range
     if config.time_table:
         table = {"entries": config.time_entries, "steps": list(config.table_steps)}
         features["time_table"] = table
@@ -257,6 +274,7 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
             },
             rank=fields["rank"] if version == BRANCH_VERSION else fields.get("rank", 0),
             symmetric_weights=bool(fields.get("symmetric_weights", False)),
+            act_range=fields.get("act_range", "token"),
             rotation=_rotation(fields.get("rotation")),
             smoothing=fields.get("smoothing", 0.0),
             folded={

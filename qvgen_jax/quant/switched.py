@@ -70,7 +70,7 @@ class SwitchedDense(QuantDense):
 
 def switched(config: QuantConfig) -> Callable[..., nnx.Module]:
     """A factory with `Dense`'s signature: `SwitchedDense`, but for what stays in full precision."""
-    config = dataclasses.replace(config, rank=0)
+    config = dataclasses.replace(config, rank=0, act_range="token")
 
     def dense(name: str, in_features: int, out_features: int, **arguments) -> nnx.Module:
         if name in config.full_precision:
@@ -89,9 +89,10 @@ def switched_params(
     """Params and levels of a switched network at the config's bits, everything on.
 
     As `quantize_params` at rank 0, weights with their searched ranges, but tokens keep their whole
-    range: clips are what training learns, and 0.95 of a range would be most of the error at 8 bits.
+    range: clips and steps are what training learns, and 0.95 of a range would be most of the error
+    at 8 bits.
     """
-    config = dataclasses.replace(config, rank=0)
+    config = dataclasses.replace(config, rank=0, act_range="token")
     params, levels = quantize_params(params, names, config, activations)
     for name in config.quantized(names):
         node = layer_at(params, name)

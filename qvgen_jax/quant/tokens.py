@@ -19,26 +19,37 @@ def initial_clips(buckets: int, initial_clip: float = 0.95) -> jax.Array:
     return jnp.full((buckets,), math.log(initial_clip / (1 - initial_clip)), jnp.float32)
 
 
-def clip_multipliers(clips: jax.Array, clip_index: jax.Array | None, ndim: int) -> jax.Array:
-    """Sigmoid of each sample's clip, shaped to multiply `[batch, ..., 1]` of rank `ndim`.
+def of_bucket(values: jax.Array, clip_index: jax.Array | None, ndim: int) -> jax.Array:
+    """Each sample's entry of `values [buckets]`, shaped to broadcast over `[batch, ..., in]`.
 
     Args:
-        clips: raw parameters `[buckets]`; one bucket serves every timestep.
+        values: parameters of a layer, one per bucket; one bucket serves every timestep.
         clip_index: int32 `[batch]`; may be None where there is one bucket.
         ndim: rank of the activations.
+
+    Returns:
+        `[batch, 1, ..., 1]`; `[1, 1, ..., 1]` of one bucket.
 
     Raises:
         ValueError: several buckets and no index.
     """
-    if clips.shape[0] == 1:
-        return jax.nn.sigmoid(clips[0])
-    if clip_index is None:
+    if values.shape[0] > 1 and clip_index is None:
         raise ValueError(
-            f"a layer with {clips.shape[0]} clip pairs needs QuantContext(clip_index=[batch]); "
+            f"a layer with {values.shape[0]} clip pairs needs QuantContext(clip_index=[batch]); "
             "qvgen_jax.quant.clips.clip_index(timesteps, mode) computes it"
         )
-    gathered = jax.nn.sigmoid(clips[clip_index])
-    return gathered.reshape(gathered.shape + (1,) * (ndim - 1))
+    chosen = values if values.shape[0] == 1 else values[clip_index]
+    return chosen.reshape(chosen.shape + (1,) * (ndim - 1))
+
+
+def clip_multipliers(clips: jax.Array, clip_index: jax.Array | None, ndim: int) -> jax.Array:
+    """Sigmoid of each sample's clip, shaped to multiply `[batch, ..., 1]` of rank `ndim`.
+
+    Arguments as of `of_bucket`; of one bucket the result is a scalar.
+    """
+    if clips.shape[0] == 1:
+        return jax.nn.sigmoid(clips[0])
+    return jax.nn.sigmoid(of_bucket(clips, clip_index, ndim))
 
 
 @jax.custom_vjp

@@ -26,6 +26,7 @@ _FREE = (
     "evaluate.reference",
     "evaluate.shown",
     "kernels",
+    "method",  # A name.
     "sample.count",
     "train.checkpoint_every",
     "train.fresh_orders",

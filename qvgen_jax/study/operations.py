@@ -33,9 +33,10 @@ def step_operations(
     batch_size: int,
     remat: str,
     quantized: Collection[str],
+    teacher: bool = True,
 ) -> int:
     """Multiply-adds of a training step; arguments of `qvgen_jax.training.operations.step_work`."""
-    work = step_work(model, tokens, text_tokens, rank, remat, quantized)
+    work = step_work(model, tokens, text_tokens, rank, remat, quantized, teacher=teacher)
     return batch_size * sum(work.values())
 
 
@@ -49,14 +50,14 @@ def run_operations(config: Mapping) -> tuple[int, int]:
         UserError: the model is of another family, or its config files are not there.
     """
     model, (tokens, text_tokens) = _model(config), _tokens(config)
-    train, quant = config["train"], config["quant"]
+    train, quant = config["train"], quant_config(config["quant"], model)
     shape = (model, tokens, text_tokens)
     # Layers in full precision, such as those of a time table, have no branch.
-    names = quant_config(quant, model).quantized(quantizable(model))
-    rest = (train["batch_size"], train["remat"], names)
-    with_branch = step_operations(*shape, quant["rank"], *rest)
+    names = quant.quantized(quantizable(model))
+    rest = (train["batch_size"], train["remat"], names, train["target"] == "teacher")
+    with_branch = step_operations(*shape, quant.token_rank, *rest)
     without = step_operations(*shape, 0, *rest)
-    end = rank_decay(config).end
+    end = min(rank_decay(config).end, train["steps"])
     return end * with_branch + (train["steps"] - end) * without, without
 
 

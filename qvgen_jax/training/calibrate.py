@@ -1,10 +1,10 @@
-"""What a run measures of its teacher before step 0: the activations that smoothing balances.
+"""What a run measures of its teacher before step 0: what smoothing and learned steps start from.
 
 A function of the config's seed, the data and the teacher. Only step 0 needs it; a checkpoint holds
 what came of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,42 @@ def activation_maxima(
         The name of each quantized linear to the largest magnitude of each of its input channels,
         float32 `[in]` or `[layers, in]`; None if the run does not smooth.
     """
-    quant, train = quant_config(config["quant"], model), config["train"]
-    if not quant.smoothing:
+    if not quant_config(config["quant"], model).smoothing:
         return None
+    return _measured(config, model, scheduler, teacher, dataset, mesh, ("probe", jnp.max))
+
+
+def activation_moments(
+    config: Mapping,
+    model: TransformerConfig,
+    scheduler: Scheduler,
+    teacher: dict,
+    dataset: EncodedDataset,
+    mesh: Mesh | None = None,
+) -> dict[str, jax.Array] | None:
+    """The teacher's mean activations over what the first steps of the run will train on.
+
+    Returns:
+        The name of each quantized linear to the means of |x|, x and x^2 over what it reads, float32
+        `[3]` or `[layers, 3]`; None if the run learns no steps of activations.
+    """
+    if not quant_config(config["quant"], model).learned_steps:
+        return None
+    return _measured(config, model, scheduler, teacher, dataset, mesh, ("moments", jnp.mean))
+
+
+def _measured(
+    config: Mapping,
+    model: TransformerConfig,
+    scheduler: Scheduler,
+    teacher: dict,
+    dataset: EncodedDataset,
+    mesh: Mesh | None,
+    wanted: tuple[str, Callable],
+) -> dict[str, jax.Array]:
+    """A statistic of every quantized linear: a probe's name, and how those of batches combine."""
+    statistic, combine = wanted
+    quant, train = quant_config(config["quant"], model), config["train"]
     names, dtype = quant.quantized(quantizable(model)), jnp.dtype(config["compute_dtype"])
     network = nnx.eval_shape(
         lambda: build_transformer(
@@ -63,20 +96,26 @@ def activation_maxima(
                 y = nnx.merge(graphdef, teacher, probes)(*part)
                 return jnp.sum(y.astype(jnp.float32))
 
-            return jax.grad(total)(probes)
+            found = jax.grad(total)(probes)  # What is not asked for, the compiler leaves out.
+            return {name: layer_at(found, name)[statistic] for name in names}
 
         # As many samples at once as a training step holds.
         seen = (inputs["latents"], inputs["timesteps"], inputs["text_embeds"])
         parts = jax.tree.map(lambda x: in_parts(x, train["accumulate"]), seen)
-        return jax.tree.map(lambda x: x.max(0), jax.lax.map(of_part, parts))
+        return jax.tree.map(lambda x: combine(x, axis=0), jax.lax.map(of_part, parts))
 
     data = feed(dataset, config, mesh=mesh)
     found = [measure(teacher, next(data), jnp.int32(step)) for step in range(BATCHES)]
-    maxima = jax.tree.map(lambda *each: jnp.max(jnp.stack(each), axis=0), *found)
-    return {name: layer_at(maxima, name)["probe"] for name in names}
+    return jax.tree.map(lambda *each: combine(jnp.stack(each), axis=0), *found)
 
 
 def unmeasured(model: TransformerConfig, teacher: dict) -> dict[str, jax.Array]:
     """Ones in the shapes of `activation_maxima`, for states that are only described."""
     shapes = {name: layer_at(teacher, name)["kernel"].shape[:-1] for name in quantizable(model)}
     return {name: jnp.ones(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+def unmeasured_moments(model: TransformerConfig, teacher: dict) -> dict[str, jax.Array]:
+    """The same in the shapes of `activation_moments`."""
+    of_maxima = unmeasured(model, teacher)
+    return {name: jnp.ones((*ones.shape[:-1], 3), jnp.float32) for name, ones in of_maxima.items()}

@@ -6,6 +6,7 @@ from kernels.choose import BACKENDS
 from qvgen_jax.data.clips import CROPS, cut_of
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.remat import POLICIES
+from qvgen_jax.quant.config import ACT_RANGES, BRANCH_SPACES
 from qvgen_jax.quant.schedule import phase_steps_for
 from qvgen_jax.training.optimizer import GROUPS
 
@@ -43,14 +44,16 @@ _CHOICES = {
     "kernels": ("auto", *BACKENDS),
     "text_weights": ("float", "int8"),
     "quant.behaviour": ("default", "released"),
+    "quant.act_range": ACT_RANGES,
     "quant.branch_moments": ("reset", "rotate", "keep"),
-    "quant.branch_space": ("tokens", "weights"),
+    "quant.branch_space": BRANCH_SPACES,
     "quant.decay_order": ("smallest", "largest"),
     "quant.decay_shape": ("cosine", "linear", "abrupt"),
     "quant.include_zero": ("", "yes", "no"),
     "quant.rotation": ("none", "hadamard"),
     "train.remat": POLICIES,
     "train.schedule": ("cosine", "constant_tail"),
+    "train.target": ("teacher", "truth"),
 }
 # What a number must reach, and stay below.
 _RANGES = (
@@ -62,6 +65,7 @@ _RANGES = (
     ("mesh.fsdp", -1, _LARGEST),
     ("mesh.context", -1, _LARGEST),
     ("mesh.tensor", -1, _LARGEST),
+    ("quant.buckets", 1, 1001),
     ("quant.rank", 0, 2**16),
     ("quant.shrink", 2, _LARGEST),
     ("quant.smoothing", 0, 1),
@@ -127,7 +131,7 @@ def check_config(config: Mapping) -> None:
         value = _value(config, name)
         if not 0 <= value <= 1:
             raise UserError(f"--config.{name}={value}; expected 0 to 1, a share")
-    for name in ("data.buckets", "data.on_the_fly"):
+    for name in ("data.buckets", "data.on_the_fly", "train.freeze_weights", "train.scale_aware"):
         _value(config, name)
     _check_cut(config["data"])
     if not 0 < train.get("shift", 1) < 1000:
@@ -137,6 +141,7 @@ def check_config(config: Mapping) -> None:
     _check_layers(quant["bits"], quant["full_precision"])
     _check_validation(train, config["evaluate"])
     _check_table(quant["time_table"], quant["table_steps"])
+    _check_target(train)
     if train["batch_size"] % train["accumulate"]:
         raise UserError(
             f"train.batch_size={train['batch_size']} does not divide into "
@@ -147,6 +152,9 @@ def check_config(config: Mapping) -> None:
             f"train.warmup_steps={train['warmup_steps']} with train.steps={train['steps']}; the "
             "warm-up must end before training does, set --config.train.warmup_steps too"
         )
+    if quant["branch_space"] == "merged":
+        _check_adapter(train, quant)
+        return
     phase_steps_for(
         train["steps"],
         quant["decay_fraction"],
@@ -198,6 +206,27 @@ def _check_validation(train: Mapping, evaluate: Mapping) -> None:
         raise UserError(
             "--config.train.export_best=True needs to know which is the best; set "
             "--config.train.validate_every too"
+        )
+
+
+def _check_target(train: Mapping) -> None:
+    if train["target"] == "truth" and train["truth_blend"]:
+        raise UserError(
+            f"--config.train.target=truth with --config.train.truth_blend={train['truth_blend']}: "
+            "a blend needs the teacher; set one of them back (target=teacher, or truth_blend=0)"
+        )
+
+
+def _check_adapter(train: Mapping, quant: Mapping) -> None:
+    if not quant["rank"]:
+        raise UserError(
+            "--config.quant.branch_space=merged is an adapter, and quant.rank=0 leaves it no "
+            "columns; set --config.quant.rank=32, or branch_space=tokens for plain training"
+        )
+    if train["ema_decay"]:
+        raise UserError(
+            f"--config.train.ema_decay={train['ema_decay']} averages weights once the branch is "
+            "gone, and a merged adapter stays; set it to 0"
         )
 
 

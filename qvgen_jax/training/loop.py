@@ -17,10 +17,15 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.low_rank import drop_branch, on_every_branch, reverse
-from qvgen_jax.quant.schedule import RankDecay, boundaries, gate_at, phase_steps_for
+from qvgen_jax.quant.schedule import boundaries, gate_at
 from qvgen_jax.training import checkpoint
 from qvgen_jax.training.best import is_better, keep_best, read_best
-from qvgen_jax.training.calibrate import activation_maxima, unmeasured
+from qvgen_jax.training.calibrate import (
+    activation_maxima,
+    activation_moments,
+    unmeasured,
+    unmeasured_moments,
+)
 from qvgen_jax.training.checkpoint import Checkpoints
 from qvgen_jax.training.feed import feed
 from qvgen_jax.training.guard import Alarms, NotFinite, check
@@ -34,7 +39,9 @@ from qvgen_jax.training.stop import Stop
 from qvgen_jax.training.student import (
     as_held,
     quant_config,
+    rank_decay,
     student_definition,
+    tail_start,
     teacher_definition,
 )
 from qvgen_jax.training.validation import Validated
@@ -69,19 +76,6 @@ class Run(NamedTuple):
     validate: Validate | None
 
 
-def rank_decay(config: Mapping) -> RankDecay:
-    """When the branch shrinks, from the `quant` and `train` sections."""
-    quant, steps = config["quant"], config["train"]["steps"]
-    shape, order = quant["decay_shape"], quant["decay_order"]
-    phase = phase_steps_for(steps, quant["decay_fraction"], quant["rank"], quant["shrink"], shape)
-    return RankDecay(phase, quant["rank"], quant["shrink"], shape, order, quant["refactor"])
-
-
-def tail_start(config: Mapping) -> int:
-    """Where a constant tail of the learning rates begins: where the branch ends, or would."""
-    return int(config["train"]["steps"] * config["quant"]["decay_fraction"])
-
-
 def make_recipe(
     config: Mapping, model: TransformerConfig, scheduler: Scheduler, *, branch: bool
 ) -> Recipe:
@@ -106,27 +100,36 @@ def initial_state(
     teacher: dict,
     activations: Mapping[str, jax.Array] | None = None,
     mesh: Mesh | None = None,
+    moments: Mapping[str, jax.Array] | None = None,
 ) -> dict:
     """The student at step 0: the teacher's weights, searched scales, and Phi as their error.
 
-    `activations` are what `activation_maxima` measures; needed where the run smooths. Over a mesh
-    every layer is searched where its slices lie, one after the other.
+    `activations` are what `activation_maxima` measures, needed where the run smooths; `moments`
+    what `activation_moments` does, for learned steps. Over a mesh every layer is searched where its
+    slices lie, one after the other.
     """
-    quant = quant_config(config["quant"], model)
-    params, levels = quantize_params(teacher, quantizable(model), quant, activations)
-    if config["quant"]["decay_order"] == "largest":
+    quant, seed = quant_config(config["quant"], model), config["seed"]
+    of_model = (teacher, quantizable(model), quant)
+    params, levels = quantize_params(*of_model, activations, moments, seed)
+    if config["quant"]["decay_order"] == "largest" and not quant.merged:
         params = on_every_branch(params, lambda left, right: reverse(left, right, quant.rank))
-    optimizer = make_optimizer(config["train"], tail_start(config))
-    average = config["train"]["ema_decay"] > 0
+    train, optimizer = config["train"], make_optimizer(config["train"], tail_start(config))
+    how = {"average": train["ema_decay"] > 0, "freeze_weights": train["freeze_weights"]}
 
     def create(params: dict, levels: dict) -> dict:
-        return create_state(params, levels, optimizer, average=average)
+        return create_state(params, levels, optimizer, **how)
 
     if mesh is None:
         return create(params, levels)
     params, levels = sharding.place(params, mesh), sharding.place(levels, mesh)
     places = sharding.shard(jax.eval_shape(create, params, levels), mesh)
     return jax.jit(create, out_shardings=places)(params, levels)
+
+
+def undrawn_state(config: Mapping, model: TransformerConfig, teacher: dict) -> dict:
+    """`initial_state` where nothing was measured: for its structure and shapes alone."""
+    found = unmeasured(model, teacher), unmeasured_moments(model, teacher)
+    return initial_state(config, model, teacher, found[0], moments=found[1])
 
 
 def newest_state(
@@ -146,9 +149,7 @@ def newest_state(
     """
 
     def like_of(step: int) -> dict:
-        like = jax.eval_shape(
-            lambda: initial_state(config, model, teacher, unmeasured(model, teacher))
-        )
+        like = jax.eval_shape(lambda: undrawn_state(config, model, teacher))
         if not has_branch(rank_decay(config), step):
             like = {**like, "params": drop_branch(like["params"]), "opt": drop_branch(like["opt"])}
         return sharding.described(like, mesh)
@@ -185,8 +186,8 @@ def run_steps(
         validate: asked after every `train.validate_every` steps.
 
     Returns:
-        The final state, at rank 0, and the teacher as the steps held it, see `as_held`: what it
-        gave up of the one that came in is deleted.
+        The final state, at rank 0 (a merged adapter stays), and the teacher as the steps held it,
+        see `as_held`: what it gave up of the one that came in is deleted.
     """
     train = config["train"]
     always = set(boundaries(rank_decay(config), train["steps"]))
@@ -198,8 +199,9 @@ def run_steps(
     ):
         state = newest_state(config, model, teacher, checkpoints, mesh)
         if state is None:
-            activations = activation_maxima(config, model, scheduler, teacher, dataset, mesh)
-            state = initial_state(config, model, teacher, activations, mesh)
+            of_run = (config, model, scheduler, teacher, dataset, mesh)
+            activations, moments = activation_maxima(*of_run), activation_moments(*of_run)
+            state = initial_state(config, model, teacher, activations, mesh, moments)
             state = checkpoint.committed(state)
         teacher = as_held(teacher, jnp.dtype(config["compute_dtype"]))
         parts = (scheduler, teacher, dataset, checkpoints, mesh, validate)
@@ -314,7 +316,8 @@ def _steps(
             found = run.validate(step, _student(config, model, state, branch))
             writer.validated(step, found)
             line, loss = {**line, **found.scalars}, found.scalars["held_out_loss"]
-            if not branch and is_better(workdir, loss):
+            ships = not branch or config["quant"]["branch_space"] == "merged"
+            if ships and is_better(workdir, loss):
                 keep_best(workdir, run.checkpoints, state, loss)
             watchdog.fed()
         if line:

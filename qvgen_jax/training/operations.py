@@ -69,11 +69,14 @@ def step_work(
     rank: int,
     remat: str,
     quantized: Collection[str],
+    *,
+    teacher: bool = True,
 ) -> dict[tuple[str, str], int]:
     """Multiply-adds of one sample in a training step, by (pass, kind).
 
     The passes are `teacher`, `forward`, `again` (what is recomputed) and `backward`, at twice the
-    forward. Arguments as of `forward_products`, and `remat`, see `qvgen_jax.models.remat`.
+    forward. Arguments as of `forward_products`, and `remat`, see `qvgen_jax.models.remat`, and
+    whether the `teacher` is asked.
     """
     work: dict[tuple[str, str], int] = {}
 
@@ -81,7 +84,7 @@ def step_work(
         key = (part, product.kind)
         work[key] = work.get(key, 0) + times * product.count
 
-    for product in forward_products(model, tokens, text_tokens):
+    for product in forward_products(model, tokens, text_tokens) if teacher else ():
         add("teacher", product, 1)
     for product in forward_products(model, tokens, text_tokens, rank, quantized):
         add("forward", product, 1)

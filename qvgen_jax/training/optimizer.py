@@ -1,4 +1,4 @@
-"""AdamW in four groups: weights, low-rank branch, weight scales, activation clips.
+"""AdamW in four groups: weights, low-rank branch, weight scales, activation clips or steps.
 
 Source: the recipe of the release (`script/train/*.sh`): one AdamW (0.9, 0.95), eps 1e-8, weight
 decay on everything, one global norm clip, linear warm-up then cosine to zero, a rate per group.
@@ -11,8 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-GROUP_OF_LEAF = {"L": "branch", "R": "branch", "scale": "scales", "zero_point": "scales"}
 GROUPS = ("weights", "branch", "scales", "clips")
+GROUP_OF_LEAF = {
+    **dict.fromkeys(("L", "R"), "branch"),
+    **dict.fromkeys(("scale", "zero_point"), "scales"),
+    **dict.fromkeys(("lower", "upper", "act_scale", "act_zero_point"), "clips"),
+}
 
 
 def leaf_name(path: tuple) -> str:
@@ -23,12 +27,11 @@ def leaf_name(path: tuple) -> str:
 def group_of(path: tuple, leaf: jax.Array) -> str:
     """The learning-rate group of a parameter, from its name.
 
-    `scale` is also what norms call their weight; only the scale beside clips is a quantizer's,
-    which `labels` resolves.
+    `scale` is also what norms call their weight; only the scale beside clips or steps is a
+    quantizer's, which `labels` resolves.
     """
     del leaf
-    name = leaf_name(path)
-    return "clips" if name in ("lower", "upper") else GROUP_OF_LEAF.get(name, "weights")
+    return GROUP_OF_LEAF.get(leaf_name(path), "weights")
 
 
 def labels(params: Mapping) -> dict:
@@ -39,11 +42,44 @@ def labels(params: Mapping) -> dict:
         if not isinstance(node, dict):
             return node
         out = {key: fix(child) for key, child in node.items()}
-        if "scale" in out and "lower" not in out and isinstance(out["scale"], str):
+        quantizer = "lower" in out or "act_scale" in out
+        if "scale" in out and not quantizer and isinstance(out["scale"], str):
             out["scale"] = "weights"
         return out
 
     return fix(named)
+
+
+def split_frozen(params: Mapping, freeze_weights: bool) -> tuple[dict, dict]:
+    """What trains, and what stays as it is: the group `weights`, if they are frozen.
+
+    Gradients, moments and weight decay are of the first alone, so that the second costs its own
+    bytes and no more. `joined` undoes it.
+    """
+    if not freeze_weights:
+        return dict(params), {}
+    named = labels(params)
+    trained = _only(params, named, lambda group: group != "weights")
+    return trained, _only(params, named, lambda group: group == "weights")
+
+
+def _only(params: Mapping, named: Mapping, wanted: Callable[[str], bool]) -> dict:
+    """The leaves of wanted groups, without dicts that would be empty."""
+    out = {}
+    for key, group in named.items():
+        if isinstance(group, dict):
+            if inner := _only(params[key], group, wanted):
+                out[key] = inner
+        elif wanted(group):
+            out[key] = params[key]
+    return out
+
+
+def joined(trained: Mapping, frozen: Mapping) -> dict:
+    """One tree of two that share no leaf."""
+    both = {**trained, **frozen}
+    shared = trained.keys() & frozen.keys()
+    return both | {key: joined(trained[key], frozen[key]) for key in shared}
 
 
 def group_norms(squares: jax.Array, params: dict) -> dict[str, jax.Array]:
@@ -89,19 +125,41 @@ def learning_rates(train: Mapping, tail: int = 0) -> dict[str, Callable[[jax.Arr
 
 
 def make_optimizer(train: Mapping, tail: int = 0) -> optax.GradientTransformation:
-    """The whole update rule; its state is a tree that mirrors the parameters."""
+    """The whole update rule; its state is a tree that mirrors the parameters that train.
+
+    Args:
+        train, tail: see `learning_rates`; with `scale_aware`, see `scale_branch_updates`.
+    """
     rates = learning_rates(train, tail)
     scales = {group: optax.scale_by_learning_rate(rate) for group, rate in rates.items()}
     return optax.chain(
         optax.clip_by_global_norm(train["clip_norm"]),
         optax.scale_by_adam(b1=train["beta1"], b2=train["beta2"], eps=train["epsilon"]),
         optax.add_decayed_weights(train["weight_decay"]),
+        *([optax.stateless(scale_branch_updates)] if train.get("scale_aware") else []),
         optax.partition(scales, labels),
     )
 
 
+def scale_branch_updates(updates: dict, params: dict) -> dict:
+    """Updates of every L and R times their layer's weight scale, averaged over its channels.
+
+    A weight changes its code once an adapter has moved it by a step of the weight's own size
+    (EfficientDM, arXiv 2310.03270, eq. 8, which multiplies gradients; under Adam that must be the
+    learning rate, as in its train_efficientdm.py: `lr = mean(delta) / 2500`). There the scales are
+    those of step 0; here they are the present ones.
+    """
+    if not isinstance(updates, dict):
+        return updates
+    scaled = {name: scale_branch_updates(node, params[name]) for name, node in updates.items()}
+    if "L" in scaled and "R" in scaled:
+        size = jnp.mean(params["scale"], axis=-1)[..., None, None]
+        scaled |= {name: scaled[name] * size for name in "LR"}
+    return scaled
+
+
 def keep_scales_positive(params: dict, before: dict) -> dict:
-    """An update in which no quantizer's scale falls below half of what it was.
+    """An update in which no quantizer's scale or step falls below half of what it was.
 
     Adam moves a scale by its rate, whatever its size: a small one would soon be below zero, where
     codes mean nothing and no gradient leads back.
@@ -112,7 +170,8 @@ def keep_scales_positive(params: dict, before: dict) -> dict:
     """
 
     def keep(path: tuple, new: jax.Array, old: jax.Array, group: str) -> jax.Array:
-        is_scale = group == "scales" and leaf_name(path) == "scale"
+        name = leaf_name(path)
+        is_scale = (group == "scales" and name == "scale") or name == "act_scale"
         return jnp.maximum(new, old / 2) if is_scale else new
 
     return jax.tree_util.tree_map_with_path(keep, params, before, labels(params))

@@ -54,7 +54,8 @@ def work_of(config: Mapping, model: TransformerConfig, latents: Sequence[int]) -
     tokens = math.prod(-(-size // patch) for size, patch in patches)
     train, quant = config["train"], quant_config(config["quant"], model)
     text, names = config["data"]["max_length"], quant.quantized(quantizable(model))
-    each = step_work(model, tokens, text, quant.rank, "none", names)
+    asked = train["target"] == "teacher"
+    each = step_work(model, tokens, text, quant.token_rank, "none", names, teacher=asked)
     devices = jax.devices()
     return Work(
         tokens * train["batch_size"],

@@ -24,18 +24,26 @@ from qvgen_jax.quant.low_rank import (
     zero_branch,
 )
 from qvgen_jax.quant.schedule import RankDecay, is_boundary, phase_rank
+from qvgen_jax.training.optimizer import split_frozen
 
 
 def create_state(
-    params: dict, levels: dict, optimizer: optax.GradientTransformation, average: bool = False
+    params: dict,
+    levels: dict,
+    optimizer: optax.GradientTransformation,
+    average: bool = False,
+    freeze_weights: bool = False,
 ) -> dict:
-    """A state at step 0 from initialised (quantized) parameters, with `ema` if `average`."""
+    """A state at step 0 from initialised (quantized) parameters, with `ema` if `average`.
+
+    The optimizer's state is of what trains alone.
+    """
     # Copies: both clips start as one array, and a buffer can be donated only once.
     params = jax.tree.map(lambda leaf: jnp.array(at_least_float32(leaf)), params)
     return {
         "params": params,
         "levels": levels,
-        "opt": optimizer.init(params),
+        "opt": optimizer.init(split_frozen(params, freeze_weights)[0]),
         "step": jnp.zeros((), jnp.int32),
         "order": jnp.zeros((), jnp.int32),
         "skipped": {"in_a_row": jnp.zeros((), jnp.int32), "in_all": jnp.zeros((), jnp.int32)},

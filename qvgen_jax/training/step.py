@@ -15,9 +15,11 @@ from qvgen_jax.quant.schedule import RankDecay, fade_at, gate_at, rank_at
 from qvgen_jax.sharding import laid_out
 from qvgen_jax.training.optimizer import (
     group_norms,
+    joined,
     keep_scales_positive,
     leaf_name,
     learning_rates,
+    split_frozen,
 )
 
 
@@ -134,7 +136,8 @@ def distillation_loss(
 
     Against the teacher's, or against the ground truth by `teacher_share`. The prediction is a
     velocity in both families. The release compares CogVideoX's implied clean latents with weight
-    1 / (1 - alphas_cumprod), which is the same.
+    1 / (1 - alphas_cumprod), which is the same. So are, up to that choice, Q-DM's noise-estimating
+    mimicking (NeurIPS 2023) and EfficientDM's distillation (arXiv 2310.03270, eq. 7).
 
     Returns:
         The loss, and `motion` of the student's and the teacher's prediction.
@@ -154,6 +157,21 @@ def distillation_loss(
     # Stopped: no part of what is differentiated.
     moved = {"student": motion(jax.lax.stop_gradient(prediction)), "teacher": motion(target)}
     return jnp.mean(loss), moved
+
+
+def truth_loss(
+    params: dict, levels: dict, inputs: dict, gate: jax.Array, recipe: Recipe
+) -> tuple[jax.Array, dict]:
+    """As `distillation_loss`, against the ground truth alone: no teacher is asked.
+
+    LSQ trains on its task's own loss (arXiv 1902.08153). The teacher's motion comes out as 0.
+    """
+    student = nnx.merge(recipe.student, params, levels)
+    arguments = (inputs["latents"], inputs["timesteps"], inputs["text_embeds"])
+    prediction = at_least_float32(student(*arguments, gate=gate))
+    moved = motion(jax.lax.stop_gradient(prediction))
+    loss = jnp.mean(jnp.square(prediction - inputs["velocity"]))
+    return loss, {"student": moved, "teacher": jnp.zeros_like(moved)}
 
 
 def motion(video: jax.Array) -> jax.Array:
@@ -222,7 +240,7 @@ def train_step(
         The new state, and scalars: loss, grad_norm, motion (the student's by the teacher's),
         skipped, gate, rank, a rate per group, and what `group_norms` and `mean_clips` give.
         Beside them `finite`, bool of each array of the gradient (of the sum of its squares), in the
-        order of its leaves.
+        order of all parameters' leaves; True of those that do not train.
     """
     step = state["step"]
     keys = sample_keys(order_seed(seed, state["order"]), step, batch["sample_index"])
@@ -231,18 +249,26 @@ def train_step(
     inputs = noisy_inputs(filled, keys, recipe.noising, dropout, empty_text)
     gate = gate_at(step, recipe.decay)
 
-    def loss_of(params: dict, part: dict) -> tuple[jax.Array, dict]:
-        return distillation_loss(params, state["levels"], teacher_params, part, gate, recipe)
+    before, frozen = split_frozen(state["params"], recipe.train["freeze_weights"])
+
+    def loss_of(trained: dict, part: dict) -> tuple[jax.Array, dict]:
+        student = (joined(trained, frozen), state["levels"])
+        if recipe.train["target"] == "truth":
+            return truth_loss(*student, part, gate, recipe)
+        return distillation_loss(*student, teacher_params, part, gate, recipe)
 
     parts = recipe.train["accumulate"]
-    (loss, moved), grads = _accumulated(loss_of, state["params"], inputs, parts)
-    updates, opt = recipe.optimizer.update(grads, state["opt"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
-    params = keep_scales_positive(params, state["params"])
-    squares = jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)])
+    (loss, moved), grads = _accumulated(loss_of, before, inputs, parts)
+    updates, opt = recipe.optimizer.update(grads, state["opt"], before)
+    params = keep_scales_positive(optax.apply_updates(before, updates), before)
+    of_leaf = jax.tree.map(lambda leaf: jnp.sum(jnp.square(leaf)), grads)
+    squares = jnp.stack(jax.tree.leaves(of_leaf))
     norm = jnp.sqrt(jnp.sum(squares))
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    params, opt = unless_bad(good, (params, opt), (state["params"], state["opt"]))
+    params, opt = unless_bad(good, (params, opt), (before, state["opt"]))
+    of_frozen = jax.tree.map(lambda leaf: jnp.zeros((), squares.dtype), frozen)
+    every = jax.tree.leaves(joined(of_leaf, of_frozen))
+    params = joined(params, frozen)
     skipped = {
         "in_a_row": jnp.where(good, 0, state["skipped"]["in_a_row"] + 1),
         "in_all": state["skipped"]["in_all"] + ~good,
@@ -252,12 +278,12 @@ def train_step(
     metrics = {
         "loss": loss,
         "grad_norm": norm,
-        # Of one frame there is none: both are level then.
+        # Of one frame there is none, nor where no teacher is asked: both are level then.
         "motion": jnp.where(moved["teacher"] > 0, moved["student"] / moved["teacher"], 1.0),
-        **group_norms(squares, params),
+        **group_norms(squares, before),
         **mean_clips(params),
         "skipped": skipped["in_all"],
-        "finite": jnp.isfinite(squares),
+        "finite": jnp.isfinite(jnp.stack(every)),
         "gate": fade_at(step, recipe.decay) * (rank > 0),
         "rank": rank,
         **{f"lr_{group}": jnp.asarray(rate(step), jnp.float32) for group, rate in rates.items()},

@@ -1,4 +1,4 @@
-"""Teacher and student of a run: which layers are quantized, how, and their values at step 0."""
+"""Teacher and student of a run: which layers are quantized, how, and when their branch shrinks."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ from qvgen_jax.models import (
 from qvgen_jax.quant.blocks import is_stacked, ranges, split_block
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels, dense_factory
+from qvgen_jax.quant.schedule import RankDecay, phase_steps_for
 
 # On the timestep's path.
 _COMPUTED_IN_FLOAT32 = {
@@ -30,7 +31,15 @@ _COMPUTED_IN_FLOAT32 = {
     "norm_out",
 }
 _BEHAVIOURS = ("default", "released")
-_PASSED_ON = ("branch_space", "symmetric_weights", "rotation", "smoothing", "time_table")
+_PASSED_ON = (
+    "act_range",
+    "branch_space",
+    "buckets",
+    "symmetric_weights",
+    "rotation",
+    "smoothing",
+    "time_table",
+)
 
 
 def quant_config(quant: Mapping, model: TransformerConfig) -> QuantConfig:
@@ -82,6 +91,21 @@ def quant_config(quant: Mapping, model: TransformerConfig) -> QuantConfig:
                 "take it out of one of them"
             )
     return config
+
+
+def rank_decay(config: Mapping) -> RankDecay:
+    """When the branch shrinks, from the `quant` and `train` sections; never, if it is merged."""
+    quant, steps = config["quant"], config["train"]["steps"]
+    if quant["branch_space"] == "merged":  # At full weight to the last step, and after it.
+        return RankDecay(steps + 1, quant["rank"], shape="abrupt")
+    shape, order = quant["decay_shape"], quant["decay_order"]
+    phase = phase_steps_for(steps, quant["decay_fraction"], quant["rank"], quant["shrink"], shape)
+    return RankDecay(phase, quant["rank"], quant["shrink"], shape, order, quant["refactor"])
+
+
+def tail_start(config: Mapping) -> int:
+    """Where a constant tail of the learning rates begins: where the branch ends, or would."""
+    return int(config["train"]["steps"] * config["quant"]["decay_fraction"])
 
 
 def teacher_definition(model: TransformerConfig, dtype: jnp.dtype) -> nnx.GraphDef:
@@ -146,7 +170,8 @@ def describe_layers(model: TransformerConfig, quant: QuantConfig) -> str:
         if name in quant.full_precision:
             table = quant.time_table and name in time_only(model)
             kind = "full precision" + (", a table in the export" if table else "")
-        clips = "" if name in quant.full_precision else f", {quant.buckets_of(name)} clip pairs"
+        ranges = "learned steps" if quant.learned_steps else "clip pairs"
+        clips = "" if name in quant.full_precision else f", {quant.buckets_of(name)} {ranges}"
         lines.append(f"  {name:45s} x {count:3d}  {kind}{clips}")
     total = sum(model.num_layers if is_stacked(n) else 1 for n in names)
     patches = "" if "patch_embed.proj" in names else "patch embedding, "
@@ -154,6 +179,8 @@ def describe_layers(model: TransformerConfig, quant: QuantConfig) -> str:
     before = [f"smoothed by {quant.smoothing}"] if quant.smoothing else []
     before += [f"rotated ({quant.rotation})"] if quant.rotation != "none" else []
     ready = [f"  tokens {', then '.join(before)}, before they are quantized"] if before else []
+    if quant.merged:
+        ready.append(f"  kernels have an adapter of rank {quant.rank}, merged and then quantized")
     return "\n".join([f"{total} linears:", *lines, *ready, kept])
 
 

@@ -167,3 +167,30 @@ def test_what_fits_says_how_much_is_left_to_keep():
     plan = make_plan(config("wan14b_w4a4"), parse_target("v5p:4x4x4"), compiler=False)
     assert plan.fits
     assert "There is room for --config.train.remat=attention" in verdict(plan)
+
+
+def test_frozen_weights_cost_their_own_bytes_alone():
+    baseline = read_run(read_config("configs/wan1_3b_w4a4.py:efficient_dm").to_dict())
+    found, whole = estimate(baseline, ONE, "gpu"), of({})
+    every = kernel_sizes(baseline)[1]
+    assert 4 * every < found.master < 4.2 * every
+    # What trains: adapters of rank 32, scales, zero points and steps.
+    assert found.gradients == pytest.approx(found.master - 4 * every, rel=0.01)
+    assert found.moments == pytest.approx(2 * found.gradients, rel=0.02)
+    assert found.teacher == whole.teacher
+
+
+def test_a_plan_of_lsq_has_no_teacher_pass_and_a_merged_adapter_is_passed_by_no_token():
+    target = parse_target("h100:8")
+    work = {
+        name: make_plan(
+            read_config(f"configs/wan1_3b_w4a4.py:{name}").to_dict(), target, compiler=False
+        ).work
+        for name in ("", "lsq", "q_dm", "efficient_dm")
+    }
+    passes = {name: {where for where, _ in found} for name, found in work.items()}
+    assert "teacher" not in passes["lsq"]
+    assert "teacher" in passes["q_dm"]
+    assert work["efficient_dm"] == work["q_dm"]
+    assert ("forward", "branch") in work[""]
+    assert ("forward", "branch") not in work["efficient_dm"]

@@ -62,3 +62,13 @@ def test_without_a_branch_there_are_no_numbers_of_it():
             assert row["branch_norm"] is None
             assert row["singular_values"] is None
             assert 0 < row["weight_error"] < 0.5
+
+
+@pytest.mark.parametrize("act_range", ["learned", "learned_zero"])
+def test_layers_with_learned_steps_have_no_clips_to_tell_of(act_range):
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(20, 2)), jnp.float32)
+    quant = QuantConfig(rank=0, act_range=act_range)
+    moments = {"out": jnp.ones(3)}
+    student = quantize_params({"out": {"kernel": kernel}}, ["out"], quant, moments=moments)
+    (row,) = measure_layers(*student, ["out"])["out"]
+    assert set(row) == {"weight_error", "branch_norm", "singular_values"}

@@ -112,6 +112,13 @@ def find_variant(evaluation: dict | None, start: str) -> dict | None:
     return next((v for v in variants if v["name"].startswith(start)), None)
 
 
+def find_student(evaluation: dict | None) -> dict | None:
+    """The trained student's variant, whatever its method is called."""
+    variants = (evaluation or {}).get("variants", [])
+    others = ("Full precision", "Round-to-nearest")
+    return next((v for v in variants if not v["name"].startswith(others)), None)
+
+
 def _misfit(value: Any, shape: Any, where: str) -> str | None:
     """The first place where a value is not of its shape, and what was expected there."""
     if isinstance(shape, dict):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 
 from qvgen_jax.evaluation.report.curves import column
-from qvgen_jax.evaluation.report.inputs import find_variant
+from qvgen_jax.evaluation.report.inputs import find_student, find_variant
 from qvgen_jax.evaluation.report.sizes import share_of
 from qvgen_jax.evaluation.report.words import megabytes, number, percent_range, points, whole
 
@@ -37,7 +37,7 @@ def bits_label(config: dict) -> str:
 
 
 def _finding(evaluation: dict | None) -> str:
-    student, teacher = find_variant(evaluation, "QVGen"), find_variant(evaluation, "Full precision")
+    student, teacher = find_student(evaluation), find_variant(evaluation, "Full precision")
     if not student or not teacher:
         return (
             "The trained student was not compared with full precision in this run: "
@@ -61,7 +61,7 @@ def _finding(evaluation: dict | None) -> str:
 
 
 def _caution(evaluation: dict | None) -> str:
-    student = find_variant(evaluation, "QVGen")
+    student = find_student(evaluation)
     if not student:
         return ""
     few = evaluation["videos"] < FEW_VIDEOS
@@ -81,7 +81,7 @@ def _caution(evaluation: dict | None) -> str:
 
 def _facts(records: Sequence[dict], evaluation: dict | None, sizes: dict | None) -> str:
     facts = []
-    student = find_variant(evaluation, "QVGen") or {}
+    student = find_student(evaluation) or {}
     difference = student.get("strict_difference")
     if difference:
         low, high = map(points, difference["interval"])

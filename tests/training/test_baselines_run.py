@@ -1,0 +1,124 @@
+"""A run of each baseline: it resumes exactly, and its export is the student that was trained."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs._baselines import BASELINES
+from convert.export import export_pipeline
+from convert.load import read_transformer
+from qvgen_jax.quant.low_rank import merge_adapters
+from qvgen_jax.quant.schedule import gate_at
+from qvgen_jax.training import loop
+from qvgen_jax.training.optimizer import labels
+from qvgen_jax.training.student import quant_config, student_definition
+from qvgen_jax.transformer import Transformer
+from tests.compiling import optimized
+from tests.convert.test_export import pipeline_folder
+from tests.training.test_run import CONFIG, MODEL, SCHEDULER, Clips, teacher  # noqa: F401
+
+pytestmark = pytest.mark.slow
+
+STEPS = 3
+TRAINED = ("lsq", "q_dm", "efficient_dm")
+
+
+def config(name: str) -> dict:
+    sections = {key: dict(CONFIG[key]) for key in ("quant", "train")}
+    sections["train"] |= {"learning_rate": dict(CONFIG["train"]["learning_rate"])}
+    sections["train"] |= {"steps": STEPS, "truth_blend": 0.0, "ema_decay": 0.0}
+    for key, value in BASELINES[name].items():
+        *path, leaf = key.split(".")
+        if path:
+            node = sections[path[0]]
+            (node[path[1]] if path[1:] else node)[leaf] = value
+    if sections["quant"]["rank"]:
+        sections["quant"]["rank"] = 2
+    return {**CONFIG, **sections}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_baseline_resumes_exactly_and_is_exported_as_trained(
+    name,
+    teacher,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    values = config(name)
+    merged = name == "efficient_dm"
+    step = loop.compile_step(loop.make_recipe(values, MODEL, SCHEDULER, branch=merged))
+    device = jax.devices()[0]  # As a restored state is: one compilation for all.
+    monkeypatch.setattr(
+        loop, "compile_step", lambda *_: lambda state, *x: step(jax.device_put(state, device), *x)
+    )
+    run = (values, tmp_path / "whole", MODEL, SCHEDULER, teacher, Clips())
+    whole, _ = loop.run_steps(*run)
+    learned_what_it_should(values, whole, teacher)
+
+    enter = loop.enter_step
+
+    def interrupt(state, at, *rest):
+        if at == 2:
+            raise InterruptedError
+        return enter(state, at, *rest)
+
+    run = (values, tmp_path / "parts", *run[2:])
+    monkeypatch.setattr(loop, "enter_step", interrupt)
+    with pytest.raises(InterruptedError):
+        loop.run_steps(*run)
+    monkeypatch.setattr(loop, "enter_step", enter)
+    resumed, _ = loop.run_steps(*run)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    exported_as_trained(values, whole, tmp_path)
+
+
+def learned_what_it_should(values: Mapping, state: dict, teacher: dict) -> None:  # noqa: F811
+    frozen = values["train"]["freeze_weights"]
+    groups, moved = labels(state["params"]), {}
+    first = loop.undrawn_state(values, MODEL, teacher)["params"]
+
+    def compare(path: tuple, group: str, before: jax.Array, after: jax.Array) -> None:
+        name = (group, path[-1].key)
+        moved[name] = moved.get(name, False) or not np.array_equal(before, after)
+
+    jax.tree_util.tree_map_with_path(compare, groups, first, state["params"])
+    assert moved["weights", "kernel"] != frozen
+    assert moved["clips", "act_scale"]
+    assert ("clips", "act_zero_point") in moved or values["quant"]["act_range"] == "learned"
+    buckets = values["quant"]["buckets"]
+    assert state["params"]["blocks"]["attn1"]["to_q"]["act_scale"].shape == (2, buckets)
+    assert float(state["params"]["blocks"]["attn1"]["to_q"]["act_scale"].min()) > 0
+    if frozen:
+        assert moved["branch", "L"]
+        assert not any(changed for (group, _), changed in moved.items() if group == "weights")
+        moments = jax.tree_util.tree_leaves_with_path(state["opt"])
+        assert moments
+        assert not [path for path, _ in moments if "kernel" in str(path)]
+
+
+def exported_as_trained(values: Mapping, state: dict, tmp_path: Path) -> None:
+    quant, params = quant_config(values["quant"], MODEL), state["params"]
+    definition = student_definition(MODEL, quant, jnp.float32, branch=quant.merged)
+    gate = gate_at(STEPS - 1, loop.rank_decay(values)) if quant.merged else None
+    trained = Transformer(MODEL, definition, (params, state["levels"]), gate)
+    source = pipeline_folder(tmp_path / "source", MODEL)
+    export_pipeline(source, tmp_path / "export", MODEL, params, quant, levels=state["levels"])
+    loaded = read_transformer(tmp_path / "export" / "transformer", jnp.float32)
+    rng = np.random.default_rng(0)
+    batch = (
+        rng.normal(size=(2, 2, 2, 4, 2)).astype(np.float32),
+        np.array([900.0, 30.0], np.float32),
+        rng.normal(size=(2, 3, 8)).astype(np.float32),
+    )
+    found, expected = (optimized(lambda *x, of=each: of(*x)) for each in (loaded, trained))
+    np.testing.assert_array_equal(found(*batch), expected(*batch))
+    if quant.merged:  # The export is that of the merged weight: nothing is left of the adapter.
+        folder = tmp_path / "merged"
+        plain = merge_adapters(params)
+        export_pipeline(source, folder, MODEL, plain, quant, levels=state["levels"])
+        weights = "transformer/diffusion_pytorch_model.safetensors"
+        assert (folder / weights).read_bytes() == (tmp_path / "export" / weights).read_bytes()
