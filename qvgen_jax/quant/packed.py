@@ -27,6 +27,8 @@ Version 3 is written where a model uses something that older readers do not know
     rotation            the tokens are rotated before they are quantized, see docs/format.md
     smoothing           they are divided before that by
         smooth          float32 [in]   unless the linear is `folded`
+    branch_input        "tokens": the branch of that rank reads the tokens as they are before they
+                        are quantized, smoothed and rotated; L and R are bfloat16, without a gate
 
 The transformer's config.json holds a `quantization_config`, see `quantization_config`. Its layer
 names are the model's `quantizable` names: `blocks.attn1.to_q` stands for every block's.
@@ -38,6 +40,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from kernels.layouts import lay_out
@@ -127,13 +130,19 @@ def pack_layer(layer: Mapping[str, Any], bits: int) -> dict[str, np.ndarray]:
     return pack_tensors(np.asarray(signed, np.int16).T + 2 ** (bits - 1), layer, bits)
 
 
-def pack_tensors(codes: np.ndarray, layer: Mapping[str, Any], bits: int) -> dict[str, np.ndarray]:
+def pack_tensors(
+    codes: np.ndarray,
+    layer: Mapping[str, Any],
+    bits: int,
+    branch: tuple[Any, Any] | None = None,
+) -> dict[str, np.ndarray]:
     """The tensors of one linear whose codes are known.
 
     Args:
         codes: unsigned, `[out, in]`.
         layer: `scale`, `lower`, `upper`; `zero_point`, `bias` and `smooth` where there are any.
         bits: of the codes.
+        branch: `L [out, rank]` and `R [rank, in]` of one that reads tokens.
     """
     tensors = {
         "codes": pack_codes(codes, bits),
@@ -143,6 +152,9 @@ def pack_tensors(codes: np.ndarray, layer: Mapping[str, Any], bits: int) -> dict
     for leaf in ("zero_point", "bias", "smooth"):
         if layer.get(leaf) is not None:
             tensors[leaf] = np.asarray(layer[leaf], np.float32)
+    if branch is not None:
+        kept = (np.asarray(side).astype(ml_dtypes.bfloat16) for side in branch)
+        tensors |= dict(zip(("L", "R"), kept, strict=True))
     return tensors
 
 
@@ -165,13 +177,15 @@ def unpack_layer(
     }
     for leaf in ("zero_point", "bias", "smooth", *BRANCH_LEAVES):
         if leaf in tensors:
-            layer[leaf] = np.asarray(tensors[leaf], np.float32)
+            branch = leaf in ("L", "R") and tensors[leaf].dtype == ml_dtypes.bfloat16
+            layer[leaf] = np.asarray(tensors[leaf], None if branch else np.float32)
     return layer
 
 
 def leaves_of(config: QuantConfig, name: str) -> tuple[str, ...]:
     """What a quantized linear of a folder holds."""
-    leaves = LEAVES + BRANCH_LEAVES if config.rank else LEAVES
+    branch = BRANCH_LEAVES if config.branch_input == "codes" else BRANCH_LEAVES[:2]
+    leaves = LEAVES + branch if config.rank else LEAVES
     leaves = tuple(x for x in leaves if x != "zero_point" or not config.symmetric_weights)
     return (*leaves, "smooth") if config.smooths(name) else leaves
 
@@ -188,6 +202,8 @@ def quantization_config(config: QuantConfig) -> dict[str, Any]:
         features["rotation"] = {"kind": config.rotation, "largest_block": LARGEST_BLOCK}
     if config.smoothing:
         features["smoothing"] = config.smoothing
+    if config.rank and config.branch_input != "codes":
+        features["branch_input"] = config.branch_input
     if config.folded:
         features["folded"] = {
             name: {"into": source, "head_width": width}
@@ -251,6 +267,7 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
             symmetric_weights=bool(fields.get("symmetric_weights", False)),
             rotation=_rotation(fields.get("rotation")),
             smoothing=fields.get("smoothing", 0.0),
+            branch_input=fields.get("branch_input", "codes"),
             folded={
                 name: (source["into"], source["head_width"])
                 for name, source in fields.get("folded", {}).items()
