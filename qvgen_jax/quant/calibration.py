@@ -52,7 +52,7 @@ def observe(x: jax.Array, probe: jax.Array, measure: Measure = MAXIMA) -> jax.Ar
 
 
 def _forward(x, probe, measure):
-    return x, measure.of(x.astype(probe.dtype).reshape(-1, x.shape[-1]))
+    return x, measure.of(x.reshape(-1, x.shape[-1])).astype(probe.dtype)
 
 
 def _backward(measure, found, cotangent):
