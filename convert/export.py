@@ -1,4 +1,4 @@
-"""A trained student to a pipeline folder with a packed transformer."""
+"""A quantized transformer to a pipeline folder with a packed transformer."""
 
 import dataclasses
 import shutil
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from convert import progress
 from convert.load import find_folder, read_default_steps
-from convert.packed import to_packed
+from convert.names import Entry
+from convert.packed import named_tensors, split_table, to_packed, unquantized
 from convert.save import write_json
 from convert.tables import table_for
 from convert.tensors import read_json, write_tensors
@@ -57,6 +59,49 @@ def export_pipeline(
             something else than an export.
     """
     _refuse_branch(params)
+    quant = dataclasses.replace(quant, rank=0)  # The config's is that of step 0.
+    source, folder = _checked(source, folder)
+    table, params, quant = _with_table(source, model, params, quant)
+    tensors = to_packed(table, params, quantizable(model), quant, levels)
+    _write(source, folder, tensors, quant, generation)
+
+
+def export_layers(
+    source: str | Path,
+    folder: str | Path,
+    model: TransformerConfig,
+    params: Mapping,
+    quant: QuantConfig,
+    layers: Mapping[str, list[dict]],
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """`export_pipeline` of linears that are packed already, a low-rank branch with them.
+
+    Args:
+        layers: by the name of every quantized linear its tensors, a dict for each block's.
+
+    The others, and what is raised, are as in `export_pipeline`; of `params` nothing is read that is
+    quantized.
+    """
+    source, folder = _checked(source, folder)
+    table, params, quant = _with_table(source, model, params, quant)
+    names = quantizable(model)
+    tensors = unquantized(table, params, names, quant)
+    for name, entry in split_table(table, quant.quantized(names))[0].items():
+        tensors |= named_tensors(entry, layers[name])
+    _write(source, folder, tensors, quant, generation)
+
+
+def check_export(source: str | Path, folder: str | Path) -> None:
+    """See that an export of this pipeline can be written there.
+
+    Raises:
+        UserError: see `export_pipeline`.
+    """
+    _checked(source, folder)
+
+
+def _checked(source: str | Path, folder: str | Path) -> tuple[Path, Path]:
     source, folder = find_folder(source), Path(folder)
     if folder.resolve() == source.resolve():
         raise UserError(f"{folder} is the pipeline itself; choose another folder for the export")
@@ -65,21 +110,38 @@ def export_pipeline(
             f"{folder} is not empty and no earlier export (it has no {_MARKER}); choose another "
             "folder, or delete it"
         )
-    table = table_for(model)
-    if quant.time_table:
-        steps = (read_default_steps(source, model), *quant.table_steps)
-        scheduler = scheduler_from_json(read_json(source / "scheduler/scheduler_config.json"))
-        timesteps = visited_timesteps(scheduler, steps)
-        params, table = fold_time(model, params, timesteps), fold_names(table, model)
-        quant = dataclasses.replace(
-            quant, table_steps=tuple(sorted(set(steps))), time_entries=len(timesteps)
-        )
-    tensors = to_packed(table, params, quantizable(model), quant, levels)
-    fields = read_json(source / "transformer" / "config.json")
+    return source, folder
 
+
+def _with_table(
+    source: Path, model: TransformerConfig, params: Mapping, quant: QuantConfig
+) -> tuple[list[Entry], Mapping, QuantConfig]:
+    """Name table, params and quantization, with a time table where that is asked for."""
+    table = table_for(model)
+    if not quant.time_table:
+        return table, params, quant
+    steps = (read_default_steps(source, model), *quant.table_steps)
+    scheduler = scheduler_from_json(read_json(source / "scheduler/scheduler_config.json"))
+    timesteps = visited_timesteps(scheduler, steps)
+    params, table = fold_time(model, params, timesteps), fold_names(table, model)
+    steps = tuple(sorted(set(steps)))
+    return (
+        table,
+        params,
+        dataclasses.replace(quant, table_steps=steps, time_entries=len(timesteps)),
+    )
+
+
+def _write(
+    source: Path,
+    folder: Path,
+    tensors: Mapping[str, np.ndarray],
+    quant: QuantConfig,
+    generation: Mapping[str, Any] | None,
+) -> None:
+    fields = read_json(source / "transformer" / "config.json")
     partial = progress.start_over(folder, {"task": "packed export"})
     copy_companions(source, partial)
-    quant = dataclasses.replace(quant, rank=0)  # The config's is that of step 0.
     fields = {**fields, "quantization_config": quantization_config(quant)}
     write_json(partial / "transformer" / "config.json", fields)
     write_tensors(partial / "transformer" / "diffusion_pytorch_model.safetensors", tensors)

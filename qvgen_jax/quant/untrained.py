@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.reference import signed_offset
 from qvgen_jax.quant.gptq import gptq_codes
 from qvgen_jax.quant.rotation import rotate, rotate_kernel
 from qvgen_jax.quant.smoothing import smooth_factors
@@ -166,8 +165,3 @@ def _range(
 ) -> tuple[jax.Array, jax.Array | None]:
     find = {"minmax": min_max_range, "search": search_range}[choices.range]
     return find(kernel, levels, choices.symmetric)
-
-
-def unsigned(codes: jax.Array, levels: float) -> jax.Array:
-    """Codes 0 to `levels`, int16 `[out, in]`, as `quant.packed` takes them."""
-    return codes.T.astype(jnp.int16) + signed_offset(jnp.float32(levels)).astype(jnp.int16)
