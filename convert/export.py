@@ -1,4 +1,4 @@
-"""A quantized transformer to a pipeline folder with a packed transformer."""
+"""A trained student, or linears that are packed already, to a folder with a packed transformer."""
 
 import dataclasses
 import shutil

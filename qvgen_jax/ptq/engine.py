@@ -6,6 +6,7 @@ section 3.3: later layers make up for what earlier ones lost). Within a stage al
 measured together, before any of them is quantized.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -185,7 +186,9 @@ class _Packed:
     """The network of one block that an export is loaded into."""
 
     def __init__(self, plan: Plan):
-        given = plan.define(one_layer(plan.model), plan.quant, plan.dtype)
+        # A time table is made when all is exported: until then its linears say what they say.
+        quant = dataclasses.replace(plan.quant, time_table=False)
+        given = plan.define(one_layer(plan.model), quant, plan.dtype)
         self._definition, self._quant = given, plan.quant
         self.network = Network(given.graphdef, given.shapes, fixed=(given.levels,))
 
