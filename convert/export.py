@@ -20,7 +20,7 @@ from convert.time_table import fold_names, fold_time, visited_timesteps
 from convert.travel import copy_companions
 from qvgen_jax.diffusion.schedulers import scheduler_from_json
 from qvgen_jax.errors import UserError
-from qvgen_jax.models import TransformerConfig, quantizable
+from qvgen_jax.models import TransformerConfig, config_from_json, quantizable
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.packed import quantization_config
 
@@ -92,13 +92,22 @@ def export_layers(
     _write(source, folder, tensors, quant, generation)
 
 
-def check_export(source: str | Path, folder: str | Path) -> None:
+def check_export(source: str | Path, folder: str | Path) -> TransformerConfig:
     """See that an export of this pipeline can be written there.
 
+    Returns:
+        The pipeline's transformer, by its config.json; its weights are not looked at.
+
     Raises:
-        UserError: see `export_pipeline`.
+        UserError: see `export_pipeline`; or the pipeline is quantized already.
     """
-    _checked(source, folder)
+    source, _ = _checked(source, folder)
+    fields = read_json(source / "transformer" / "config.json")
+    if fields.get("quantization_config"):
+        raise UserError(
+            f"{source} is quantized already; give the full-precision pipeline that it came from"
+        )
+    return config_from_json(fields)
 
 
 def _checked(source: str | Path, folder: str | Path) -> tuple[Path, Path]:

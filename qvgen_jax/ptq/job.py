@@ -1,5 +1,6 @@
 """`--job quantize --method NAME`: an export without training."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,7 +16,7 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation.samples import read_prompts
 from qvgen_jax.json_file import write_json
 from qvgen_jax.mesh import make_mesh
-from qvgen_jax.models import quantizable
+from qvgen_jax.models import TransformerConfig, abstract_params, quantizable
 from qvgen_jax.pipeline import Pipeline, load
 from qvgen_jax.ptq.engine import Done, Plan, quantize_stages
 from qvgen_jax.ptq.files import Unfinished
@@ -67,13 +68,12 @@ def run_quantize(config: Mapping, workdir: Path, method: str, exporting: Exporti
     """
     choices, prompts = _check(config, workdir, method)
     export = workdir / "export"
-    exporting.check(config["model"], export)
+    model = exporting.check(config["model"], export)
+    quant = quantization(quant_config(config["quant"], model), choices)
+    parameters = _check_layers(model, quant)
     with alone_in(workdir):
         start = time.perf_counter()
-        pipe = _load(config)
-        quant = quantization(quant_config(config["quant"], pipe.transformer.config), choices)
-        parameters = _check_layers(pipe, quant)
-        plan = _plan(config, pipe, quant, choices, exporting.define)
+        pipe, plan = _load(config), _plan(config, model, quant, choices, exporting.define)
         task = _task(config, method, plan, prompts, pipe)
         kept, seconds = Unfinished(workdir, task), {"load": time.perf_counter() - start}
         inputs, seconds["sample"] = _inputs(config, plan, pipe, prompts, kept)
@@ -132,12 +132,12 @@ def _load(config: Mapping) -> Pipeline:
     return pipe
 
 
-def _check_layers(pipe: Pipeline, quant: QuantConfig) -> int:
+def _check_layers(model: TransformerConfig, quant: QuantConfig) -> int:
     """How many parameters the kernels to quantize have."""
-    params, total = pipe.transformer.states[0], 0
-    for name in quant.quantized(quantizable(pipe.transformer.config)):
+    params, total = abstract_params(model), 0
+    for name in quant.quantized(quantizable(model)):
         shape = layer_at(params, name)["kernel"].shape
-        total += layer_at(params, name)["kernel"].size
+        total += math.prod(shape)
         if quant.rank > min(shape[-2:]):
             raise UserError(
                 f"--config.calibration.rank={quant.rank} is more than {name} has, which is "
@@ -148,10 +148,14 @@ def _check_layers(pipe: Pipeline, quant: QuantConfig) -> int:
 
 
 def _plan(
-    config: Mapping, pipe: Pipeline, quant: QuantConfig, choices: Choices, define: Callable
+    config: Mapping,
+    model: TransformerConfig,
+    quant: QuantConfig,
+    choices: Choices,
+    define: Callable,
 ) -> Plan:
     return Plan(
-        pipe.transformer.config,
+        model,
         quant,
         choices,
         jnp.dtype(config["compute_dtype"]),

@@ -1,0 +1,97 @@
+"""Stages quantized one after the other: what the export's network says, and over eight devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.packed import packed_definition
+from qvgen_jax.models import quantizable
+from qvgen_jax.ptq.engine import Plan, quantize_stages
+from qvgen_jax.ptq.methods import METHODS, choices_of, quantization
+from qvgen_jax.ptq.stages import in_batches, plain_network, predict
+from qvgen_jax.quant.config import QuantConfig
+from qvgen_jax.quant.named import with_layer
+from qvgen_jax.quant.packed import unpack_layer
+from tests.ptq.models import MODELS, inputs, random_params
+
+CALIBRATION = {
+    "smoothing_points": 2,
+    "branch_iterations": 1,
+    "damping": 0.01,
+    "by_activity": False,
+    "rounding": "",
+    "exponent": 0.0,
+    "rank": 2,
+}
+
+
+def plan_of(model, method, bits=(8, 8), **changes) -> Plan:
+    config = {"calibration": CALIBRATION, "quant": {"symmetric_weights": False}}
+    choices = choices_of(method, config)
+    quant = quantization(QuantConfig(*bits), choices)
+    return Plan(model, quant, choices, jnp.float32, 16, 0, packed_definition, **changes)
+
+
+def whole_network(plan, params, stages) -> tuple:
+    """Params and definition of the packed transformer, put together as an export's reader does."""
+    definition = packed_definition(plan.model, plan.quant, plan.dtype)
+    for name in quantizable(plan.model):
+        nodes = [
+            unpack_layer(
+                each.tensors[name],
+                plan.quant.bits_of(name)[0],
+                definition.inputs[name],
+                definition.layouts[name],
+            )
+            for each in stages
+            if name in each.tensors
+        ]
+        one = name.startswith("blocks.")
+        node = {k: np.stack([n[k] for n in nodes]) if one else nodes[0][k] for k in nodes[0]}
+        params = with_layer(params, name, node)
+    return definition, params
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["vidit_q", "svdquant"])
+@pytest.mark.parametrize("family", list(MODELS))
+def test_at_eight_bits_the_quantized_transformer_says_what_it_said(family, method):
+    from flax import nnx
+
+    model = MODELS[family]
+    params, args = random_params(model), inputs(model)
+    plan = plan_of(model, method)
+    stages = list(quantize_stages(plan, params, in_batches(args, 2)))
+    definition, packed = whole_network(plan, params, stages)
+    network = nnx.merge(definition.graphdef, packed, definition.levels)
+    found = jax.jit(lambda *x: network(*x))(*args)
+    expected = predict(plain_network(model, jnp.float32), model, params, in_batches(args, 2), None)
+    assert np.linalg.norm(found - expected) < 0.05 * np.linalg.norm(expected)
+    assert all(each.errors[n]["output"] < 0.05 for each in stages for n in each.errors)
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_found_is_run_and_not_quantized_again():
+    model = MODELS["wan"]
+    params, batches = random_params(model), in_batches(inputs(model), 2)
+    plan = plan_of(model, "rtn_search", (3, 3))
+    first = list(quantize_stages(plan, params, batches))
+    there = {each.stage: each.tensors for each in first[:2]}
+    again = list(quantize_stages(plan, params, batches, there.get))
+    assert [sorted(each.seconds) for each in again[:2]] == [["run"]] * 2
+    for one, other in zip(first, again, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one.tensors, other.tensors)
+
+
+def test_a_method_is_a_row_that_the_config_changes_where_it_says_so():
+    config = {"calibration": CALIBRATION, "quant": {"symmetric_weights": True}}
+    changed = config | {"calibration": CALIBRATION | {"rounding": "gptq", "exponent": 0.3}}
+    assert choices_of("svdquant", config).rank == 2
+    assert choices_of("gptq", config).rank == 0
+    assert choices_of("smoothquant", changed).exponent == 0.3
+    assert choices_of("svdquant", changed).rounding == "gptq"
+    for method in METHODS:
+        quant = quantization(QuantConfig(), choices_of(method, config))
+        assert quant.buckets == 1
+        assert (quant.branch_input == "tokens") == (method == "svdquant")
