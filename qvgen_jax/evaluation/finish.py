@@ -23,7 +23,7 @@ from qvgen_jax.quant.packed import read_quantization_config
 from qvgen_jax.training.calibrate import activation_maxima
 from qvgen_jax.training.student import quant_config, student_definition
 
-_PACKED = ("codes", "scale", "zero_point", "clips", "smooth")
+_PACKED = ("codes", "scale", "zero_point", "clips", "smooth", "L", "R")
 
 
 def untrained(config: Mapping, workdir: Path, pipe: Pipeline) -> Pipeline:

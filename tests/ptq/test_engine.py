@@ -1,9 +1,14 @@
 """Stages quantized one after the other: what the export's network says, and over eight devices."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from convert.packed import packed_definition
 from qvgen_jax.models import quantizable
@@ -13,7 +18,9 @@ from qvgen_jax.ptq.stages import in_batches, plain_network, predict
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.named import with_layer
 from qvgen_jax.quant.packed import unpack_layer
+from tests.cpu_devices import ON_CPU
 from tests.ptq.models import MODELS, inputs, random_params
+from tests.test_sharding import PATIENT, ROOT
 
 CALIBRATION = {
     "smoothing_points": 2,
@@ -57,8 +64,6 @@ def whole_network(plan, params, stages) -> tuple:
 @pytest.mark.parametrize("method", ["vidit_q", "svdquant"])
 @pytest.mark.parametrize("family", list(MODELS))
 def test_at_eight_bits_the_quantized_transformer_says_what_it_said(family, method):
-    from flax import nnx
-
     model = MODELS[family]
     params, args = random_params(model), inputs(model)
     plan = plan_of(model, method)
@@ -95,3 +100,20 @@ def test_a_method_is_a_row_that_the_config_changes_where_it_says_so():
         quant = quantization(QuantConfig(), choices_of(method, config))
         assert quant.buckets == 1
         assert (quant.branch_input == "tokens") == (method == "svdquant")
+
+
+@pytest.mark.slow
+def test_over_eight_devices_the_codes_are_those_of_one():
+    flags = [os.environ["XLA_FLAGS"], "--xla_force_host_platform_device_count=8", *PATIENT]
+    # The number of devices is fixed when JAX starts: another process, not part of this run.
+    rest = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "tests/ptq/eight_devices.py"],
+        cwd=ROOT,
+        env=rest | ON_CPU | {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
