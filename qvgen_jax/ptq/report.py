@@ -30,13 +30,12 @@ class Told:
     """
 
     def __init__(self, stages: int, what: str):
-        self._stages, self._what, self._done, self._new = stages, what, 0, 0
+        self._stages, self._what, self._done = stages, what, 0
         self._start = time.monotonic()
 
     def __call__(self, done: Done, was_there: bool) -> None:
         """One is done; or was done by an earlier call, and only run again."""
         self._done += 1
-        self._new += not was_there
         outputs = [each["output"] for each in done.errors.values()]
         lost = f", outputs off by {np.mean(outputs):.3f}" if outputs else ""
         took = "found" if was_there else f"{sum(done.seconds.values()):.1f} s"
