@@ -6,7 +6,8 @@
 
 A transformer of the model's sizes with a few blocks goes through the engine of `--job quantize`,
 every method in a process of its own. The first block compiles; what the others take is multiplied
-up to the model's number, and marked as computed, not measured. Sampling the calibration inputs is
+up to the model's number, and marked as computed, not measured. `core_seconds` are those that cores
+were at work, whoever else wanted them. Sampling the calibration inputs is
 not part of it: that is the model's forward, so many times. docs/quantize.md holds the results.
 """
 
@@ -71,41 +72,47 @@ def measure(method: str, options: argparse.Namespace) -> dict[str, Any]:
     quant = quantization(QuantConfig(*options.bits), choices)
     before = peak_memory()["peak_host_bytes"]
     plan = Plan(model, quant, choices, dtype, options.rows, 0, packed_definition)
-    start, done = time.perf_counter(), []
+    start, done, cores, then = time.perf_counter(), [], [], time.process_time()
     for each in quantize_stages(plan, params, batches):
         done.append(each)
+        cores.append(time.process_time() - then)
+        then = time.process_time()
         told = {key: round(value, 1) for key, value in each.seconds.items()}
         print(f"{method}: {each.stage}, {told}", file=sys.stderr, flush=True)
     return {
         "method": method,
         "seconds": round(time.perf_counter() - start, 1),
-        "stages": [_stage(each) for each in done],
+        "stages": [_stage(*pair) for pair in zip(done, cores, strict=True)],
         "host_bytes_before": before,
         **peak_memory(),
-        "computed_not_measured": _whole_model(done, whole.num_layers),
+        "computed_not_measured": _whole_model(done, cores, whole.num_layers),
     }
 
 
-def _stage(done: Done) -> dict[str, Any]:
+def _stage(done: Done, cores: float) -> dict[str, Any]:
     outputs = [each["output"] for each in done.errors.values()]
     return {
         "stage": str(done.stage),
         "seconds": {key: round(value, 2) for key, value in done.seconds.items()},
+        "core_seconds": round(cores, 2),
         "mean_output_error": round(float(np.mean(outputs)), 4),
         "linears_bytes": bytes_by_kind(done.tensors.values()),
     }
 
 
-def _whole_model(done: Sequence[Done], layers: int) -> dict[str, float]:
-    """Seconds and bytes of all blocks, if each takes what the last one here did."""
-    last = done[-2]
-    others = sum(sum(each.seconds.values()) for each in (done[0], done[1], done[-1]))
-    block = sum(last.seconds.values())
+def _whole_model(done: Sequence[Done], cores: Sequence[float], layers: int) -> dict[str, Any]:
+    """Time and bytes of all blocks, if each takes what the last one here did."""
+
+    def minutes(seconds: Sequence[float]) -> float:
+        embed, first, *_, last, head = seconds
+        return round((embed + first + (layers - 1) * last + head) / 60, 1)
+
     ends = bytes_by_kind([*done[0].tensors.values(), *done[-1].tensors.values()])
-    one = bytes_by_kind(last.tensors.values())
+    one = bytes_by_kind(done[-2].tensors.values())
     return {
         "blocks": layers,
-        "minutes": round((others + (layers - 1) * block) / 60, 1),
+        "minutes": minutes([sum(each.seconds.values()) for each in done]),
+        "core_minutes": minutes(cores),
         "linears_bytes": {kind: ends[kind] + layers * one[kind] for kind in ends},
     }
 
@@ -114,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=PUBLISHED, default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["gptq", "svdquant"])
-    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=2, help="two at least")
     parser.add_argument("--bits", type=int, nargs=2, default=[4, 4])
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--latents", type=int, nargs=3, default=[3, 20, 20])

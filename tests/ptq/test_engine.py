@@ -60,9 +60,15 @@ def whole_network(plan, params, stages) -> tuple:
     return definition, params
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["vidit_q", "svdquant"])
-@pytest.mark.parametrize("family", list(MODELS))
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        pytest.param("wan", "svdquant", marks=pytest.mark.slow),
+        pytest.param("cogvideox", "vidit_q", marks=pytest.mark.slow),
+        pytest.param("wan", "vidit_q", marks=pytest.mark.by_hand),
+        pytest.param("cogvideox", "svdquant", marks=pytest.mark.by_hand),
+    ],
+)
 def test_at_eight_bits_the_quantized_transformer_says_what_it_said(family, method):
     model = MODELS[family]
     params, args = random_params(model), inputs(model)
@@ -102,7 +108,7 @@ def test_a_method_is_a_row_that_the_config_changes_where_it_says_so():
         assert (quant.branch_input == "tokens") == (method == "svdquant")
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_over_eight_devices_the_codes_are_those_of_one():
     flags = [os.environ["XLA_FLAGS"], "--xla_force_host_platform_device_count=8", *PATIENT]
     # The number of devices is fixed when JAX starts: another process, not part of this run.

@@ -46,6 +46,7 @@ def test_an_interrupted_quantization_goes_on_to_the_same_export_which_generates(
     full, tmp_path, monkeypatch
 ):
     config = settings(full, rounding="gptq")
+    config["quant"]["time_table"] = True
     export = run_quantize(config, tmp_path / "whole", "svdquant", EXPORTING)
     told = job.Told.__call__
 
@@ -71,6 +72,7 @@ def test_an_interrupted_quantization_goes_on_to_the_same_export_which_generates(
     pipe = qvgen_jax.load(again)
     assert np.isfinite(pipe.sample_latents("a red circle moving right")).all()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(pipe.transformer.states))
+    assert pipe.transformer.table_steps == (2,)
     branch = sum(array.nbytes for name, array in found.items() if name[-2:] in (".L", ".R"))
     codes = sum(array.nbytes for name, array in found.items() if name.endswith(".codes"))
     assert held > branch + codes  # What an evaluation's table counts.
@@ -78,7 +80,7 @@ def test_an_interrupted_quantization_goes_on_to_the_same_export_which_generates(
 
 def _check_record(record: dict, tensors: dict) -> None:
     assert record["bits"] == [4, 6]
-    assert len(record["layers"]) == 2 * 10 + 6
+    assert len(record["layers"]) == 2 * 10 + 3  # All but the timestep's own.
     assert all(0 < each["output"] < 1 for each in record["layers"].values())
     for kind, ends in {"codes": ["codes"], "branch": ["L", "R"], "smoothing": ["smooth"]}.items():
         held = [a.nbytes for name, a in tensors.items() if name.rpartition(".")[2] in ends]
