@@ -4,10 +4,7 @@ Three of them: the 2B adds sin-cos positions, the 5B rotates by positions, and 1
 has patches of two frames. Channels last.
 """
 
-import dataclasses
-import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +14,7 @@ from flax import nnx
 from kernels.reference import wide_type
 from qvgen_jax.errors import UserError
 from qvgen_jax.layer_scan import layer_scan
-from qvgen_jax.models.cogvideox_block import CogVideoXBlock
+from qvgen_jax.models.cogvideox_block import CogVideoXBlock, CogVideoXConditions
 from qvgen_jax.models.cogvideox_config import CogVideoXConfig
 from qvgen_jax.models.cogvideox_positions import rotations, sincos_table
 from qvgen_jax.models.layers import (
@@ -141,33 +138,6 @@ class OutputNorm(nnx.Module):
         """Float32 `[b, tokens, dim]` of `x`; `condition [b, time_dim]`."""
         shift, scale = jnp.split(self.linear(condition, ctx)[:, None], 2, axis=-1)
         return self.norm(x) * (1 + scale) + shift
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("condition", "ctx"),
-    meta_fields=("grid", "text_tokens"),
-)
-@dataclasses.dataclass(frozen=True)
-class CogVideoXConditions:
-    """What the blocks and the last layer know beside the tokens.
-
-    Attributes:
-        condition: float32 `[batch, time_dim]`, the activated embedding of the timestep.
-        ctx: what quantized linears need.
-        grid: patches along frames, height and width.
-        text_tokens: how many of the tokens, at their start, are the prompt's.
-    """
-
-    condition: jax.Array
-    ctx: QuantContext
-    grid: tuple[int, int, int]
-    text_tokens: int
-
-    @property
-    def tokens(self) -> int:
-        """Without padding."""
-        return self.text_tokens + math.prod(self.grid)
 
 
 class CogVideoXTransformer(nnx.Module):

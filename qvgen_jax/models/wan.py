@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from qvgen_jax.models.layers import (
 )
 from qvgen_jax.models.remat import recomputed
 from qvgen_jax.models.rope import pad_table, rotary_table
-from qvgen_jax.models.wan_block import WanBlock
+from qvgen_jax.models.wan_block import WanBlock, WanConditions
 from qvgen_jax.quant import clips
 from qvgen_jax.quant.apply import apply_normalized
 from qvgen_jax.quant.dense import Dense, QuantContext
@@ -200,30 +199,6 @@ class ConditionEmbedder(nnx.Module):
         modulation = self.time_proj(jax.nn.silu(embedding), ctx)
         modulation = modulation.reshape(modulation.shape[0], 6, -1)
         return embedding, modulation, self.text_embedder(text_embeds, ctx)
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("embedding", "modulation", "text", "ctx"),
-    meta_fields=("grid",),
-)
-@dataclasses.dataclass(frozen=True)
-class WanConditions:
-    """What the blocks and the last layer know beside the tokens.
-
-    Attributes:
-        embedding: of the timestep, float32 `[batch, dim]`.
-        modulation: float32 `[batch, 6, dim]`, before each block adds its table.
-        text: `[batch, text tokens, dim]`.
-        ctx: what quantized linears need.
-        grid: patches along frames, height and width.
-    """
-
-    embedding: jax.Array
-    modulation: jax.Array
-    text: jax.Array
-    ctx: QuantContext
-    grid: tuple[int, int, int]
 
 
 class WanTransformer(nnx.Module):

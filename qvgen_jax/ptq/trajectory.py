@@ -1,7 +1,7 @@
 """Calibration inputs: what the full-precision model sees while it samples a few prompts."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -75,8 +75,9 @@ def sampled_inputs(
         batches = in_batches([np.asarray(x, np.float32) for x in args], rows)
         return jnp.asarray(predict(network, model, params, batches, mesh))
 
-    calls = _calls(velocity, arrays, **how)
-    kept = [call for number, call in enumerate(calls) if number % calibration["every"] == 0]
+    steps, every = calibration["steps"], calibration["every"]
+    # Up to the last one that is kept: what follows it nobody asks for.
+    kept = islice(_calls(velocity, arrays, **how), 0, steps, every)
     return Inputs(*(np.concatenate(each) for each in zip(*kept, strict=True)))
 
 
@@ -104,17 +105,17 @@ def _calls(
 
 
 def batch_rows(samples: int, most: int, devices: int) -> int:
-    """The largest batch that divides the samples, has no more than `most`, and fills the devices.
+    """The largest batch that divides the samples and goes over the devices.
+
+    It has no more than `most` samples, or one for each device.
 
     Raises:
         UserError: there is none.
     """
-    fits = [n for n in range(devices, most + 1, devices) if samples % n == 0]
+    fits = [n for n in range(devices, max(most, devices) + 1, devices) if samples % n == 0]
     if not fits:
         raise UserError(
-            f"--config.calibration.batch_size={most} and {samples} samples at a time do not go "
-            f"over {devices} devices: their number must divide both, "
-            f"such as calibration.batch_size={devices * math.ceil(most / devices)} and "
-            f"calibration.count={devices} prompts"
+            f"{samples} samples at a time do not divide over {devices} devices; let "
+            f"--config.calibration.count be a multiple of {devices}, or show this process fewer"
         )
     return fits[-1]
