@@ -112,7 +112,7 @@ def quantize_stages(
             start = time.perf_counter()
             if stage.kind not in observers:
                 observers[stage.kind] = _observer(plan, stage.kind, names, len(batches))
-            seen = observers[stage.kind](part, batches, plan.mesh)
+            seen = jax.block_until_ready(observers[stage.kind](part, batches, plan.mesh))
             seconds["measure"], start = _since(start)
             tensors, errors = _quantize(plan, stage, part, seen)
             seconds["quantize"], _ = _since(start)

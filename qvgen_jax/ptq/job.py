@@ -84,11 +84,13 @@ def run_quantize(config: Mapping, workdir: Path, method: str, exporting: Exporti
         params = pipe.transformer.states[0]
         exporting.write(config["model"], export, plan.model, params, quant, layers, generation)
         seconds["export"] = time.perf_counter() - start
-        told = {"method": method, "bits": [quant.weight_bits, quant.act_bits]}
-        told |= {"choices": choices._asdict(), "samples": len(inputs.timesteps)}
-        told |= {
+        told = {
+            "method": method,
+            "bits": [quant.weight_bits, quant.act_bits],
+            "choices": choices._asdict(),
+            "samples": len(inputs.timesteps),
             "devices": task["devices"],
-            "seconds": {k: round(v, 3) for k, v in seconds.items()},
+            "seconds": {key: round(value, 3) for key, value in seconds.items()},
         }
         told |= measured(done, parameters, export) | peak_memory()
         write_json(workdir / "quantize.json", told)
