@@ -6,6 +6,7 @@
     python main.py --config configs/wan14b_w4a4.py --job plan --target v5p:4x4x4
     python main.py --config configs/wan1_3b_w4a4.py --job vbench --vbench_python vbench/bin/python
     python main.py --config configs/tiny_w4a4.py --job evaluate --export "QVGen=runs/a/export" ...
+    python main.py --config configs/tiny_w4a4.py --job quantize --method svdquant
     python main.py --config configs/study_tiny.py --job study --workdir studies/recipe
     python main.py --config configs/tiny_w4a4.py --job serve
 
@@ -33,6 +34,7 @@ JOBS = (
     "generate",
     "evaluate",
     "export",
+    "quantize",
     "study",
     "plan",
     "sensitivity",
@@ -60,6 +62,12 @@ _DIMENSIONS = flags.DEFINE_string("dimensions", "paper", "vbench: paper, all, or
 _SMOKE = flags.DEFINE_bool("smoke", False, "vbench: two prompts of each folder alone")
 _EXPORT = flags.DEFINE_multi_string(
     "export", [], "evaluate: NAME=FOLDER to compare; may be repeated; the run's own if absent"
+)
+_METHOD = flags.DEFINE_enum(
+    "method",
+    None,
+    ("rtn", "rtn_search", "smoothquant", "gptq", "vidit_q", "svdquant"),
+    "quantize: how, see docs/quantize.md",
 )
 _PART = flags.DEFINE_string(
     "part", "0/1", "vbench, evaluate: i/n, the i-th of n machines at work on a disk"
@@ -194,6 +202,8 @@ def run(job: str, config: ConfigDict, workdir: Path) -> None:
         how = {"info": _VBENCH_INFO.value, "python": _VBENCH_PYTHON.value, "smoke": _SMOKE.value}
         how["second"] = _VBENCH_2.value
         print(run_vbench(plain, workdir, **how, dimensions=_DIMENSIONS.value, part=_PART.value))
+    elif job == "quantize":
+        _quantize(plain, workdir)
     elif job == "evaluate" and _EXPORT.value:
         from qvgen_jax.evaluation.evaluate_job import run_evaluate
 
@@ -250,6 +260,15 @@ def _encode(config: dict, workdir: Path) -> None:
     print(f"encoded clips: {ensure_encoded(config, workdir, pipe)}")
     if config["evaluate"]["held_out"]:
         print(f"encoded held-out clips: {ensure_held_out(config, workdir, pipe)}")
+
+
+def _quantize(config: dict, workdir: Path) -> None:
+    from convert.export import check_export, export_layers
+    from convert.packed import packed_definition
+    from qvgen_jax.ptq.job import Exporting, run_quantize
+
+    exporting = Exporting(packed_definition, check_export, export_layers)
+    print(f"export: {run_quantize(config, workdir, _METHOD.value or '', exporting)}")
 
 
 def _train_and_finish(job: str, config: dict, workdir: Path) -> None:
@@ -325,6 +344,8 @@ def main(argv: list[str]) -> int:
             from qvgen_jax import storage  # Imports JAX: not for a wrong flag.
 
             workdir = storage.workdir(_WORKDIR.value)
+        elif _JOB.value == "quantize" and _METHOD.value:
+            workdir = workdir.with_name(f"{workdir.name}_{_METHOD.value}")
         try:
             run(_JOB.value, config, workdir)
         except (UserError, Preempted, KeyboardInterrupt):

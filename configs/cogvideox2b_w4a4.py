@@ -137,4 +137,20 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluate.drift_videos = 0
     config.evaluate.reference = ""
 
+    # Of --job quantize alone, see docs/quantize.md.
+    config.calibration = ConfigDict()
+    config.calibration.prompts = "assets/calibration_prompts.txt"  # Not those that are judged.
+    config.calibration.count = 4  # Of them; one video each.
+    config.calibration.steps = 20  # Of the sampler.
+    config.calibration.every = 5  # So many steps give one whose inputs are kept.
+    config.calibration.batch_size = 1  # Samples at once.
+    config.calibration.rows = 2048  # Of each linear's tokens, for what is searched and reported.
+    config.calibration.rounding = ""  # The method's own; "nearest" or "gptq".
+    config.calibration.damping = 0.01  # Of GPTQ, as a share of the mean of the diagonal.
+    config.calibration.by_activity = False  # GPTQ takes the loudest channels first.
+    config.calibration.exponent = 0.0  # Of fixed smoothing; 0: the method's own.
+    config.calibration.smoothing_points = 10  # Of the grid of exponents that is searched.
+    config.calibration.rank = 32  # Of the branch that svdquant keeps.
+    config.calibration.branch_iterations = 1  # At most so many SVDs of it; the paper has one.
+
     return with_baseline(config, baseline).lock()

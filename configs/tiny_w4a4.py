@@ -141,4 +141,20 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluate.drift_videos = 0  # Compared in their final latents with full precision's.
     config.evaluate.reference = ""  # Full precision's answers; "" means inside the workdir.
 
+    # Of --job quantize alone, see docs/quantize.md.
+    config.calibration = ConfigDict()
+    config.calibration.prompts = "assets/tiny_prompts.txt"  # Not those that are judged.
+    config.calibration.count = 4  # Of them; one video each.
+    config.calibration.steps = 10  # Of the sampler.
+    config.calibration.every = 2  # So many steps give one whose inputs are kept.
+    config.calibration.batch_size = 20  # Samples at once.
+    config.calibration.rows = 512  # Of each linear's tokens, for what is searched and reported.
+    config.calibration.rounding = ""  # The method's own; "nearest" or "gptq".
+    config.calibration.damping = 0.01  # Of GPTQ, as a share of the mean of the diagonal.
+    config.calibration.by_activity = False  # GPTQ takes the loudest channels first.
+    config.calibration.exponent = 0.0  # Of fixed smoothing; 0: the method's own.
+    config.calibration.smoothing_points = 10  # Of the grid of exponents that is searched.
+    config.calibration.rank = 32  # Of the branch that svdquant keeps.
+    config.calibration.branch_iterations = 1  # At most so many SVDs of it; the paper has one.
+
     return with_baseline(config, baseline).lock()

@@ -76,7 +76,36 @@ def to_packed(
     tables, biases) is float32: 0.2 % of a packed 14B model, and the export computes what was
     trained.
     """
-    kernels, rest = split_table(table, quant.quantized(names))
+    kernels, _ = split_table(table, quant.quantized(names))
+    tensors = unquantized(table, params, names, quant)
+    for name, entry in kernels.items():
+        node = dict(layer_at(params, name))
+        if quant.smooths(name):
+            node["smooth"] = layer_at(levels, name)["smooth"]
+        layers = _layers(node, entry.layers is not None)
+        packed = [
+            pack_layer(layer, _bits(quant, name, block)[0]) for block, layer in enumerate(layers)
+        ]
+        tensors |= named_tensors(entry, packed)
+    return tensors
+
+
+def named_tensors(entry: Entry, layers: list[dict]) -> dict[str, np.ndarray]:
+    """The packed tensors of one linear, or of one in every layer, by their PyTorch names.
+
+    Args:
+        entry: of its kernel.
+        layers: each one's tensors by leaf.
+    """
+    pairs = zip(linear_stems(entry), layers, strict=True)
+    return {f"{stem}.{leaf}": array for stem, layer in pairs for leaf, array in layer.items()}
+
+
+def unquantized(
+    table: list[Entry], params: Mapping, names: tuple[str, ...], quant: QuantConfig
+) -> dict[str, np.ndarray]:
+    """The tensors of all but the quantized linears, as `to_packed` has them."""
+    _, rest = split_table(table, quant.quantized(names))
     tensors = to_torch(rest, params)
     kept = {entry.name for entry in rest if ".".join(entry.path[:-1]) in quant.full_precision}
     for entry in rest:
@@ -86,14 +115,6 @@ def to_packed(
                 continue
             matrix = entry.name in kept and entry.path[-1] == "kernel"
             tensors[name] = tensors[name].astype(ml_dtypes.bfloat16 if matrix else np.float32)
-    for name, entry in kernels.items():
-        node = dict(layer_at(params, name))
-        if quant.smooths(name):
-            node["smooth"] = layer_at(levels, name)["smooth"]
-        layers = _layers(node, entry.layers is not None)
-        for block, (stem, layer) in enumerate(zip(linear_stems(entry), layers, strict=True)):
-            packed = pack_layer(layer, _bits(quant, name, block)[0])
-            tensors |= {f"{stem}.{leaf}": array for leaf, array in packed.items()}
     return tensors
 
 

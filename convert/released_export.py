@@ -122,7 +122,10 @@ def export_released(
 def _refuse(quant: QuantConfig, differences: list[str], approximate: bool) -> None:
     impossible = []
     if quant.rank:
-        impossible.append("it has a low-rank branch (import it without --released-step)")
+        remedy = "import it without --released-step"
+        if quant.branch_input == "tokens":
+            remedy = "quantize it by another method than svdquant"
+        impossible.append(f"it has a low-rank branch ({remedy})")
     if quant.bits:
         impossible.append(
             f"layers have bits of their own: {', '.join(sorted(quant.bits))} (train with "

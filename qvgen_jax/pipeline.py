@@ -41,6 +41,7 @@ def load(
     shardings: Shardings = None,
     text_weights: str = "float",
     free_text_encoder: bool = False,
+    keep_on_host: bool = False,
     kernels: str = "auto",
 ) -> "Pipeline":
     """Loads a text-to-video pipeline of Wan 2.1 or CogVideoX.
@@ -64,6 +65,8 @@ def load(
         text_weights: of the text encoder: "float", as `dtype` says, or "int8", a byte each.
         free_text_encoder: keep the text encoder (5.7 B parameters in a real Wan, 4.8 B in
             CogVideoX) in the host's memory, and on the devices only while prompts are encoded.
+        keep_on_host: leave a full-precision transformer in the host's memory, for who runs it
+            block by block (`qvgen_jax.ptq`); it computes as ever, on copies.
         kernels: what multiplies the codes of an exported transformer: "auto", or a backend of
             `kernels.choose`; where that does not take a product, XLA does.
 
@@ -80,7 +83,8 @@ def load(
     mesh = None if mesh is None else automatic(mesh)
     where = for_models(shardings, mesh)
     parts = read_components(path, _compute_dtype(dtype), text_weights, where, kernels)
-    resident = ("transformer", "vae") + (() if free_text_encoder else ("text_encoder",))
+    resident = ("vae",) + (() if keep_on_host else ("transformer",))
+    resident += () if free_text_encoder else ("text_encoder",)
     for name in resident:
         parts[name] = placed(parts[name], mesh)
     return Pipeline(**parts, mesh=mesh)
@@ -184,7 +188,7 @@ class Pipeline:
 
         Args and errors as of `generate`, without its `tiling`.
         """
-        arrays, how, extra = self._start(prompts, *settings, **named)
+        arrays, how, extra = self.start(prompts, *settings, **named)
 
         def run(negative_embeds: jax.Array | None = None, **arrays: jax.Array) -> jax.Array:
             return self.transformer.sample(negative_embeds=negative_embeds, **arrays, **how)
@@ -204,14 +208,14 @@ class Pipeline:
         Raises:
             UserError: as `generate`; now, not at the first step.
         """
-        arrays, how, extra = self._start(prompt, negative_prompt, **settings)
+        arrays, how, extra = self.start(prompt, negative_prompt, **settings)
         # On a mesh for several videos, all are this one.
         rows = np.zeros(together(self.mesh), int)
         batch = {name: spread(array[rows], self.mesh) for name, array in arrays.items()}
         steps = self.transformer.steps(**{"negative_embeds": None} | batch, **how)
         return (Step(*(array[:1, extra:] for array in step)) for step in steps)
 
-    def _start(
+    def start(
         self,
         prompts: Any,
         negative_prompts: Any = None,
@@ -227,8 +231,13 @@ class Pipeline:
         flow_shift: Any = None,
         max_length: Any = None,
     ) -> tuple[dict[str, jax.Array], dict[str, Any], int]:
-        """A checked request: arrays of a row per video, the other arguments of the transformer's
-        `sample` and `steps`, and how many frames go in front."""
+        """A checked request, as `sample` and `steps` of a transformer take it.
+
+        Args and errors as of `generate`, without its `tiling` and `batch_size`.
+
+        Returns:
+            Arrays with a row per video, the other arguments, and how many frames go in front.
+        """
         size, extra = self._latent_size(num_frames, height, width, latents)
         if guidance is None:
             count = None if steps is None else whole_number(steps, "steps")

@@ -24,7 +24,7 @@ from qvgen_jax.quant.packed import STEP_LEAVES, read_quantization_config
 from qvgen_jax.training.calibrate import activation_maxima
 from qvgen_jax.training.student import quant_config, student_definition
 
-_PACKED = ("codes", "scale", "zero_point", "clips", "smooth", *STEP_LEAVES)
+_PACKED = ("codes", "scale", "zero_point", "clips", "smooth", "L", "R", *STEP_LEAVES)
 
 
 def untrained(config: Mapping, workdir: Path, pipe: Pipeline) -> Pipeline:

@@ -78,6 +78,11 @@ def time_only(config: TransformerConfig) -> tuple[str, ...]:
     return _family(config)[2].TIME_ONLY
 
 
+def after_blocks(config: TransformerConfig) -> tuple[str, ...]:
+    """Those of the quantizable linears that come behind the last block."""
+    return _family(config)[2].AFTER_BLOCKS
+
+
 def time_outputs(config: TransformerConfig) -> tuple[str, ...]:
     """Those of the `time_only` linears whose output something else than another one reads."""
     return _family(config)[2].TIME_OUTPUTS

@@ -13,7 +13,7 @@ from flax import nnx
 
 from kernels.reference import wide_type
 from qvgen_jax.errors import UserError
-from qvgen_jax.models.cogvideox_block import CogVideoXBlock
+from qvgen_jax.models.cogvideox_block import CogVideoXBlock, CogVideoXConditions
 from qvgen_jax.models.cogvideox_config import CogVideoXConfig
 from qvgen_jax.models.cogvideox_positions import rotations, sincos_table
 from qvgen_jax.models.layers import (
@@ -52,6 +52,10 @@ VALUES_OF = {"blocks.attn1.to_out": "blocks.attn1.to_v"}
 
 Attention mixes tokens, head by head: a map of channels within heads may come before or after it.
 """
+
+
+AFTER_BLOCKS = ("norm_out.linear", "proj_out")
+"""Linears behind the last block."""
 
 
 def quantizable(config: CogVideoXConfig) -> tuple[str, ...]:
@@ -215,7 +219,22 @@ class CogVideoXTransformer(nnx.Module):
         Raises:
             UserError: frames, height or width do not fit the patches.
         """
-        config, text_tokens = self.config, text_embeds.shape[1]
+        x, conditions = self.embed(
+            latents, timesteps, text_embeds, gate=gate, clip_index=clip_index
+        )
+        x = self.run_blocks(x, conditions)
+        return self.head(x, conditions).astype(latents.dtype)
+
+    def embed(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        text_embeds: jax.Array,
+        *,
+        gate: jax.Array | None = None,
+        clip_index: jax.Array | None = None,
+    ) -> tuple[jax.Array, CogVideoXConditions]:
+        """What comes before the blocks: text and video `[batch, tokens, dim]`, padded on a mesh."""
         grid = self._grid(latents.shape)
         if clip_index is None:
             clip_index = clips.clip_index(timesteps, self.clip_mode)
@@ -223,35 +242,48 @@ class CogVideoXTransformer(nnx.Module):
         if self.timestep_table is not None:
             time_index = nearest_entry(timesteps, self.timestep_table[...])
         ctx = QuantContext(clip_index, gate, time_index)
-        embedding = self.time_embedding(timestep_embedding(timesteps, config.dim), ctx)
-        condition = jax.nn.silu(embedding)
+        embedding = self.time_embedding(timestep_embedding(timesteps, self.config.dim), ctx)
         text, video = self.patch_embed(latents, text_embeds, ctx)
-        video, rotary = self._place(video, grid, text_tokens)
-        x = jnp.concatenate([text, video], axis=1)
-        tokens, x = x.shape[1], over_tokens(pad_tokens(x))
-        rotary = pad_table(rotary, x.shape[1])
+        x = jnp.concatenate([text, self._placed(video, grid)], axis=1)
+        conditions = CogVideoXConditions(jax.nn.silu(embedding), ctx, grid, text.shape[1])
+        return over_tokens(pad_tokens(x)), conditions
+
+    def run_blocks(self, x: jax.Array, conditions: CogVideoXConditions) -> jax.Array:
+        """All blocks that this network has, on `x [batch, tokens, dim]`."""
+        given = conditions
+        rotary = pad_table(self._rotations(given.grid, given.text_tokens), x.shape[1])
 
         def body(x: jax.Array, block: CogVideoXBlock) -> tuple[jax.Array, None]:
-            return over_tokens(block(x, condition, text_tokens, rotary, tokens, ctx)), None
+            y = block(x, given.condition, given.text_tokens, rotary, given.tokens, given.ctx)
+            return over_tokens(y), None
 
-        x = scan_blocks(recomputed(body, self.remat), x, self.blocks)
+        return scan_blocks(recomputed(body, self.remat), x, self.blocks)
 
-        x = self.norm_out(self.norm_final(x[:, text_tokens:tokens]), condition, ctx)
-        x = self.proj_out(x.astype(self.dtype), ctx)
-        return unpatchify(x, grid, config.patch_size, channels_first=True).astype(latents.dtype)
+    def head(self, x: jax.Array, conditions: CogVideoXConditions) -> jax.Array:
+        """What comes behind the blocks: `[batch, frames, height, width, channels]`."""
+        given = conditions
+        x = self.norm_final(x[:, given.text_tokens : given.tokens])
+        x = self.norm_out(x, given.condition, given.ctx)
+        x = self.proj_out(x.astype(self.dtype), given.ctx)
+        return unpatchify(x, given.grid, self.config.patch_size, channels_first=True)
 
-    def _place(
-        self, video: jax.Array, grid: tuple[int, int, int], text_tokens: int
-    ) -> tuple[jax.Array, tuple | None]:
-        """The video's tokens with their positions in them, or the table that will turn them."""
+    def _placed(self, video: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
+        """The video's tokens, with their positions in them if the model adds them."""
+        config = self.config
+        if config.use_rotary_positional_embeddings:
+            return video
+        scales = (config.spatial_interpolation_scale, config.temporal_interpolation_scale)
+        return (video + sincos_table(grid, config.dim, *scales)).astype(self.dtype)
+
+    def _rotations(self, grid: tuple[int, int, int], text_tokens: int) -> tuple | None:
+        """The table that turns queries and keys, if the model does."""
         config = self.config
         if not config.use_rotary_positional_embeddings:
-            scales = (config.spatial_interpolation_scale, config.temporal_interpolation_scale)
-            return (video + sincos_table(grid, config.dim, *scales)).astype(self.dtype), None
+            return None
         _, height, width = config.patch_size
         trained_at = (config.sample_height // height, config.sample_width // width)
         base = None if config.unfolds_patches else trained_at
-        return video, rotations(grid, config.attention_head_dim, base, text_tokens)
+        return rotations(grid, config.attention_head_dim, base, text_tokens)
 
     def _grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         patch, size = self.config.patch_size, shape[1:4]

@@ -1,6 +1,9 @@
 """One block of the CogVideoX transformer: joint attention over text and video, and feed-forward."""
 
+import dataclasses
+import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,33 @@ from qvgen_jax.models.layers import FeedForward, LayerNorm
 from qvgen_jax.models.rope import rotate
 from qvgen_jax.quant.apply import apply_normalized
 from qvgen_jax.quant.dense import QuantContext
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("condition", "ctx"),
+    meta_fields=("grid", "text_tokens"),
+)
+@dataclasses.dataclass(frozen=True)
+class CogVideoXConditions:
+    """What the blocks and the last layer know beside the tokens.
+
+    Attributes:
+        condition: float32 `[batch, time_dim]`, the activated embedding of the timestep.
+        ctx: what quantized linears need.
+        grid: patches along frames, height and width.
+        text_tokens: how many of the tokens, at their start, are the prompt's.
+    """
+
+    condition: jax.Array
+    ctx: QuantContext
+    grid: tuple[int, int, int]
+    text_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Without padding."""
+        return self.text_tokens + math.prod(self.grid)
 
 
 class ModulatedNorm(nnx.Module):

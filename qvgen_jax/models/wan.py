@@ -1,6 +1,7 @@
 """The Wan 2.1 text-to-video transformer (diffusers, `transformer_wan.py`), channels last."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from qvgen_jax.models.layers import (
 from qvgen_jax.models.remat import recomputed
 from qvgen_jax.models.rope import pad_table, rotary_table
 from qvgen_jax.models.stack import Segments, build_blocks, scan_blocks
-from qvgen_jax.models.wan_block import WanBlock
+from qvgen_jax.models.wan_block import WanBlock, WanConditions
 from qvgen_jax.quant import clips
 from qvgen_jax.quant.apply import apply_normalized
 from qvgen_jax.quant.dense import Dense, QuantContext
@@ -55,6 +56,9 @@ VALUES_OF = {
 
 Attention mixes tokens, head by head: a map of channels within heads may come before or after it.
 """
+
+AFTER_BLOCKS = ("proj_out",)
+"""Linears behind the last block."""
 
 # Fields of config.json that only other variants of Wan use, and the value that Wan 2.1 T2V has.
 _FIXED = {
@@ -271,7 +275,22 @@ class WanTransformer(nnx.Module):
         Raises:
             UserError: frames, height or width do not fit the patches or the rotary table.
         """
-        config = self.config
+        x, conditions = self.embed(
+            latents, timesteps, text_embeds, gate=gate, clip_index=clip_index
+        )
+        x = self.run_blocks(x, conditions)
+        return self.head(x, conditions).astype(latents.dtype)
+
+    def embed(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        text_embeds: jax.Array,
+        *,
+        gate: jax.Array | None = None,
+        clip_index: jax.Array | None = None,
+    ) -> tuple[jax.Array, WanConditions]:
+        """What comes before the blocks: tokens `[batch, tokens, dim]`, padded over a mesh."""
         grid = self._grid(latents.shape)
         if clip_index is None:
             clip_index = clips.clip_index(timesteps, self.clip_mode)
@@ -279,21 +298,29 @@ class WanTransformer(nnx.Module):
         if self.timestep_table is not None:
             time_index = nearest_entry(timesteps, self.timestep_table[...])
         ctx = QuantContext(clip_index, gate, time_index)
-        x = self.patch_embedding(patchify(latents, config.patch_size))
-        embedding, modulation, text = self.condition_embedder(timesteps, text_embeds, ctx)
-        tokens, x = x.shape[1], over_tokens(pad_tokens(x))
-        rotary = pad_table(rotary_table(grid, config.attention_head_dim), x.shape[1])
+        x = self.patch_embedding(patchify(latents, self.config.patch_size))
+        told = self.condition_embedder(timesteps, text_embeds, ctx)
+        return over_tokens(pad_tokens(x)), WanConditions(*told, ctx, grid)
+
+    def run_blocks(self, x: jax.Array, conditions: WanConditions) -> jax.Array:
+        """All blocks that this network has, on `x [batch, tokens, dim]`."""
+        given, tokens = conditions, math.prod(conditions.grid)
+        rotary = pad_table(rotary_table(given.grid, self.config.attention_head_dim), x.shape[1])
 
         def body(x: jax.Array, block: WanBlock) -> tuple[jax.Array, None]:
-            return over_tokens(block(x, text, modulation, rotary, tokens, ctx)), None
+            y = block(x, given.text, given.modulation, rotary, tokens, given.ctx)
+            return over_tokens(y), None
 
-        x = scan_blocks(recomputed(body, self.remat), x, self.blocks)
+        return scan_blocks(recomputed(body, self.remat), x, self.blocks)
 
-        table = at_least_float32(self.scale_shift_table[...]) + embedding[:, None]
+    def head(self, x: jax.Array, conditions: WanConditions) -> jax.Array:
+        """What comes behind the blocks: `[batch, frames, height, width, channels]`."""
+        config, grid = self.config, conditions.grid
+        table = at_least_float32(self.scale_shift_table[...]) + conditions.embedding[:, None]
         shift, scale = jnp.split(table, 2, axis=1)
         last = Normalized(x, config.eps, self.dtype, scale=scale, shift=shift)
-        (x,) = apply_normalized([self.proj_out], last, ctx)
-        return unpatchify(x[:, :tokens], grid, config.patch_size).astype(latents.dtype)
+        (x,) = apply_normalized([self.proj_out], last, conditions.ctx)
+        return unpatchify(x[:, : math.prod(grid)], grid, config.patch_size)
 
     def _grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         patch, limit = self.config.patch_size, self.config.rope_max_seq_len

@@ -1,6 +1,8 @@
 """One block of the Wan transformer: self-attention, cross-attention and feed-forward."""
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,30 @@ from qvgen_jax.models.layers import FeedForward, LayerNorm, RMSNorm
 from qvgen_jax.models.rope import rotate
 from qvgen_jax.quant.apply import apply_each, apply_normalized
 from qvgen_jax.quant.dense import QuantContext
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("embedding", "modulation", "text", "ctx"),
+    meta_fields=("grid",),
+)
+@dataclasses.dataclass(frozen=True)
+class WanConditions:
+    """What the blocks and the last layer know beside the tokens.
+
+    Attributes:
+        embedding: of the timestep, float32 `[batch, dim]`.
+        modulation: float32 `[batch, 6, dim]`, before each block adds its table.
+        text: `[batch, text tokens, dim]`.
+        ctx: what quantized linears need.
+        grid: patches along frames, height and width.
+    """
+
+    embedding: jax.Array
+    modulation: jax.Array
+    text: jax.Array
+    ctx: QuantContext
+    grid: tuple[int, int, int]
 
 
 class WanAttention(nnx.Module):

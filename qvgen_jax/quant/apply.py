@@ -36,7 +36,8 @@ def apply_normalized(
 ) -> list[jax.Array]:
     """Linears of the same tokens behind a norm `[batch, tokens, in]`.
 
-    Smoothing and rotation come between norm and codes: such layers get the norm's values.
+    Smoothing and rotation come between norm and codes, and a branch may read what is not codes:
+    such layers get the norm's values.
     """
     if not _quantize_together(layers) or layers[0].block > 1:
         return apply_each(layers, tokens.values(), ctx)
@@ -58,7 +59,7 @@ def _quantize_together(layers: Sequence[nnx.Module]) -> bool:
     def on_gpu(layer: nnx.Module) -> bool:
         if not isinstance(layer, PackedDense) or layer.backend not in GPU_BACKENDS:
             return False
-        return not hasattr(layer, "smooth") and not layer.has_step
+        return not (hasattr(layer, "smooth") or layer.has_step or layer.reads_tokens)
 
     return all(map(on_gpu, layers)) and len({layer.token_form for layer in layers}) == 1
 

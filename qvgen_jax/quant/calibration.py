@@ -1,11 +1,14 @@
-"""Statistics of what every linear reads, stacked layers included.
+"""What the tokens of every linear are like, stacked layers included: the channels' maxima, or more.
 
-Each observed linear has probes that its output does not depend on. The backward pass returns the
-statistics as the probes' gradients, so `jax.grad` with respect to the probes gives those of all
-layers at once, out of the scan over blocks too.
+Each observed linear has a probe for each measure that its output does not depend on. The backward
+pass returns what was measured as the probe's gradient, so `jax.grad` with respect to the probes
+gives that of all layers at once, out of the scan over blocks too. Nothing else of the backward pass
+is needed, and XLA leaves it away.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,65 +18,94 @@ from qvgen_jax.quant.dense import Dense, QuantContext
 
 
 class Probe(nnx.Variable):
-    """What one statistic of one linear comes out at: zeros in its shape, float32."""
+    """What a measure of one linear comes out at: float32 zeros in its shape."""
 
 
-@jax.custom_vjp
-def observe(x: jax.Array, probe: jax.Array) -> jax.Array:
-    """`x [..., in]`; the gradient of `probe [in]` is `max |x|` over all tokens, whatever follows.
+class Measure(NamedTuple):
+    """Something to be known of a linear's tokens.
 
-    Of a linear that runs several times the gradients, and so the maxima, would add up.
+    Attributes:
+        shape: of a number of channels.
+        of: of tokens `[rows, in]`, to an array of that shape.
     """
-    del probe
+
+    shape: Callable[[int], tuple[int, ...]]
+    of: Callable[[jax.Array], jax.Array]
+
+
+def channel_maxima(rows: jax.Array) -> jax.Array:
+    """`max |x|` of every channel of `rows [rows, in]`."""
+    return jnp.max(jnp.abs(rows), axis=0)
+
+
+def means(rows: jax.Array) -> jax.Array:
+    """The means of |x|, x and x^2 over `rows [rows, in]`: `[3]`."""
+    return jnp.stack([jnp.mean(jnp.abs(rows)), jnp.mean(rows), jnp.mean(jnp.square(rows))])
+
+
+MAXIMA = Measure(lambda width: (width,), channel_maxima)
+MEANS = Measure(lambda width: (3,), means)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def observe(x: jax.Array, probe: jax.Array, measure: Measure = MAXIMA) -> jax.Array:
+    """`x [..., in]`; the gradient of `probe` is the measure of all tokens, whatever follows.
+
+    Of a linear that runs several times the gradients would add up.
+    """
+    del probe, measure
     return x
 
 
-def _forward(x, probe):
-    maxima = jnp.max(jnp.abs(x.astype(probe.dtype)), axis=tuple(range(x.ndim - 1)))
-    return x, maxima
+def _forward(x, probe, measure):
+    return x, measure.of(x.reshape(-1, x.shape[-1])).astype(probe.dtype)
 
 
-def _backward(statistic, cotangent):
-    return cotangent, statistic
+def _backward(measure, found, cotangent):
+    del measure
+    return cotangent, found
 
 
 observe.defvjp(_forward, _backward)
 
 
-@jax.custom_vjp
-def observe_moments(x: jax.Array, probe: jax.Array) -> jax.Array:
-    """`x [..., in]`; the gradient of `probe [3]` is the mean of |x|, of x and of x^2."""
-    del probe
-    return x
-
-
-def _moments_forward(x, probe):
-    wide = x.astype(probe.dtype)
-    return x, jnp.stack([jnp.mean(jnp.abs(wide)), jnp.mean(wide), jnp.mean(jnp.square(wide))])
-
-
-observe_moments.defvjp(_moments_forward, _backward)
-
-
 class ObservedDense(Dense):
-    """A `Dense` whose tokens are observed."""
+    """A `Dense` whose tokens are observed: a probe for each measure, under the measure's name."""
 
-    def __init__(self, name: str, in_features: int, out_features: int, **options):
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        measures: Mapping[str, Measure],
+        **options,
+    ):
         super().__init__(name, in_features, out_features, **options)
-        self.probe = Probe(jnp.zeros((in_features,), jnp.float32))
-        self.moments = Probe(jnp.zeros((3,), jnp.float32))
+        self.measures = tuple(measures.items())
+        for key, measure in self.measures:
+            setattr(self, key, Probe(jnp.zeros(measure.shape(in_features), jnp.float32)))
 
     def __call__(self, x: jax.Array, ctx: QuantContext = QuantContext()) -> jax.Array:
-        x = observe_moments(observe(x, self.probe[...]), self.moments[...])
+        for key, measure in self.measures:
+            x = observe(x, getattr(self, key)[...], measure)
         return super().__call__(x, ctx)
 
 
-def observing(names: Iterable[str]) -> Callable[..., nnx.Module]:
-    """A dense factory for `Dense`'s parameters that observes the layers of these names."""
-    observed = frozenset(names)
+def observing(
+    names: Iterable[str], measures: Mapping[str, Measure] | None = None
+) -> Callable[..., nnx.Module]:
+    """A dense factory for `Dense`'s parameters that observes the layers of these names.
+
+    Args:
+        names: of the layers.
+        measures: by the probes' names; the channels' maxima, as `probe`, if None.
+    """
+    observed, measures = frozenset(names), {"probe": MAXIMA} if measures is None else measures
 
     def dense(name: str, in_features: int, out_features: int, **options) -> nnx.Module:
-        layer = ObservedDense if name in observed else Dense
-        return layer(name, in_features, out_features, **options)
+        if name not in observed:
+            return Dense(name, in_features, out_features, **options)
+        return ObservedDense(name, in_features, out_features, measures=measures, **options)
 
     return dense

@@ -12,6 +12,7 @@ from qvgen_jax.quant.rotation import block_size
 PRODUCT_DTYPES = ("int8", "bfloat16", "float32", "float64")
 BRANCH_SPACES = ("tokens", "weights", "merged")
 ACT_RANGES = ("token", "learned", "learned_zero")
+SEARCHED = "searched"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,10 @@ class QuantConfig:
             linear, width of a head). Attention mixes tokens, not channels: what `to_out` needs,
             `to_v` can do.
         smoothing: exponent of the channel balance between activations and weights at step 0
-            (SmoothQuant, arXiv 2211.10438, SVDQuant, arXiv 2411.05007); 0 for none.
+            (SmoothQuant, arXiv 2211.10438, SVDQuant, arXiv 2411.05007); 0 for none; `searched`
+            where each layer has its own (`qvgen_jax.quant.smoothing_search`).
+        branch_input: what the low-rank branch of an export reads: the tokens' `codes`, as QVGen's
+            Phi, or the `tokens` themselves before they are quantized (SVDQuant).
         time_table: the linears that see only the timestep stay in full precision and are exported
             as a table of what they say at the sampler's timesteps (DSAQuant).
         table_steps: numbers of steps that the table serves, beside the pipeline's own; all of them
@@ -74,7 +78,8 @@ class QuantConfig:
     symmetric_weights: bool = False
     rotation: str = "none"
     folded: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
-    smoothing: float = 0.0
+    smoothing: float | str = 0.0
+    branch_input: str = "codes"
     time_table: bool = False
     table_steps: tuple[int, ...] = ()
     time_entries: int | None = None
@@ -93,6 +98,7 @@ class QuantConfig:
             ("branch_space", self.branch_space, BRANCH_SPACES),
             ("act_range", self.act_range, ACT_RANGES),
             ("rotation", self.rotation, ("none", "hadamard")),
+            ("branch_input", self.branch_input, ("codes", "tokens")),
         ):
             if value not in known:
                 raise UserError(f"{field}={value!r}; expected one of {', '.join(known)}")
@@ -101,8 +107,10 @@ class QuantConfig:
                 f"rank={self.rank}, buckets={self.buckets}, initial_clip={self.initial_clip}; "
                 "expected rank >= 0, buckets >= 1 and a clip between 0 and 1"
             )
-        if not 0 <= self.smoothing < 1:
-            raise UserError(f"smoothing={self.smoothing}; expected 0 (off) to below 1")
+        if self.smoothing != SEARCHED and not 0 <= self.smoothing < 1:
+            raise UserError(
+                f"smoothing={self.smoothing}; expected 0 (off) to below 1, or {SEARCHED!r}"
+            )
         if self.learned_steps and (self.smoothing or self.rotation != "none"):
             raise UserError(
                 f"act_range={self.act_range!r} with smoothing={self.smoothing}, rotation="
@@ -193,7 +201,7 @@ class QuantConfig:
 
     def smooths(self, name: str) -> bool:
         """Whether a layer divides its tokens itself: `smoothing`, unless that is folded."""
-        return self.smoothing > 0 and name not in self.folded
+        return self.smoothing != 0 and name not in self.folded
 
     def quantized(self, names: Iterable[str]) -> tuple[str, ...]:
         """The layers of a model that this config quantizes, in the model's order.

@@ -253,7 +253,8 @@ class PackedDense(_TokenQuantizer):
     `zero_point` (unless weights are symmetric), `code_sum` (the codes summed over the input axis)
     and `bias` `[out]`; `lower` and `upper`, or `act_scale` and `act_zero_point`, `[buckets]`; where
     the config has a rank, `L`, `R` and the `gate [rank]` they were saved with; `smooth [in]` where
-    it divides its tokens. The values come from `qvgen_jax.quant.packed`.
+    it divides its tokens. A branch that reads the tokens instead of their codes is bfloat16 and has
+    no gate. The values come from `qvgen_jax.quant.packed`.
     """
 
     def __init__(
@@ -284,17 +285,24 @@ class PackedDense(_TokenQuantizer):
         self.zero_point = _zero_points(config, out_features)
         self.code_sum = nnx.Param(jnp.zeros((out_features,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if use_bias else None
+        self.reads_tokens = bool(config.rank) and config.branch_input == "tokens"
         if config.rank:
-            self.L = nnx.Param(jnp.zeros((out_features, config.rank), jnp.float32))
-            self.R = nnx.Param(jnp.zeros((config.rank, in_features), jnp.float32))
-            self.gate = nnx.Param(jnp.zeros((config.rank,), jnp.float32))
+            kept = jnp.bfloat16 if self.reads_tokens else jnp.float32
+            self.L = nnx.Param(jnp.zeros((out_features, config.rank), kept))
+            self.R = nnx.Param(jnp.zeros((config.rank, in_features), kept))
+            if not self.reads_tokens:
+                self.gate = nnx.Param(jnp.zeros((config.rank,), jnp.float32))
         if config.smooths(name):
             self.smooth = nnx.Param(jnp.ones((in_features,), jnp.float32))
 
     def __call__(
         self, x: jax.Array | QuantizedTokens, ctx: QuantContext = QuantContext()
     ) -> jax.Array:
-        """`x [..., in]`, or tokens ready and quantized, to `[..., out]`."""
+        """`x [..., in]`, or tokens ready and quantized, to `[..., out]`.
+
+        Raises:
+            ValueError: quantized tokens for a branch that reads them before.
+        """
         how = {
             "backend": self.backend,
             "layout": self.layout,
@@ -303,7 +311,11 @@ class PackedDense(_TokenQuantizer):
             "out_dtype": self.dtype,
         }
         ready = isinstance(x, QuantizedTokens)
+        if ready and self.reads_tokens:
+            raise ValueError(f"the branch of {self.name} reads tokens, and these are codes already")
         x = x if ready else self._prepare(x)
+        if self.reads_tokens:
+            return self._beside_branch(x, ctx, how)
         if self.has_step and not ready:  # The kernels that quantize know tokens' own ranges alone.
             x, ready = encode_with_step(x, **self.step_arguments(x, ctx)), True
         if hasattr(self, "L"):
@@ -313,6 +325,15 @@ class PackedDense(_TokenQuantizer):
         if ready:
             return quantized_matmul(x, self._weight(), **how)
         return quantize_and_matmul(x, **self.clip_arguments(x, ctx), weight=self._weight(), **how)
+
+    def _beside_branch(self, x: jax.Array, ctx: QuantContext, how: dict) -> jax.Array:
+        """The product of codes of `x`, prepared, plus its product with the branch (SVDQuant)."""
+        wide = wide_type(self.dtype)
+        how = {**self.clip_arguments(x, ctx), **how, "out_dtype": wide}
+        y = quantize_and_matmul(x, weight=self._weight(), **how)
+        rank = self.R[...].shape[0]
+        branch = LowRank(self.L[...], self.R[...], jnp.ones((rank,), jnp.float32))
+        return (y + low_rank_matmul(x.astype(self.dtype), branch).astype(wide)).astype(self.dtype)
 
     @property
     def token_form(self) -> tuple:

@@ -17,7 +17,12 @@ from qvgen_jax.quant.rotation import rotate, rotate_kernel
 from qvgen_jax.quant.smoothing import smooth_factors
 from qvgen_jax.quant.steps import initial_step
 from qvgen_jax.quant.tokens import initial_clips
-from qvgen_jax.quant.weights import dequantize_weight, quantize_weight, search_range
+from qvgen_jax.quant.weights import (
+    dequantize_weight,
+    min_max_range,
+    quantize_weight,
+    search_range,
+)
 
 
 def _prepare(
@@ -202,8 +207,8 @@ def quantization_errors(params: dict, levels: dict, names: Iterable[str]) -> dic
     return errors
 
 
-# The sigmoid of this is 1 in float32: a token keeps its whole range.
 UNCLIPPED = 20.0
+"""The sigmoid of this is 1 in float32: a token keeps its whole range."""
 
 
 def round_to_nearest(
@@ -221,15 +226,10 @@ def round_to_nearest(
     params, levels = quantize_params(params, names, config, activations)
     for name in config.quantized(names):
         node = layer_at(params, name)
-        low = jnp.minimum(jnp.min(node["kernel"], axis=-2), 0.0)
-        high = jnp.maximum(jnp.max(node["kernel"], axis=-2), 0.0)
-        most = layer_at(levels, name)["weight_levels"][..., None]
-        if config.symmetric_weights:
-            bound = jnp.maximum(-low, high)
-            leaves = {"scale": jnp.maximum(bound / ((most - 1) / 2), 1e-9)}
-        else:
-            scale = jnp.maximum((high - low) / most, 1e-9)
-            leaves = {"scale": scale, "zero_point": jnp.round(-low / scale)}
+        most = layer_at(levels, name)["weight_levels"]
+        scale, zero_point = min_max_range(node["kernel"], most, config.symmetric_weights)
+        leaves = {"scale": scale}
+        leaves |= {} if zero_point is None else {"zero_point": zero_point}
         leaves |= {clip: jnp.full_like(node[clip], UNCLIPPED) for clip in ("lower", "upper")}
         params = with_layer(params, name, {**node, **leaves})
     return params, levels

@@ -33,6 +33,8 @@ Version 3 is written where a model uses something that older readers do not know
                         code = clamp(round(x / act_scale + act_zero_point), 0, 2^bits - 1)
         act_scale       float32 [buckets]
         act_zero_point  float32 [buckets], with `learned_zero`
+    branch_input        "tokens": the branch of that rank reads the tokens as they are before they
+                        are quantized, smoothed and rotated; L and R are bfloat16, without a gate
 
 The transformer's config.json holds a `quantization_config`, see `quantization_config`. Its layer
 names are the model's `quantizable` names: `blocks.attn1.to_q` stands for every block's, but for
@@ -45,6 +47,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from kernels.layouts import lay_out
@@ -137,7 +140,12 @@ def pack_layer(layer: Mapping[str, Any], bits: int) -> dict[str, np.ndarray]:
     return pack_tensors(np.asarray(signed, np.int16).T + 2 ** (bits - 1), layer, bits)
 
 
-def pack_tensors(codes: np.ndarray, layer: Mapping[str, Any], bits: int) -> dict[str, np.ndarray]:
+def pack_tensors(
+    codes: np.ndarray,
+    layer: Mapping[str, Any],
+    bits: int,
+    branch: tuple[Any, Any] | None = None,
+) -> dict[str, np.ndarray]:
     """The tensors of one linear whose codes are known.
 
     Args:
@@ -145,6 +153,7 @@ def pack_tensors(codes: np.ndarray, layer: Mapping[str, Any], bits: int) -> dict
         layer: `scale`, and `lower` and `upper` or the steps; `zero_point`, `bias` and `smooth`
             where there are any.
         bits: of the codes.
+        branch: `L [out, rank]` and `R [rank, in]` of one that reads tokens.
     """
     tensors = {
         "codes": pack_codes(codes, bits),
@@ -156,6 +165,9 @@ def pack_tensors(codes: np.ndarray, layer: Mapping[str, Any], bits: int) -> dict
     for leaf in _SAME:
         if layer.get(leaf) is not None:
             tensors[leaf] = np.asarray(layer[leaf], np.float32)
+    if branch is not None:
+        kept = (np.asarray(side).astype(ml_dtypes.bfloat16) for side in branch)
+        tensors |= dict(zip(("L", "R"), kept, strict=True))
     return tensors
 
 
@@ -185,13 +197,15 @@ def unpack_layer(
             layer[leaf] = np.asarray(tensors["clips"][:, side], np.float32)
     for leaf in (*_SAME, *BRANCH_LEAVES):
         if leaf in tensors:
-            layer[leaf] = np.asarray(tensors[leaf], np.float32)
+            branch = leaf in ("L", "R") and tensors[leaf].dtype == ml_dtypes.bfloat16
+            layer[leaf] = np.asarray(tensors[leaf], None if branch else np.float32)
     return layer
 
 
 def leaves_of(config: QuantConfig, name: str) -> tuple[str, ...]:
     """What a quantized linear of a folder holds."""
-    leaves = LEAVES + BRANCH_LEAVES if config.rank else LEAVES
+    branch = BRANCH_LEAVES if config.branch_input == "codes" else BRANCH_LEAVES[:2]
+    leaves = LEAVES + branch if config.rank else LEAVES
     absent = {"zero_point": config.symmetric_weights, "clips": config.learned_steps}
     leaves = tuple(leaf for leaf in leaves if not absent.get(leaf))
     if config.learned_steps:
@@ -213,6 +227,8 @@ def quantization_config(config: QuantConfig) -> dict[str, Any]:
         features["rotation"] = {"kind": config.rotation, "largest_block": LARGEST_BLOCK}
     if config.smoothing:
         features["smoothing"] = config.smoothing
+    if config.rank and config.branch_input != "codes":
+        features["branch_input"] = config.branch_input
     if config.folded:
         features["folded"] = {
             name: {"into": source, "head_width": width}
@@ -277,6 +293,7 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
             act_range=fields.get("act_range", "token"),
             rotation=_rotation(fields.get("rotation")),
             smoothing=fields.get("smoothing", 0.0),
+            branch_input=fields.get("branch_input", "codes"),
             folded={
                 name: (source["into"], source["head_width"])
                 for name, source in fields.get("folded", {}).items()

@@ -15,8 +15,13 @@ _QUIETEST = 1e-3
 _SMALLEST = 1e-12
 
 
-def smooth_factors(activation_max: jax.Array, kernel: jax.Array, alpha: float) -> jax.Array:
-    """`max|x_j|^alpha / max|w_j|^(1 - alpha)`, divided by its geometric mean over the channels.
+def smooth_factors(
+    activation_max: jax.Array,
+    kernel: jax.Array,
+    alpha: float | jax.Array,
+    beta: float | jax.Array | None = None,
+) -> jax.Array:
+    """`max|x_j|^alpha / max|w_j|^beta`, divided by its geometric mean over the channels.
 
     A common factor changes no code. With a mean of 1 the kernel keeps its size, and a learning rate
     its meaning.
@@ -25,13 +30,15 @@ def smooth_factors(activation_max: jax.Array, kernel: jax.Array, alpha: float) -
         activation_max: `[..., in]`, the largest magnitude of each input channel.
         kernel: `[..., in, out]`.
         alpha: how much of the outliers moves; between 0 and 1.
+        beta: of the kernel's magnitudes; 1 - alpha if None.
 
     Returns:
         Float32 `[..., in]`, positive.
     """
     of_tokens = _loud(activation_max.astype(jnp.float32))
     of_kernel = _loud(jnp.max(jnp.abs(kernel.astype(jnp.float32)), axis=-1))
-    logs = alpha * jnp.log(of_tokens) - (1 - alpha) * jnp.log(of_kernel)
+    beta = 1 - alpha if beta is None else beta
+    logs = alpha * jnp.log(of_tokens) - beta * jnp.log(of_kernel)
     return jnp.exp(logs - logs.mean(-1, keepdims=True))
 
 

@@ -78,6 +78,28 @@ def search_range(
     return scale, None if symmetric else zero_point
 
 
+def min_max_range(
+    kernel: jax.Array, levels: jax.Array, symmetric: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
+    """The range of every output channel's weights and of zero, whole: round-to-nearest's.
+
+    Args:
+        kernel: `[..., in, out]`.
+        levels: `[...]`, 2^bits - 1.
+        symmetric: a range around zero.
+
+    Returns:
+        scale and zero point (a whole number; None if symmetric), `[..., out]`.
+    """
+    low = jnp.minimum(jnp.min(kernel, axis=-2), 0.0)
+    high = jnp.maximum(jnp.max(kernel, axis=-2), 0.0)
+    levels = levels[..., None]
+    if symmetric:
+        return _symmetric_scale(jnp.maximum(-low, high), levels)[0], None
+    scale = jnp.maximum((high - low) / levels, _SMALLEST_SCALE)
+    return scale, jnp.round(-low / scale)
+
+
 def _rounded(kernel, scale, zero_point):
     """Codes before the clamp, in the unsigned convention."""
     return jnp.round(kernel / scale + zero_point)

@@ -17,6 +17,19 @@ from qvgen_jax.study.operations import EQUAL_OPERATIONS, equal_steps
 
 # Keys that change where things lie, what is kept or what is written about a run, not its numbers.
 _FREE = (
+    "calibration.batch_size",
+    "calibration.branch_iterations",
+    "calibration.by_activity",
+    "calibration.count",
+    "calibration.damping",
+    "calibration.every",
+    "calibration.exponent",
+    "calibration.prompts",
+    "calibration.rank",
+    "calibration.rounding",
+    "calibration.rows",
+    "calibration.smoothing_points",
+    "calibration.steps",
     "command",
     "data.encoded",
     "data.most_refused",

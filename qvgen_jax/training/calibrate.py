@@ -15,7 +15,7 @@ from qvgen_jax.data.dataset import EncodedDataset
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.diffusion.schedulers import Scheduler
 from qvgen_jax.models import TransformerConfig, build_transformer, quantizable
-from qvgen_jax.quant.calibration import Probe, observing
+from qvgen_jax.quant.calibration import MAXIMA, MEANS, Measure, Probe, observing
 from qvgen_jax.quant.named import layer_at
 from qvgen_jax.training.feed import feed
 from qvgen_jax.training.step import fill_patches, in_parts, noisy_inputs, sample_keys
@@ -40,7 +40,7 @@ def activation_maxima(
     """
     if not quant_config(config["quant"], model).smoothing:
         return None
-    return _measured(config, model, scheduler, teacher, dataset, mesh, ("probe", jnp.max))
+    return _measured(config, model, scheduler, teacher, dataset, mesh, (MAXIMA, jnp.max))
 
 
 def activation_moments(
@@ -59,7 +59,7 @@ def activation_moments(
     """
     if not quant_config(config["quant"], model).learned_steps:
         return None
-    return _measured(config, model, scheduler, teacher, dataset, mesh, ("moments", jnp.mean))
+    return _measured(config, model, scheduler, teacher, dataset, mesh, (MEANS, jnp.mean))
 
 
 def _measured(
@@ -69,15 +69,16 @@ def _measured(
     teacher: dict,
     dataset: EncodedDataset,
     mesh: Mesh | None,
-    wanted: tuple[str, Callable],
+    wanted: tuple[Measure, Callable],
 ) -> dict[str, jax.Array]:
-    """A statistic of every quantized linear: a probe's name, and how those of batches combine."""
-    statistic, combine = wanted
+    """A measure of every quantized linear's tokens, and how those of batches combine."""
+    measure_of_tokens, combine = wanted
     quant, train = quant_config(config["quant"], model), config["train"]
     names, dtype = quant.quantized(quantizable(model)), jnp.dtype(config["compute_dtype"])
+    dense = observing(names, {"probe": measure_of_tokens})
     network = nnx.eval_shape(
         lambda: build_transformer(
-            model, key=jax.random.key(0), dense=observing(names), dtype=dtype, remat="blocks"
+            model, key=jax.random.key(0), dense=dense, dtype=dtype, remat="blocks"
         )
     )
     graphdef, _, probes = nnx.split(network, nnx.Param, Probe)
@@ -96,8 +97,8 @@ def _measured(
                 y = nnx.merge(graphdef, teacher, probes)(*part)
                 return jnp.sum(y.astype(jnp.float32))
 
-            found = jax.grad(total)(probes)  # What is not asked for, the compiler leaves out.
-            return {name: layer_at(found, name)[statistic] for name in names}
+            found = jax.grad(total)(probes)
+            return {name: layer_at(found, name)["probe"] for name in names}
 
         # As many samples at once as a training step holds.
         seen = (inputs["latents"], inputs["timesteps"], inputs["text_embeds"])

@@ -25,6 +25,13 @@ _POSITIVE = (
     "data.clips_per_video",
     "data.encode_batch_size",
     "sample.batch_size",
+    "calibration.count",
+    "calibration.steps",
+    "calibration.every",
+    "calibration.batch_size",
+    "calibration.rows",
+    "calibration.rank",
+    "calibration.branch_iterations",
 )
 # What 0 leaves out.
 _OPTIONAL = {
@@ -39,6 +46,8 @@ _OPTIONAL = {
     "evaluate.drift_videos": "drift",
 }
 _CHOICES = {
+    "calibration.by_activity": (False, True),
+    "calibration.rounding": ("", "nearest", "gptq"),
     "compute_dtype": ("float32", "bfloat16"),
     "data.crop": CROPS,
     "kernels": ("auto", *BACKENDS),
@@ -72,6 +81,8 @@ _RANGES = (
     ("train.tail_rate", 0, 1),
     ("train.hang_minutes", 0, 1e5),
     ("data.fps", 0, 1000),
+    ("calibration.exponent", 0, 1),
+    ("calibration.smoothing_points", 2, 1000),
     ("train.truth_blend", 0, 50),
     ("train.ema_decay", 0, 1),
     ("train.beta1", 0, 1),
@@ -80,7 +91,7 @@ _RANGES = (
     *((f"train.learning_rate.{group}", 0, 100) for group in GROUPS),
 )
 # The same for what 0 makes no sense of.
-_ABOVE_ZERO = (("train.epsilon", 1), ("train.clip_norm", 1e9))
+_ABOVE_ZERO = (("train.epsilon", 1), ("train.clip_norm", 1e9), ("calibration.damping", 1e3))
 
 
 def _value(config: Mapping, name: str) -> object:

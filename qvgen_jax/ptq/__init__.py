@@ -1,0 +1,1 @@
+"""Quantization without training: a transformer block by block, in bounded memory."""
