@@ -23,7 +23,8 @@ from qvgen_jax.models import (
 )
 from qvgen_jax.quant.blocks import Place, Segment, is_stacked, places_of, segment_key, segments_of
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.dense import Levels, dense_factory
+from qvgen_jax.quant.dense import Levels
+from qvgen_jax.quant.dense_factory import dense_factory
 from qvgen_jax.quant.named import layer_at, with_layer
 from qvgen_jax.quant.packed import leaves_of, pack_layer, unpack_layer
 from qvgen_jax.quant.time_table import stored_table, table_factory

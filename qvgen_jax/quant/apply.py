@@ -18,7 +18,8 @@ from kernels.fused_quantize import (
     quantize_several,
 )
 from kernels.quantize_tokens import QuantizedTokens
-from qvgen_jax.quant.dense import PackedDense, QuantContext
+from qvgen_jax.quant.dense import QuantContext
+from qvgen_jax.quant.packed_dense import PackedDense
 from qvgen_jax.quant.rotation import rotate
 
 

@@ -1,28 +1,21 @@
-"""Linear layers: full precision here, quantized beside it, behind one calling convention."""
+"""Linear layers: full precision, and quantized in training, behind one calling convention."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels.chips import Chip
-from kernels.choose import choose, say_once
-from kernels.layouts import container, laid_out_shape
 from kernels.low_rank import LowRank, branch_in_weights, low_rank_matmul, rows_matmul
-from kernels.operands import Product, Weight
-from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens, quantize_tokens
-from kernels.quantized_matmul import quantize_and_matmul, quantized_matmul
+from kernels.quantize_tokens import QuantizedTokens, dequantize_tokens
 from kernels.reference import wide_type
-from kernels.xla import wide_dtype
-from qvgen_jax.quant.codes_matmul import QuantizedWeight, codes_matmul, signed_zero_point
+from qvgen_jax.quant.codes_matmul import QuantizedWeight, codes_matmul
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.low_rank import merge_adapter
 from qvgen_jax.quant.rotation import rotate
 from qvgen_jax.quant.smoothing import smooth_tokens
-from qvgen_jax.quant.steps import encode_with_step, fake_quantize_with_step
+from qvgen_jax.quant.steps import fake_quantize_with_step
 from qvgen_jax.quant.tokens import (
     clip_multipliers,
     fake_quantize_tokens,
@@ -92,7 +85,7 @@ def _levels(bits: int) -> Levels:
     return Levels(jnp.asarray(2**bits - 1, jnp.float32))
 
 
-class _TokenQuantizer(nnx.Module):
+class TokenQuantizer(nnx.Module):
     """What the quantized layers share: clips or steps, levels, and how tokens become integers."""
 
     def __init__(self, config: QuantConfig, name: str, in_features: int, dtype: jnp.dtype):
@@ -112,7 +105,7 @@ class _TokenQuantizer(nnx.Module):
         self.range_dtype = config.range_dtype
         self.block = 1 if name in config.folded else config.block_of(name, in_features)
 
-    def _prepare(self, x: jax.Array) -> jax.Array:
+    def prepare(self, x: jax.Array) -> jax.Array:
         """`x [..., in]` as it is quantized: smoothed, then rotated; the kernel undoes both."""
         if hasattr(self, "smooth"):
             x = smooth_tokens(x, self.smooth[...])
@@ -146,7 +139,7 @@ class _TokenQuantizer(nnx.Module):
         }
 
 
-class QuantDense(_TokenQuantizer):
+class QuantDense(TokenQuantizer):
     """A linear in training: quantized tokens times (quantized kernel + gated low-rank branch).
 
     `y = Xq @ (What + (L * gate) @ R)^T + bias`, the first product in integers, the branch in token
@@ -171,7 +164,7 @@ class QuantDense(_TokenQuantizer):
         plain = Dense(name, in_features, out_features, key=key, dtype=dtype, use_bias=use_bias)
         self.kernel, self.bias = plain.kernel, plain.bias
         self.scale = nnx.Param(jnp.ones((out_features,), jnp.float32))
-        self.zero_point = _zero_points(config, out_features)
+        self.zero_point = zero_points(config, out_features)
         self.branch_space = config.branch_space
         if config.rank:
             self.L = nnx.Param(jnp.zeros((out_features, config.rank), jnp.float32))
@@ -189,7 +182,7 @@ class QuantDense(_TokenQuantizer):
         if isinstance(x, QuantizedTokens):
             values, tokens = dequantize_tokens(x), x
         else:
-            values, tokens = self._fake_quantize(self._prepare(x), ctx)
+            values, tokens = self._fake_quantize(self.prepare(x), ctx)
         values = values.astype(self.dtype)
         # Over a mesh each device quantizes its slice of the master, and codes are what travels.
         weight = (
@@ -240,135 +233,8 @@ class QuantDense(_TokenQuantizer):
         return QuantizedWeight(gathered(codes, f"{self.name}.kernel"), scale, zero_point, levels)
 
 
-def _zero_points(config: QuantConfig, out_features: int) -> nnx.Param | None:
+def zero_points(config: QuantConfig, out_features: int) -> nnx.Param | None:
+    """Zeros `[out]`; None where weights are symmetric."""
     if config.symmetric_weights:
         return None
     return nnx.Param(jnp.zeros((out_features,), jnp.float32))
-
-
-class PackedDense(_TokenQuantizer):
-    """A linear at inference: integers in memory, the same arithmetic as `QuantDense`.
-
-    Params: `codes`, in the layout of the backend that multiplies them (`kernels.layouts`), `scale`,
-    `zero_point` (unless weights are symmetric), `code_sum` (the codes summed over the input axis)
-    and `bias` `[out]`; `lower` and `upper`, or `act_scale` and `act_zero_point`, `[buckets]`; where
-    the config has a rank, `L`, `R` and the `gate [rank]` they were saved with; `smooth [in]` where
-    it divides its tokens. A branch that reads the tokens instead of their codes is bfloat16 and has
-    no gate. The values come from `qvgen_jax.quant.packed`.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        in_features: int,
-        out_features: int,
-        *,
-        config: QuantConfig,
-        key: jax.Array,
-        dtype: jnp.dtype = jnp.float32,
-        use_bias: bool = True,
-        backend: str = "auto",
-        chip: Chip | None = None,
-    ):
-        del key  # Nothing is drawn: the values are loaded.
-        super().__init__(config, name, in_features, dtype)
-        self.name = name
-        self.bits, self.in_features = config.bits_of(name), in_features
-        self.token_bits = config.token_bits(name)
-        product = Product(None, in_features, out_features, *self.bits, jnp.dtype(dtype))
-        self.backend, reason, self.layout = choose(product, chip, backend)
-        if backend not in ("auto", self.backend):
-            say_once(f"kernels={backend!r}: {name} goes to {reason}")
-        shape = laid_out_shape(in_features, out_features, self.layout)
-        self.codes = nnx.Param(jnp.zeros(shape, container(self.bits[0], self.layout)))
-        self.scale = nnx.Param(jnp.ones((out_features,), jnp.float32))
-        self.zero_point = _zero_points(config, out_features)
-        self.code_sum = nnx.Param(jnp.zeros((out_features,), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if use_bias else None
-        self.reads_tokens = bool(config.rank) and config.branch_input == "tokens"
-        if config.rank:
-            kept = jnp.bfloat16 if self.reads_tokens else jnp.float32
-            self.L = nnx.Param(jnp.zeros((out_features, config.rank), kept))
-            self.R = nnx.Param(jnp.zeros((config.rank, in_features), kept))
-            if not self.reads_tokens:
-                self.gate = nnx.Param(jnp.zeros((config.rank,), jnp.float32))
-        if config.smooths(name):
-            self.smooth = nnx.Param(jnp.ones((in_features,), jnp.float32))
-
-    def __call__(
-        self, x: jax.Array | QuantizedTokens, ctx: QuantContext = QuantContext()
-    ) -> jax.Array:
-        """`x [..., in]`, or tokens ready and quantized, to `[..., out]`.
-
-        Raises:
-            ValueError: quantized tokens for a branch that reads them before.
-        """
-        how = {
-            "backend": self.backend,
-            "layout": self.layout,
-            "bits": self.bits,
-            "product_dtype": self.product_dtype,
-            "out_dtype": self.dtype,
-        }
-        ready = isinstance(x, QuantizedTokens)
-        if ready and self.reads_tokens:
-            raise ValueError(f"the branch of {self.name} reads tokens, and these are codes already")
-        x = x if ready else self._prepare(x)
-        if self.reads_tokens:
-            return self._beside_branch(x, ctx, how)
-        if self.has_step and not ready:  # The kernels that quantize know tokens' own ranges alone.
-            x, ready = encode_with_step(x, **self.step_arguments(x, ctx)), True
-        if hasattr(self, "L"):
-            tokens = x if ready else quantize_tokens(x, **self.clip_arguments(x, ctx))
-            branch = LowRank(self.L[...], self.R[...], self.gate[...])
-            return quantized_matmul(tokens, self._weight(), branch, **how)
-        if ready:
-            return quantized_matmul(x, self._weight(), **how)
-        return quantize_and_matmul(x, **self.clip_arguments(x, ctx), weight=self._weight(), **how)
-
-    def _beside_branch(self, x: jax.Array, ctx: QuantContext, how: dict) -> jax.Array:
-        """The product of codes of `x`, prepared, plus its product with the branch (SVDQuant)."""
-        wide = wide_type(self.dtype)
-        how = {**self.clip_arguments(x, ctx), **how, "out_dtype": wide}
-        y = quantize_and_matmul(x, weight=self._weight(), **how)
-        rank = self.R[...].shape[0]
-        branch = LowRank(self.L[...], self.R[...], jnp.ones((rank,), jnp.float32))
-        return (y + low_rank_matmul(x.astype(self.dtype), branch).astype(wide)).astype(self.dtype)
-
-    @property
-    def token_form(self) -> tuple:
-        """What its tokens go through: equal for layers that can read the same ones together."""
-        ranges = (self.include_zero, self.clip_ratio, self.range_dtype)
-        return (self.backend, self.token_bits, self.block, hasattr(self, "smooth"), *ranges)
-
-    def _weight(self) -> Weight:
-        given = None if self.zero_point is None else self.zero_point[...]
-        wide = wide_dtype(self.product_dtype)
-        zero_point = signed_zero_point(given, self.weight_levels[...], wide)
-        bias = None if self.bias is None else self.bias[...]
-        codes = gathered(self.codes[...], f"{self.name}.codes")
-        return Weight(codes, self.scale[...], zero_point, self.code_sum[...], bias)
-
-
-def dense_factory(config: QuantConfig, form: str, **packed: Any) -> Callable[..., nnx.Module]:
-    """A function with `Dense`'s signature that builds each layer as the config wants it.
-
-    Args:
-        config: names the layers that stay in full precision.
-        form: `train` for `QuantDense`, `packed` for `PackedDense`, `plain` for `Dense` everywhere.
-        packed: `backend` and `chip` of packed layers.
-
-    Raises:
-        ValueError: an unknown form.
-    """
-    forms = {"train": QuantDense, "packed": PackedDense, "plain": None}
-    if form not in forms:
-        raise ValueError(f"form={form!r}; expected one of {', '.join(forms)}")
-    layer = forms[form]
-
-    def dense(name: str, in_features: int, out_features: int, **arguments) -> nnx.Module:
-        if layer is None or name in config.full_precision:
-            return Dense(name, in_features, out_features, **arguments)
-        return layer(name, in_features, out_features, config=config, **arguments, **packed)
-
-    return dense

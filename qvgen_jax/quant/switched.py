@@ -34,7 +34,7 @@ class SwitchedDense(QuantDense):
 
     def __call__(self, x: jax.Array, ctx: QuantContext = QuantContext()) -> jax.Array:
         """`x [..., in]` to `[..., out]`."""
-        x = self._prepare(x)
+        x = self.prepare(x)
         kernel, weights, tokens = self.kernel[...], self.weight_levels[...], self.act_levels[...]
 
         def as_it_is(x: jax.Array) -> jax.Array:

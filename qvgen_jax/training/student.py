@@ -18,7 +18,8 @@ from qvgen_jax.models import (
 )
 from qvgen_jax.quant.blocks import is_stacked, ranges, split_block
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.dense import Levels, dense_factory
+from qvgen_jax.quant.dense import Levels
+from qvgen_jax.quant.dense_factory import dense_factory
 from qvgen_jax.quant.schedule import RankDecay, phase_steps_for
 
 # On the timestep's path.

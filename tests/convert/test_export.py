@@ -21,7 +21,8 @@ from convert.tensors import Tensors, read_json, write_tensors
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.wan import TEXT_ONLY, WanConfig, WanTransformer, quantizable
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.dense import Levels, dense_factory
+from qvgen_jax.quant.dense import Levels
+from qvgen_jax.quant.dense_factory import dense_factory
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.transformer import Transformer
 from tests.compiling import optimized

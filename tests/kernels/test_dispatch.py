@@ -22,7 +22,8 @@ from kernels.quantize_tokens import dequantize_tokens, quantize_tokens
 from kernels.quantized_matmul import quantize_and_matmul, quantized_matmul
 from qvgen_jax.models import build_transformer, config_from_json
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.dense import Levels, dense_factory
+from qvgen_jax.quant.dense import Levels
+from qvgen_jax.quant.dense_factory import dense_factory
 from tests.models.test_packed_forward import WAN, inputs
 
 V5E = CHIPS["v5e"]

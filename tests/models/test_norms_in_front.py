@@ -16,7 +16,8 @@ from qvgen_jax.models import (
     wan_block,
 )
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.dense import Levels, dense_factory
+from qvgen_jax.quant.dense import Levels
+from qvgen_jax.quant.dense_factory import dense_factory
 from qvgen_jax.quant.initialize import quantize_params
 from tests.compiling import optimized
 from tests.golden import tiny_models

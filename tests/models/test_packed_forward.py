@@ -15,10 +15,12 @@ from kernels.quantize_tokens import quantize_tokens
 from kernels.reference import quantized_matmul_reference, signed_offset
 from qvgen_jax.models import build_transformer, config_from_json, quantizable
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.dense import Levels, PackedDense, dense_factory
+from qvgen_jax.quant.dense import Levels
+from qvgen_jax.quant.dense_factory import dense_factory
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.named import layer_at, with_layer
 from qvgen_jax.quant.packed import pack_layer, unpack_layer
+from qvgen_jax.quant.packed_dense import PackedDense
 from tests.golden import tiny_models
 
 WAN = {"_class_name": "WanTransformer3DModel", **tiny_models.WAN_ODD}

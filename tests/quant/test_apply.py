@@ -10,7 +10,8 @@ from kernels.chips import CHIPS
 from kernels.fused_quantize import Normalized, quantize_normalized
 from qvgen_jax.quant import apply
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.dense import Dense, PackedDense, QuantContext, QuantDense
+from qvgen_jax.quant.dense import Dense, QuantContext, QuantDense
+from qvgen_jax.quant.packed_dense import PackedDense
 
 IN, OUT = 24, 10
 CTX = QuantContext(jnp.asarray([3, 41], jnp.int32))

@@ -11,9 +11,9 @@ from qvgen_jax.models import config_from_json, quantizable
 from qvgen_jax.models.linears import quantized_products
 from qvgen_jax.quant.blocks import in_block, places_of, segments_of, split_block
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.dense import PackedDense
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.named import layer_at
+from qvgen_jax.quant.packed_dense import PackedDense
 from qvgen_jax.training.student import describe_layers
 from tests.golden import tiny_models
 

@@ -15,7 +15,7 @@ from kernels.quantize_tokens import dequantize_tokens, quantize_tokens
 from qvgen_jax.errors import UserError
 from qvgen_jax.quant.apply import apply_normalized
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.dense import Levels, PackedDense, QuantContext
+from qvgen_jax.quant.dense import Levels, QuantContext
 from qvgen_jax.quant.packed import (
     leaves_of,
     pack_tensors,
@@ -23,6 +23,7 @@ from qvgen_jax.quant.packed import (
     read_quantization_config,
     unpack_layer,
 )
+from qvgen_jax.quant.packed_dense import PackedDense
 
 IN, OUT, RANK = 24, 10, 3
 KEPT = QuantConfig(
@@ -62,7 +63,7 @@ def test_the_layer_adds_the_branch_of_tokens_that_are_smoothed_and_rotated_but_n
     codes, leaves, (left, right) = parts
     layer = packed(parts)
     x = jax.random.normal(jax.random.key(1), (2, 7, IN))
-    ready = layer._prepare(x)
+    ready = layer.prepare(x)
     values = dequantize_tokens(quantize_tokens(ready, jnp.ones(()), jnp.ones(()), jnp.float32(15)))
     kernel = (leaves["scale"][:, None] * (codes - leaves["zero_point"][:, None])).T
     stored = [side.astype(ml_dtypes.bfloat16).astype(np.float64) for side in (left, right)]

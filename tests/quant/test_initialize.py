@@ -10,7 +10,8 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.models.wan import TEXT_ONLY, WanConfig, WanTransformer, quantizable
 from qvgen_jax.quant.clips import clip_index
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.dense import Levels, dense_factory
+from qvgen_jax.quant.dense import Levels
+from qvgen_jax.quant.dense_factory import dense_factory
 from qvgen_jax.quant.initialize import quantization_errors, quantize_params, round_to_nearest
 from tests.compiling import optimized
 

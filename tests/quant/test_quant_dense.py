@@ -13,18 +13,12 @@ from kernels.operands import Product
 from kernels.quantize_tokens import dequantize_tokens, quantize_tokens
 from qvgen_jax.quant.apply import apply_each, apply_to_gelu
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.dense import (
-    Dense,
-    Levels,
-    PackedDense,
-    QuantContext,
-    QuantDense,
-    branch_in_weights,
-    dense_factory,
-)
+from qvgen_jax.quant.dense import Dense, Levels, QuantContext, QuantDense, branch_in_weights
+from qvgen_jax.quant.dense_factory import dense_factory
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.low_rank import drop_branch
 from qvgen_jax.quant.packed import pack_layer, unpack_layer
+from qvgen_jax.quant.packed_dense import PackedDense
 from qvgen_jax.quant.schedule import RankDecay, gate_at
 from qvgen_jax.quant.tokens import clip_multipliers, fake_quantize_tokens
 from qvgen_jax.quant.weights import fake_quantize_weight

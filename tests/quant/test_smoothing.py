@@ -11,7 +11,7 @@ from flax import nnx
 from kernels.quantize_tokens import quantize_tokens
 from qvgen_jax.quant.calibration import Probe, observe, observing
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.dense import Dense, Levels, PackedDense, QuantContext, QuantDense
+from qvgen_jax.quant.dense import Dense, Levels, QuantContext, QuantDense
 from qvgen_jax.quant.initialize import quantize_params, round_to_nearest
 from qvgen_jax.quant.packed import (
     leaves_of,
@@ -20,6 +20,7 @@ from qvgen_jax.quant.packed import (
     read_quantization_config,
     unpack_layer,
 )
+from qvgen_jax.quant.packed_dense import PackedDense
 from qvgen_jax.quant.smoothing import smooth_factors, smooth_tokens
 
 IN, OUT = 48, 20
@@ -102,7 +103,7 @@ def test_the_kernel_keeps_the_factors_and_the_rotation_comes_after_them():
     np.testing.assert_array_equal(levels["smooth"], factors)
     assert "smooth" not in params
     layer = merged(QuantDense, quant, params, levels)
-    ready = layer._prepare(x)
+    ready = layer.prepare(x)
     np.testing.assert_allclose(ready @ params["kernel"], x @ kernel, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(smooth_tokens(x, factors) * factors, x, rtol=1e-6)
 
@@ -124,9 +125,9 @@ def test_the_packed_layer_computes_the_same_bits(options):
     assert set(tensors) == set(leaves_of(quant, "a"))
     packed = merged(PackedDense, quant, unpack_layer(tensors, 4, IN), levels)
     np.testing.assert_array_equal(packed(x), trained(x))
-    np.testing.assert_array_equal(packed._prepare(x), trained._prepare(x))
+    np.testing.assert_array_equal(packed.prepare(x), trained.prepare(x))
     # Tokens that are quantized already are ready already.
-    tokens = quantize_tokens(trained._prepare(x), **trained.clip_arguments(x, QuantContext()))
+    tokens = quantize_tokens(trained.prepare(x), **trained.clip_arguments(x, QuantContext()))
     np.testing.assert_array_equal(packed(tokens), packed(x))
     np.testing.assert_array_equal(trained(tokens), packed(x))
 

@@ -15,7 +15,7 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.quant.apply import apply_each
 from qvgen_jax.quant.calibration import MEANS, observe
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.dense import Levels, PackedDense, QuantContext, QuantDense
+from qvgen_jax.quant.dense import Levels, QuantContext, QuantDense
 from qvgen_jax.quant.initialize import quantize_params, round_to_nearest
 from qvgen_jax.quant.packed import (
     leaves_of,
@@ -24,6 +24,7 @@ from qvgen_jax.quant.packed import (
     read_quantization_config,
     unpack_layer,
 )
+from qvgen_jax.quant.packed_dense import PackedDense
 from qvgen_jax.quant.steps import encode_with_step, fake_quantize_with_step, initial_step
 
 LEVELS = jnp.asarray(15, jnp.float32)
