@@ -180,6 +180,7 @@ def packed_definition(
             dense=factory(quant),
             dtype=dtype,
             clip_mode=quant.clip_index,
+            buckets=quant.buckets,
             remat="none",
             time_entries=quant.time_entries,
             segments=[(each.stop - each.start, factory(each.config)) for each in segments],

@@ -89,6 +89,7 @@ def export_released(
             f"the release's code cannot run {folder}: its timestep linears are a table, their code "
             "has no place for one and needs the linears; export a run with quant.time_table=False"
         )
+    _refuse_impossible(quant)
     config = config_from_json(fields)
     linears = linears_of(config)
     kept = [x for name in quant.full_precision for x in linears.pop(name)]
@@ -107,7 +108,12 @@ def export_released(
     exporter = _Exporter(
         tensors, quant, quantized, others, recipe_of(config).float32, _DTYPES[dtype]
     )
-    _refuse(quant, exporter.differences(), approximate)
+    differences = exporter.differences()
+    if differences and not approximate:
+        raise UserError(
+            "the release's code would compute this model differently: "
+            f"{'; '.join(differences)}; to write it all the same, add --approximate"
+        )
 
     task = {"task": "export released", "source": str(source.resolve())}
     partial = partials.start_over(target, task)
@@ -119,7 +125,7 @@ def export_released(
     return size
 
 
-def _refuse(quant: QuantConfig, differences: list[str], approximate: bool) -> None:
+def _refuse_impossible(quant: QuantConfig) -> None:
     impossible = []
     if quant.rank:
         remedy = "import it without --released-step"
@@ -158,11 +164,6 @@ def _refuse(quant: QuantConfig, differences: list[str], approximate: bool) -> No
         )
     if impossible:
         raise UserError(f"the release's code cannot run this model: {'; '.join(impossible)}")
-    if differences and not approximate:
-        raise UserError(
-            "the release's code would compute this model differently: "
-            f"{'; '.join(differences)}; to write it all the same, add --approximate"
-        )
 
 
 @dataclass(frozen=True)

@@ -239,7 +239,8 @@ def _prediction(
             index = None
             if counts:
                 negative = jnp.arange(len(latents)) // batch  # those rows come second
-                index = countdown(2 * step + negative if twice else step + 0 * negative)
+                calls = 2 * step + negative if twice else step + 0 * negative
+                index = countdown(calls, network.buckets)
             return network(latents, timesteps, text_embeds, gate=gate, clip_index=index)
 
         batch = len(latents)

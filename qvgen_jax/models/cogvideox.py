@@ -148,6 +148,7 @@ class CogVideoXTransformer(nnx.Module):
         dense: factory of the quantizable linears, with the signature of `Dense`.
         dtype: in which matrix products and activations are computed; parameters keep their own.
         clip_mode: how a timestep chooses its learned clip pair, see `quant.clips.clip_index`.
+        buckets: how many pairs, or steps, it chooses from.
         remat: what the backward pass keeps, see `qvgen_jax.models.remat`.
         time_entries: of a time table, see `quant.time_table`; its timesteps are then parameters,
             and each sample reads the entry nearest to its own.
@@ -162,6 +163,7 @@ class CogVideoXTransformer(nnx.Module):
         dense: Callable = Dense,
         dtype: jnp.dtype = jnp.float32,
         clip_mode: str = "bucket",
+        buckets: int = 50,
         remat: str = "blocks",
         time_entries: int | None = None,
         segments: Segments = (),
@@ -193,6 +195,7 @@ class CogVideoXTransformer(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.clip_mode = clip_mode
+        self.buckets = buckets
         self.remat = remat
         has_table = time_entries is not None
         self.timestep_table = (
@@ -237,7 +240,7 @@ class CogVideoXTransformer(nnx.Module):
         """What comes before the blocks: text and video `[batch, tokens, dim]`, padded on a mesh."""
         grid = self._grid(latents.shape)
         if clip_index is None:
-            clip_index = clips.clip_index(timesteps, self.clip_mode)
+            clip_index = clips.clip_index(timesteps, self.clip_mode, self.buckets)
         time_index = None
         if self.timestep_table is not None:
             time_index = nearest_entry(timesteps, self.timestep_table[...])

@@ -209,6 +209,7 @@ class WanTransformer(nnx.Module):
         dense: factory of the quantizable linears, with the signature of `Dense`.
         dtype: in which matrix products and activations are computed; parameters keep their own.
         clip_mode: how a timestep chooses its learned clip pair, see `quant.clips.clip_index`.
+        buckets: how many pairs, or steps, it chooses from.
         remat: what the backward pass keeps, see `qvgen_jax.models.remat`. On CPU recomputing a
             block is faster too: the stacked activations are fresh pages at every step.
         time_entries: of a time table, see `quant.time_table`; its timesteps are then parameters,
@@ -224,6 +225,7 @@ class WanTransformer(nnx.Module):
         dense: Callable = Dense,
         dtype: jnp.dtype = jnp.float32,
         clip_mode: str = "bucket",
+        buckets: int = 50,
         remat: str = "blocks",
         time_entries: int | None = None,
         segments: Segments = (),
@@ -249,6 +251,7 @@ class WanTransformer(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.clip_mode = clip_mode
+        self.buckets = buckets
         self.remat = remat
         has_table = time_entries is not None
         self.timestep_table = (
@@ -293,7 +296,7 @@ class WanTransformer(nnx.Module):
         """What comes before the blocks: tokens `[batch, tokens, dim]`, padded over a mesh."""
         grid = self._grid(latents.shape)
         if clip_index is None:
-            clip_index = clips.clip_index(timesteps, self.clip_mode)
+            clip_index = clips.clip_index(timesteps, self.clip_mode, self.buckets)
         time_index = None
         if self.timestep_table is not None:
             time_index = nearest_entry(timesteps, self.timestep_table[...])

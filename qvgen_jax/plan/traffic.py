@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 from qvgen_jax.models import abstract_params, quantizable
 from qvgen_jax.models.attention import exchange
 from qvgen_jax.plan.collectives import Collective
 from qvgen_jax.plan.shapes import Run
 from qvgen_jax.quant.named import layer_at
+from qvgen_jax.training.loop import undrawn_state
+from qvgen_jax.training.optimizer import split_frozen
 from qvgen_jax.training.student import quant_config
 
 
@@ -21,11 +24,23 @@ def kernel_sizes(run: Run) -> tuple[int, int]:
     return quantized, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
+def _trained_size(run: Run) -> int:
+    """Elements of what trains beside frozen weights."""
+    import jax
+
+    state = jax.eval_shape(
+        partial(undrawn_state, run.config, run.model), abstract_params(run.model)
+    )
+    trained, _ = split_frozen(state["params"], freeze_weights=True)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
+
+
 def estimated(run: Run, sizes: Mapping[str, int]) -> list[Collective]:
     """What a step has to move, without what a compiler may add or save."""
     train = run.config["train"]
     quantized, every = kernel_sizes(run)
-    quantized, every = quantized // sizes["tensor"], every // sizes["tensor"]
+    trained = _trained_size(run) if train["freeze_weights"] else every
+    quantized, every, trained = (size // sizes["tensor"] for size in (quantized, every, trained))
     width = 2 if run.config["compute_dtype"] == "bfloat16" else 4
     dtype = "bf16" if width == 2 else "f32"
     times = train["accumulate"]
@@ -44,11 +59,11 @@ def estimated(run: Run, sizes: Mapping[str, int]) -> list[Collective]:
     add("all-gather", "s8", fsdp, passes * layers * per_block, passes * quantized * others)
     if train["target"] == "teacher":
         add("all-gather", dtype, fsdp, times * layers * per_block, times * width * every * others)
-    add("reduce-scatter", "f32", fsdp, times * layers * per_block, times * 4 * every * others)
+    add("reduce-scatter", "f32", fsdp, times * layers * per_block, times * 4 * trained * others)
     for axis in ("data", "context"):
         size = sizes[axis]
         share = 2 * (size - 1) / size
-        add("all-reduce", "f32", size, layers * per_block, share * 4 * every / fsdp)
+        add("all-reduce", "f32", size, layers * per_block, share * 4 * trained / fsdp)
     _add_tokens(run, sizes, add, dtype, width, again)
     return sorted(found, key=lambda c: -c.bytes)
 

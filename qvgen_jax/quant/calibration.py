@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels.reference import at_least_float32
 from qvgen_jax.quant.dense import Dense, QuantContext
 
 
@@ -39,7 +40,9 @@ def channel_maxima(rows: jax.Array) -> jax.Array:
 
 
 def means(rows: jax.Array) -> jax.Array:
-    """The means of |x|, x and x^2 over `rows [rows, in]`: `[3]`."""
+    """The means of |x|, x and x^2 over `rows [rows, in]`: `[3]`, float32 or wider."""
+    # In bfloat16 the squares would lose what little a variance is of them.
+    rows = at_least_float32(rows)
     return jnp.stack([jnp.mean(jnp.abs(rows)), jnp.mean(rows), jnp.mean(jnp.square(rows))])
 
 

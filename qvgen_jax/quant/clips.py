@@ -42,12 +42,13 @@ def clip_index(timesteps: jax.Array, mode: str = "bucket", buckets: int = 50) ->
 
 
 def countdown(call: jax.Array | int, buckets: int = 50) -> jax.Array:
-    """The clip index of `countdown`: 49 at the transformer's first call, one less at each, then 0.
+    """The clip index of `countdown`: the last at the transformer's first call, then one less each.
 
     The release's inference with `--fix`; Wan's guidance calls the transformer twice per step, the
     prompt first, CogVideoX's once.
 
     Args:
         call: int32, how many calls went before.
+        buckets: how many clip pairs a layer has, 50 in the release.
     """
     return jnp.maximum(buckets - 1 - jnp.asarray(call, jnp.int32), 0)

@@ -117,6 +117,11 @@ class QuantConfig:
                 f"{self.rotation!r}; a learned step starts from tokens as the teacher has them: "
                 "leave smoothing and rotation away, or take act_range='token'"
             )
+        if self.learned_steps and self.branch_input == "tokens":
+            raise UserError(
+                f"act_range={self.act_range!r} with branch_input='tokens'; a branch that reads "
+                "tokens is svdquant's, whose tokens have their own ranges: take act_range='token'"
+            )
 
     @classmethod
     def released(cls, **changes) -> "QuantConfig":

@@ -96,16 +96,29 @@ def initial_adapter(key: jax.Array, kernel: jax.Array, rank: int) -> tuple[jax.A
 def merge_adapter(kernel: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
     """`kernel + (L @ R)^T`: `[..., in, out]`, in the kernel's dtype.
 
-    In whole float32, so that training and an export round the same weight to the same codes.
+    In whole float32: what training and an export compute differs by rounding at most, which moves
+    the code of a weight only where it lies between two.
     """
     return kernel + jnp.swapaxes(_product(left, right), -1, -2).astype(kernel.dtype)
 
 
+@jax.jit
+def _merged(kernel: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    """`merge_adapter`; of a stack layer by layer, so that one product exists at a time."""
+    sides = kernel, left, right
+    if kernel.ndim == 2:
+        return merge_adapter(*sides)
+    return jax.lax.map(lambda layer: merge_adapter(*layer), sides)
+
+
 def merge_adapters(tree: Any) -> Any:
-    """Params whose every kernel has its adapter in it, without any L and R."""
+    """Params whose every kernel has its adapter in it, without any L and R.
+
+    The kernels that come in stay, beside the new ones.
+    """
 
     def on_branch(node: dict) -> dict:
-        return {**node, "kernel": merge_adapter(node["kernel"], node["L"], node["R"])}
+        return {**node, "kernel": _merged(node["kernel"], node["L"], node["R"])}
 
     return drop_branch(_rebuild(tree, on_branch))
 

@@ -43,7 +43,7 @@ those that have bits of their own.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ import ml_dtypes
 import numpy as np
 
 from kernels.layouts import lay_out
-from qvgen_jax.config_fields import Positive, check_value
+from qvgen_jax.config_fields import Positive, Range, check_value
 from qvgen_jax.errors import UserError
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.rotation import LARGEST_BLOCK
@@ -66,6 +66,13 @@ _SAME = ("zero_point", "bias", "smooth", *STEP_LEAVES)
 
 # What QuantConfig does not check itself.
 _KINDS = {"clip_ratio": Positive, "clip_buckets": int, "include_zero": bool}
+_RANK = Annotated[int, Range(least=0)]  # Not in every file.
+
+# All that a `quantization_config` may hold; `released` is of an import, and no reader needs it.
+_PLAIN = ("bits", "bits_by_layer", "clip_index", "single_clip", "full_precision", "range_dtype")
+_FEATURES = ("symmetric_weights", "act_range", "time_table", "rotation", "smoothing", "folded")
+_KNOWN = {"quant_method", "format_version", "rank", "branch_input", "released"}
+_KNOWN |= {*_KINDS, *_PLAIN, *_FEATURES}
 
 # Codes are cut into planes whose widths divide a byte; the first plane holds the lowest bits.
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
@@ -258,7 +265,7 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
     """The config that packed tensors were written with, with int8 products.
 
     Raises:
-        UserError: another method, another version, or a field that is missing or out of range.
+        UserError: another method or version, or a field that is unknown, missing or out of range.
     """
     if not isinstance(fields, Mapping):
         raise UserError(
@@ -277,9 +284,16 @@ def read_quantization_config(fields: Mapping[str, Any]) -> QuantConfig:
             f"{PLAIN_VERSION} to {FEATURES_VERSION}; export again, or install the version that "
             "wrote the folder"
         )
+    if unknown := sorted(set(fields) - _KNOWN):
+        raise UserError(
+            f"quantization_config has {', '.join(unknown)}, which this program does not know; "
+            "install the version that wrote the folder"
+        )
     try:
         for name, kind in _KINDS.items():
             check_value(fields[name], kind, name, "quantization_config")
+        if "rank" in fields:
+            check_value(fields["rank"], _RANK, "rank", "quantization_config")
         ratio = float(fields["clip_ratio"])
         config = QuantConfig(
             weight_bits=fields["bits"]["weights"],

@@ -163,6 +163,7 @@ def check_config(config: Mapping) -> None:
             f"train.warmup_steps={train['warmup_steps']} with train.steps={train['steps']}; the "
             "warm-up must end before training does, set --config.train.warmup_steps too"
         )
+    _check_steps(quant)
     if quant["branch_space"] == "merged":
         _check_adapter(train, quant)
         return
@@ -225,6 +226,15 @@ def _check_target(train: Mapping) -> None:
         raise UserError(
             f"--config.train.target=truth with --config.train.truth_blend={train['truth_blend']}: "
             "a blend needs the teacher; set one of them back (target=teacher, or truth_blend=0)"
+        )
+
+
+def _check_steps(quant: Mapping) -> None:
+    if quant["act_range"] != "token" and (quant["smoothing"] or quant["rotation"] != "none"):
+        raise UserError(
+            f"--config.quant.act_range={quant['act_range']} with quant.smoothing="
+            f"{quant['smoothing']}, quant.rotation={quant['rotation']}: a learned step starts from "
+            "tokens as the teacher has them; set smoothing=0 and rotation=none, or act_range=token"
         )
 
 

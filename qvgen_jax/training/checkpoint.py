@@ -43,6 +43,11 @@ _FREE_KEYS = (
     "remat",
     "table_steps",  # Of the export alone.
 )
+# Keys that these sections got later, with what a run did that began before: it goes on.
+_ADDED = {
+    "quant": {"act_range": "token", "buckets": 50, "bits_file": ""},
+    "train": {"freeze_weights": False, "scale_aware": False, "target": "teacher"},
+}
 _CHECKSUMS = "checksums"
 _DAMAGED = "damaged-checkpoint"
 _PAUSES = (1, 5, 20)  # Seconds before a failed save is tried again.
@@ -273,6 +278,7 @@ def _fingerprint(config: Mapping) -> dict:
     kept = {name: config[name] for name in _FIXED if name in config}
     for name, section in kept.items():
         if isinstance(section, Mapping):
+            section = {**_ADDED.get(name, {}), **section}
             kept[name] = {k: v for k, v in section.items() if k not in _FREE_KEYS}
     return json.loads(json.dumps(kept, sort_keys=True))
 

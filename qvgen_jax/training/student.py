@@ -155,6 +155,7 @@ def student_definition(
             dense=dense_factory(quant, "train"),
             dtype=dtype,
             clip_mode=quant.clip_index,
+            buckets=quant.buckets,
             remat=remat,
         )
     )
@@ -171,8 +172,8 @@ def describe_layers(model: TransformerConfig, quant: QuantConfig) -> str:
         if name in quant.full_precision:
             table = quant.time_table and name in time_only(model)
             kind = "full precision" + (", a table in the export" if table else "")
-        ranges = "learned steps" if quant.learned_steps else "clip pairs"
-        clips = "" if name in quant.full_precision else f", {quant.buckets_of(name)} {ranges}"
+        learned = "learned steps" if quant.learned_steps else "clip pairs"
+        clips = "" if name in quant.full_precision else f", {quant.buckets_of(name)} {learned}"
         lines.append(f"  {name:45s} x {count:3d}  {kind}{clips}")
     total = sum(model.num_layers if is_stacked(n) else 1 for n in names)
     patches = "" if "patch_embed.proj" in names else "patch embedding, "

@@ -43,6 +43,7 @@ def student(model: WanConfig, quant: QuantConfig) -> Transformer:
             key=jax.random.key(0),
             dense=dense_factory(quant, "train"),
             clip_mode=quant.clip_index,
+            buckets=quant.buckets,
         )
     )
     graphdef = nnx.split(network, nnx.Param, Levels)[0]

@@ -114,6 +114,30 @@ def test_what_the_released_code_would_compute_differently_is_refused_unless_aske
     assert is_released(Tensors(tmp_path / "theirs"))
 
 
+def with_learned_steps(folder: Path, target: Path, act_range: str) -> Path:
+    """The packed folder with steps in the place of its clips."""
+    shutil.copytree(folder, target)
+    config = read_json(target / "transformer" / "config.json")
+    config["quantization_config"] |= {"format_version": 3, "act_range": act_range}
+    write_json(target / "transformer" / "config.json", config)
+    tensors = dict(Tensors(target / "transformer"))
+    for name in [name for name in tensors if name.endswith(".clips")]:
+        clips, stem = tensors.pop(name), name.removesuffix(".clips")
+        tensors[f"{stem}.act_scale"] = np.exp(clips[:, 0])
+        if act_range == "learned_zero":
+            tensors[f"{stem}.act_zero_point"] = clips[:, 1]
+    write_tensors(target / "transformer" / WEIGHTS, tensors)
+    return target
+
+
+@pytest.mark.parametrize("act_range", ["learned", "learned_zero"])
+def test_learned_steps_are_refused_before_clips_are_looked_for(imported, tmp_path, act_range):
+    ours = with_learned_steps(imported, tmp_path / "ours", act_range)
+    with pytest.raises(UserError, match=r"learned steps.*--config.quant.act_range=token"):
+        export_released(ours, tmp_path / "theirs", approximate=True)
+    assert not (tmp_path / "theirs").exists()
+
+
 def test_what_the_released_code_cannot_run_is_refused(release, imported, tmp_path):
     bits = {"proj_out": {"weights": 4, "activations": 8}}
     ours = as_trained_by_us(imported, tmp_path / "ours", bits_by_layer=bits)

@@ -88,6 +88,7 @@ def student(model, quant: QuantConfig) -> Transformer:
             key=jax.random.key(0),
             dense=dense_factory(quant, "train"),
             clip_mode=quant.clip_index,
+            buckets=quant.buckets,
         )
     )
     return Transformer(model, nnx.split(network, nnx.Param, Levels)[0], (params, levels))

@@ -141,6 +141,19 @@ def test_a_step_gathers_codes_twice_the_teacher_once_and_scatters_gradients():
     }
 
 
+def test_frozen_weights_have_no_gradients_to_scatter():
+    baseline = read_run(read_config("configs/wan1_3b_w4a4.py:efficient_dm").to_dict())
+    for axis in ("fsdp", "data"):
+        found, whole = (
+            {c.kind: c.bytes for c in estimated(run, {**ONE, axis: 16}) if c.dtype == "f32"}
+            for run in (baseline, read_run(config()))
+        )
+        assert found.keys() == whole.keys() != set()
+        for kind, moved in found.items():  # What `test_frozen_weights_cost...` counts in memory.
+            trained = moved / whole[kind] * kernel_sizes(baseline)[1]
+            assert 4 * trained == pytest.approx(estimate(baseline, ONE, "gpu").gradients, rel=1e-6)
+
+
 def test_a_step_takes_from_the_larger_to_the_sum_of_computing_and_moving():
     target = parse_target("v5p:2x2x1")
     moved = [Collective("all-gather", "s8", 4, 1, 600 * 10**9)]

@@ -80,6 +80,16 @@ def test_at_step_0_it_changes_nothing_and_every_layer_has_its_own(stack):
     assert not np.array_equal(params["a"]["R"], other["a"]["R"])
 
 
+def test_of_a_stack_every_layer_has_its_own_product():
+    sides = {"kernel": drawn(3, IN, OUT), "L": drawn(3, OUT, RANK, seed=1)}
+    sides["R"] = drawn(3, RANK, IN, seed=2)
+    found = merge_adapters({"a": sides})["a"]
+    assert set(found) == {"kernel"}
+    kernel, left, right = (np.asarray(x, np.float64) for x in sides.values())
+    expected = kernel + np.einsum("lor,lri->lio", left, right)
+    np.testing.assert_allclose(found["kernel"], expected, atol=1e-6)  # Float32, sums of 4.
+
+
 def test_no_token_passes_it():
     assert (MERGED.token_rank, MERGED.merged) == (0, True)
     assert QuantConfig(rank=RANK).token_rank == RANK

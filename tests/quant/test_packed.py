@@ -118,6 +118,16 @@ def test_older_readers_are_refused_only_what_they_do_not_know(config, version):
         ({"include_zero": "false"}, "include_zero is 'false' in .*, expected true or false"),
         ({"format_version": 3, "time_table": {"entries": 9, "steps": 5}}, "damaged .TypeError"),
         ({"clip_index": "nearest"}, "clip_index='nearest'; expected one of"),
+        ({"format_version": 2, "rank": 1.5}, "rank is 1.5 in .*, expected a whole number from 0"),
+        ({"format_version": 3, "rank": True}, "rank is True in .*, expected a whole number from 0"),
+        (
+            {"format_version": 3, "act_range": "learned", "branch_input": "tokens"},
+            "act_range='learned' with branch_input='tokens'",
+        ),
+        (
+            {"format_version": 3, "outliers": {"kept": 8}, "grid": 2},
+            "has grid, outliers, which .* install the version that wrote",
+        ),
     ],
 )
 def test_unknown_formats_are_refused(changes, message):

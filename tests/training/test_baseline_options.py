@@ -150,6 +150,12 @@ def test_mimicking_the_velocity_is_mimicking_the_noise_estimate():
         ("quant", {"act_range": "static"}, "expected one of token, learned, learned_zero"),
         ("quant", {"buckets": 0}, "expected a number from 1"),
         ("train", {"target": "noise"}, "expected one of teacher, truth"),
+        (
+            "quant",
+            {"rotation": "hadamard"},
+            "learned_zero with .*; set smoothing=0 and rotation=none",
+        ),
+        ("quant", {"smoothing": 0.5}, "learned_zero with .*; set smoothing=0 and rotation=none"),
     ],
 )
 def test_what_contradicts_a_baseline_is_refused_with_the_remedy(section, changes, remedy):

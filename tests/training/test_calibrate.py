@@ -13,6 +13,7 @@ from convert.load import read_transformer
 from qvgen_jax.data.dataset import batches
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.models import build_transformer, quantizable
+from qvgen_jax.quant.calibration import means
 from qvgen_jax.quant.dense import Dense
 from qvgen_jax.quant.smoothing import smooth_factors
 from qvgen_jax.training import loop
@@ -91,6 +92,17 @@ def test_half_batches_have_the_same_statistics(teacher, activations):  # noqa: F
     halves = activation_maxima(config, MODEL, SCHEDULER, teacher, Clips())
     for name, array in halves.items():
         np.testing.assert_allclose(array, activations[name], rtol=1e-5, err_msg=name)
+
+
+def test_moments_of_bfloat16_tokens_are_those_of_their_values():
+    """Far from 0: in bfloat16 a square of 100 has a last bit of 0.5, and the variance is 0.25."""
+    drawn = np.random.default_rng(0).normal(10, 0.5, (4096, 32))
+    rows = jnp.asarray(drawn, jnp.bfloat16)
+    values = np.asarray(rows, np.float64)
+    absolute, mean, square = means(rows)
+    np.testing.assert_allclose(absolute, np.abs(values).mean(), rtol=1e-5)
+    # Float32 leaves 1e-5 of a square of 100.
+    np.testing.assert_allclose(square - mean**2, values.var(), rtol=0.01)
 
 
 def test_a_run_without_smoothing_measures_nothing(teacher):  # noqa: F811

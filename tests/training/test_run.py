@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs.tiny_w4a4 import get_config
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.diffusion.unipc import UniPCConfig
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.wan import WanConfig, WanTransformer
 from qvgen_jax.training import loop
-from qvgen_jax.training.checkpoint import claim_workdir, committed
+from qvgen_jax.training.checkpoint import claim_workdir, committed, compare_workdir
 from qvgen_jax.training.optimizer import labels
 from qvgen_jax.training.pace import SPEED
 from qvgen_jax.training.state import exported_params
@@ -293,3 +294,16 @@ def test_a_workdir_of_another_config_is_refused_by_the_value_that_differs(tmp_pa
     other = {**CONFIG, "quant": {**CONFIG["quant"], "weight_bits": 3}}
     with pytest.raises(UserError, match=r"quant\.weight_bits: 4 there, 3 here"):
         claim_workdir(tmp_path, other)
+
+
+def test_a_run_that_began_before_keys_were_added_goes_on_unless_they_say_otherwise(tmp_path):
+    config, added = get_config().to_dict(), ("act_range", "buckets", "bits_file")
+    old = {**config, "quant": {k: v for k, v in config["quant"].items() if k not in added}}
+    added = ("freeze_weights", "scale_aware", "target")
+    old["train"] = {k: v for k, v in config["train"].items() if k not in added}
+    del old["method"], old["calibration"]
+    claim_workdir(tmp_path, old)
+    compare_workdir(tmp_path, config)
+    other = {**config, "quant": {**config["quant"], "buckets": 10}}
+    with pytest.raises(UserError, match=r"quant\.buckets: 50 there, 10 here"):
+        compare_workdir(tmp_path, other)
