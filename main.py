@@ -81,7 +81,7 @@ _TIMESTEPS = flags.DEFINE_integer("timesteps", 5, "sensitivity: of the sampler's
 _CLIPS = flags.DEFINE_integer("clips", 8, "sensitivity: held-out ones if any", lower_bound=1)
 _BUDGET = flags.DEFINE_string("budget", "", "mixed: such as 5bits, 120MB, 20bops or 350ms")
 _SEGMENTS = flags.DEFINE_integer(
-    "segments", 8, "mixed: stacks of blocks that lie alike, at most", lower_bound=1
+    "segments", 8, "mixed: stacks of blocks that lie alike, at most", lower_bound=1, upper_bound=8
 )
 _MEASURE = flags.DEFINE_bool("measure", True, "mixed: ask the model what the plan predicts")
 _PLAN_JSON = flags.DEFINE_string("plan_json", None, "plan: a file to write it to as JSON too")

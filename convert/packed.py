@@ -21,7 +21,15 @@ from qvgen_jax.models import (
     time_only,
     time_outputs,
 )
-from qvgen_jax.quant.blocks import Place, Segment, is_stacked, places_of, segment_key, segments_of
+from qvgen_jax.quant.blocks import (
+    Place,
+    Segment,
+    is_stacked,
+    levels_of,
+    places_of,
+    segment_key,
+    segments_of,
+)
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Levels
 from qvgen_jax.quant.dense_factory import dense_factory
@@ -194,16 +202,9 @@ def packed_definition(
             layer = reduce(getattr, place.path.split("."), model)
             layouts[place.path], inputs[place.path] = layer.layout, layer.in_features
             node = layer_at(levels, place.path)
-            weights, activations = _most(quant, name, place.blocks)
-            node["weight_levels"], node["act_levels"] = weights, activations
+            most = map(np.asarray, levels_of(quant, name, place.blocks))
+            node["weight_levels"], node["act_levels"] = most
     return PackedDefinition(graphdef, shapes, levels, layouts, inputs, segments)
-
-
-def _most(quant: QuantConfig, name: str, blocks: range | None) -> Iterable[np.ndarray]:
-    """2^bits - 1 of weights and of activations: float32 `[]`, or `[blocks]`."""
-    bits = [quant.bits_of(name, block) for block in (blocks or [None])]
-    most = np.float32(2) ** np.array(bits, np.float32).T - 1
-    return most if blocks is not None else [np.asarray(each) for each in most[:, 0]]
 
 
 def from_packed(

@@ -99,6 +99,8 @@ def ceiling(rows: Sequence[Row], attention_seconds: float | None) -> str:
 def read_quantized(argument: str) -> Mapping[str, Any]:
     """The config of `file.py[:argument]`, as plain dicts.
 
+    This and `describe` are all in kernels/ that knows `qvgen_jax`: a command, like main.py.
+
     Raises:
         ValueError: see `configs.read_config`; or it is of no transformer that is quantized.
     """
@@ -124,7 +126,6 @@ def describe(config: Mapping[str, Any], chip: Chip, asked: str | None = None) ->
     Raises:
         ValueError: the config names what does not exist, or QVGEN_ATTENTION nothing that runs.
     """
-    # The only place in kernels/ that knows models: this is a command, like main.py.
     from kernels.attention import choose_attention
     from kernels.attention_call import AttentionCall
     from qvgen_jax.models.linears import attended, quantized_products, video_tokens

@@ -18,6 +18,7 @@ from qvgen_jax.evaluation.samples import load_to_generate, write_pairs
 from qvgen_jax.evaluation.table import table
 from qvgen_jax.models import TransformerConfig, quantizable, time_only
 from qvgen_jax.pipeline import Pipeline
+from qvgen_jax.quant.blocks import bits_label
 from qvgen_jax.quant.initialize import round_to_nearest
 from qvgen_jax.quant.named import layer_at
 from qvgen_jax.quant.packed import STEP_LEAVES, read_quantization_config
@@ -117,7 +118,9 @@ def untrained_name(config: Mapping) -> str:
 
 
 def _bits(config: Mapping) -> str:
-    return f"W{config['quant']['weight_bits']}A{config['quant']['act_bits']}"
+    quant = config["quant"]
+    # Runs from before there were other bits.
+    return bits_label(quant["weight_bits"], quant["act_bits"], quant.get("bits", ()))
 
 
 def _evaluate(

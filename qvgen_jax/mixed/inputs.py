@@ -11,7 +11,13 @@ import numpy as np
 
 from qvgen_jax.components import fingerprint
 from qvgen_jax.data.dataset import Dataset, EncodedDataset
-from qvgen_jax.data.prepare import check_sizes, ensure_held_out, read_dataset
+from qvgen_jax.data.prepare import (
+    check_held_out,
+    check_sizes,
+    check_source,
+    ensure_held_out,
+    read_dataset,
+)
 from qvgen_jax.diffusion.schedulers import make_schedule
 from qvgen_jax.errors import UserError
 from qvgen_jax.evaluation.drift import read_clips
@@ -19,7 +25,8 @@ from qvgen_jax.mixed.probe import Probe, Samples
 from qvgen_jax.models import TransformerConfig
 from qvgen_jax.pipeline import Pipeline
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.training.calibrate import activation_maxima
+from qvgen_jax.training.calibrate import BATCHES, activation_maxima
+from qvgen_jax.training.feed import feed
 from qvgen_jax.training.run import load_model
 from qvgen_jax.training.student import as_held, quant_config
 
@@ -45,6 +52,53 @@ class Probed(NamedTuple):
     model: TransformerConfig
     activations: Mapping[str, jax.Array] | None
     asked: dict[str, Any]
+
+
+def check_probe(config: Mapping, workdir: Path, job: str) -> None:
+    """Refuse what a probe cannot be made of, before a model is loaded.
+
+    Raises:
+        UserError: several processes, or clips that are not there.
+    """
+    if jax.process_count() > 1:
+        raise UserError(f"--job {job} is for one process and one device; start it alone")
+    check_source(config, workdir)
+    check_held_out(config, workdir)
+
+
+def asked_by(config: Mapping, quant: QuantConfig) -> dict[str, Any]:
+    """Of what decides a scan's numbers, the part that the config alone says.
+
+    Args:
+        config: of a training run.
+        quant: of it.
+    """
+    train = config["train"]
+    smoothing = {
+        "seed": config["seed"],
+        "batch_size": train["batch_size"],
+        "caption_dropout": train["caption_dropout"],
+        "shift": train.get("shift"),
+    }
+    return {
+        "quant": {
+            **{key: config["quant"][key] for key in _DECIDES},
+            "full_precision": list(quant.full_precision),
+        },
+        "compute_dtype": config["compute_dtype"],
+        "smoothing": smoothing if quant.smoothing else None,
+    }
+
+
+def left_out(quant: QuantConfig) -> list[str]:
+    """A line on what the run has and a probe has not, if there is something."""
+    parts = []
+    if quant.rank:
+        kind = "merged adapter" if quant.merged else "low-rank branch"
+        parts.append(f"the {kind} of rank {quant.rank}")
+    if quant.learned_steps:
+        parts.append("the learned steps of activations (tokens have ranges of their own)")
+    return [f"measured without {' and '.join(parts)}"] if parts else []
 
 
 def read_probed(
@@ -73,14 +127,12 @@ def read_probed(
     full = pipe.transformer.states[0]
     asked = {
         "model": fingerprint(pipe.transformer),
-        "quant": {
-            **{key: config["quant"][key] for key in _DECIDES},
-            "full_precision": list(quant.full_precision),
-        },
-        "compute_dtype": config["compute_dtype"],
+        **asked_by(config, quant),
+        "scheduler": repr(pipe.scheduler),
         "timesteps": list(samples.timesteps),
         "clips": samples.clips,
         "clips_digest": _digest(taken),
+        "smoothing_digest": _digest(*_batches(config, dataset)) if quant.smoothing else None,
     }
     activations = activation_maxima(config, model, pipe.scheduler, full, dataset)
     dtype = jnp.dtype(config["compute_dtype"])
@@ -113,16 +165,24 @@ def _clips(
     if held_out:
         folder = ensure_held_out(config, workdir, pipe)
         dataset = EncodedDataset(folder, config["data"]["max_length"])
+    if not dataset.buckets:
+        raise UserError("there are no clips to scan with; give config.data.source some videos")
     # Of one size, spread over all of it.
     rows = max(dataset.buckets.values(), key=len)
-    if not rows:
-        raise UserError("there are no clips to scan with; give config.data.source some videos")
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
     return training, read_clips(dataset, [rows[i] for i in chosen])
 
 
-def _digest(clips: Mapping[str, np.ndarray]) -> str:
+def _batches(config: Mapping, dataset: Dataset) -> list[dict]:
+    """Those that smoothing is measured on."""
+    data = feed(dataset, config)
+    return [next(data) for _ in range(BATCHES)]
+
+
+def _digest(*parts: Mapping[str, np.ndarray]) -> str:
+    """Of all arrays of dicts that have the same names."""
     content = hashlib.sha256()
-    for name in ("latents", "text_embeds"):
-        content.update(np.ascontiguousarray(clips[name]).tobytes())
+    for arrays in parts:
+        for name in sorted(arrays):
+            content.update(np.ascontiguousarray(arrays[name]).tobytes())
     return content.hexdigest()[:12]

@@ -10,7 +10,7 @@ import numpy as np
 from qvgen_jax.errors import UserError
 from qvgen_jax.mixed.candidates import Candidate
 from qvgen_jax.mixed.costs import Budget, layer_costs, parse_budget, total
-from qvgen_jax.mixed.inputs import Probed, read_probed
+from qvgen_jax.mixed.inputs import Probed, asked_by, check_probe, left_out, read_probed
 from qvgen_jax.mixed.scan import at, layer_targets
 from qvgen_jax.mixed.sensitivity import NAME, Sensitivity, read_sensitivity
 from qvgen_jax.mixed.solve import Solution, solve
@@ -23,6 +23,7 @@ from qvgen_jax.quant.blocks import segments_of
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.switched import switched_params
 from qvgen_jax.training.check import check_config
+from qvgen_jax.training.lock import alone_in
 from qvgen_jax.training.student import describe_layers, quant_config
 
 BITS = "bits.json"
@@ -61,6 +62,15 @@ def run_mixed(
     """
     check_config(config)
     asked = parse_budget(budget)
+    if measure:
+        check_probe(config, workdir, "mixed")
+    with alone_in(workdir):
+        return _plan(config, workdir, asked, segments, target, measure)
+
+
+def _plan(
+    config: Mapping, workdir: Path, asked: Budget, segments: int, target: str, measure: bool
+) -> str:
     found, run = read_sensitivity(workdir / NAME), read_run(config)
     quant = quant_config({**config["quant"], "bits": ()}, run.model)
     options = _options(found)
@@ -70,6 +80,7 @@ def run_mixed(
             f"{workdir / NAME} is of other layers than the config quantizes; scan again with "
             "--job sensitivity and another --workdir"
         )
+    _check_asked(found, asked_by(config, quant), workdir)
     damage = np.stack([found.of(option).mean(1) for option in options], axis=1)
     sizes, chip = linears(run.model, run.tokens, run.text_tokens), parse_target(target).chip
     costs = layer_costs(found.layers, sizes, options, asked.unit, chip, config["kernels"])
@@ -84,6 +95,7 @@ def run_mixed(
         [
             describe_layers(run.model, rows[0].quant),
             _table(rows, asked),
+            *left_out(quant),
             _bound(solution),
             f"{parts} segment{'s' * (parts > 1)} of blocks; to train with it: "
             f"--config.quant.bits_file={workdir / BITS}",
@@ -99,6 +111,15 @@ def _options(found: Sensitivity) -> list[Candidate]:
             "operands, a plan needs two; scan more, such as --candidates=w3a3,w4a4,w8a8"
         )
     return options
+
+
+def _check_asked(found: Sensitivity, now: Mapping, workdir: Path, otherwise: str = "") -> None:
+    changed = [key for key, value in now.items() if found.asked.get(key) != value]
+    if changed:
+        raise UserError(
+            f"{workdir / NAME} asked with another {', '.join(changed)} than the config says now; "
+            f"scan again in another --workdir{otherwise}"
+        )
 
 
 def _rows(
@@ -123,12 +144,7 @@ def _rows(
 def _measured(rows: list[Row], found: Sensitivity, config: Mapping, workdir: Path) -> list[Row]:
     timesteps = tuple(found.timesteps)
     probed = read_probed(config, workdir, found.asked["clips"], timesteps)
-    changed = [key for key, value in probed.asked.items() if found.asked.get(key) != value]
-    if changed:
-        raise UserError(
-            f"{workdir / NAME} asked with another {', '.join(changed)} than the config says now; "
-            "scan again in another --workdir, or plan with --nomeasure"
-        )
+    _check_asked(found, probed.asked, workdir, ", or plan with --nomeasure")
     return [row._replace(measured=_damage(row.quant, probed)) for row in rows]
 
 
@@ -157,7 +173,7 @@ def _percent(damage: float) -> str:
 
 
 def _bound(solution: Solution) -> str:
-    if solution.damage <= solution.bound * (1 + 1e-4) + 1e-12:
+    if not solution.timed_out:
         return "no other plan has less predicted error"
     low = _percent(max(solution.bound, 0.0))
     return f"the solver's time was up: another plan may have {low} % predicted error, none less"

@@ -98,13 +98,18 @@ class Probe:
             params: of `switched_params`, at any bits.
             levels: 0 where a quantizer is off.
         """
+        reference = self.reference(params, levels)
+        return self.samples.per_timestep(
+            [np.asarray(d, np.float64) for _, d in self._answers(params, levels, reference)]
+        )
+
+    def reference(self, params: dict, levels: dict) -> list[np.ndarray]:
+        """What it says with all switches off, of each call; asked once, whatever the bits."""
         if self._reference is None:
             off = switched_off(levels, self.names)
             nothing = [np.zeros_like(latents) for latents, _, _ in self.samples.calls]
             self._reference = [np.asarray(y) for y, _ in self._answers(params, off, nothing)]
-        return self.samples.per_timestep(
-            [np.asarray(d, np.float64) for _, d in self._answers(params, levels, self._reference)]
-        )
+        return self._reference
 
     def _answers(self, params: dict, levels: dict, references: Sequence[np.ndarray]):
         for call, reference in zip(self.samples.calls, references, strict=True):

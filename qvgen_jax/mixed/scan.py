@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 
+from qvgen_jax.errors import UserError
 from qvgen_jax.mixed.candidates import Candidate
 from qvgen_jax.mixed.probe import Probe
 from qvgen_jax.mixed.sensitivity import Sensitivity, write_sensitivity
@@ -51,6 +53,9 @@ def scan(
         blocks: of the model.
         activations: see `switched_params`.
         log: takes a line of progress.
+
+    Raises:
+        UserError: a layer's damage is no number; what was measured before is written.
     """
     targets = layer_targets(probe.names, blocks)
     progress = _Progress(log)
@@ -64,12 +69,24 @@ def scan(
             off = switched_off(on, probe.names)
             for name in asked:
                 levels = switched_on(off, *targets[name], tuple(candidate))
-                rows[name] = [float(f"{x:.6g}") for x in probe.damage(params, levels)]
+                damage = probe.damage(params, levels)
+                _check_finite(damage, name, candidate)
+                rows[name] = [float(f"{x:.6g}") for x in damage]
                 if progress.made_one(f"{candidate.name} {name}", found.missing):
                     write_sensitivity(path, found)
+            del params  # Before the next ones, which may have kernels of their own in float32.
     finally:
         write_sensitivity(path, found)
     return found
+
+
+def _check_finite(damage: np.ndarray, name: str, candidate: Candidate) -> None:
+    if not np.isfinite(damage).all():
+        raise UserError(
+            f"the damage of {name} at {candidate.name} is {damage.tolist()}, expected finite "
+            "numbers: see that the model's weights are, or scan with "
+            "--config.compute_dtype=float32"
+        )
 
 
 class _Progress:

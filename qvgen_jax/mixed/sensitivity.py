@@ -1,5 +1,6 @@
 """The file of a scan, `sensitivity.json`: what was asked, and the damage of every layer alone."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,14 +87,26 @@ def read_sensitivity(path: Path) -> Sensitivity:
             tuple(fields["layers"]),
             {name: dict(rows) for name, rows in fields["damage"].items()},
         )
-        lengths = {len(row) for rows in found.damage.values() for row in rows.values()}
-        if lengths - {len(found.timesteps)}:
-            raise ValueError("rows of other lengths than there are timesteps")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        _check(found)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} is no complete scan of this program ({error}); {_REMEDY}"
         ) from error
     return found
+
+
+def _check(found: Sensitivity) -> None:
+    clips, timesteps = found.asked["clips"], found.timesteps
+    if type(clips) is not int or clips < 1:
+        raise ValueError(f"clips={clips!r}, expected a whole number")
+    if not (isinstance(timesteps, list) and timesteps and all(type(t) is int for t in timesteps)):
+        raise ValueError(f"timesteps={timesteps!r}, expected a list of whole numbers")
+    for rows in found.damage.values():
+        for name, row in rows.items():
+            if len(row) != len(timesteps):
+                raise ValueError(f"{name} has {len(row)} damages for {len(timesteps)} timesteps")
+            if not all(math.isfinite(value) and value >= 0 for value in row):
+                raise ValueError(f"{name} has damages {row}, expected finite ones of 0 or more")
 
 
 def begun(path: Path, asked: Mapping, candidates: Sequence[Candidate], layers: Sequence[str]):

@@ -7,11 +7,9 @@ from pathlib import Path
 import jax
 
 from kernels.chips import chip_of
-from qvgen_jax.data.prepare import check_held_out, check_source
-from qvgen_jax.errors import UserError
 from qvgen_jax.mixed.candidates import parse_candidates
 from qvgen_jax.mixed.figure import draw_heat_map
-from qvgen_jax.mixed.inputs import Probed, read_probed
+from qvgen_jax.mixed.inputs import Probed, check_probe, left_out, read_probed
 from qvgen_jax.mixed.scan import layer_targets, scan
 from qvgen_jax.mixed.sensitivity import NAME, Sensitivity, as_table, begun
 from qvgen_jax.training.check import check_config
@@ -38,10 +36,7 @@ def run_sensitivity(
     """
     check_config(config)
     asked = parse_candidates(candidates)
-    if jax.process_count() > 1:
-        raise UserError("--job sensitivity is for one process and one device; start it alone")
-    check_source(config, workdir)
-    check_held_out(config, workdir)
+    check_probe(config, workdir, "sensitivity")
     with alone_in(workdir):
         probed = read_probed(config, workdir, clips, timesteps)
         layers = layer_targets(probed.probe.names, probed.model.num_layers)
@@ -51,7 +46,8 @@ def run_sensitivity(
         how = (probed.teacher, probed.quant, probed.model.num_layers, probed.activations)
         found = scan(found, workdir / NAME, probed.probe, *how)
         draw_heat_map(workdir / FIGURE, found)
-    return f"{as_table(found)}\n{workdir / NAME}, {workdir / FIGURE}"
+    files = f"{workdir / NAME}, {workdir / FIGURE}"
+    return "\n".join([as_table(found), *left_out(probed.quant), files])
 
 
 def _cost(found: Sensitivity, probed: Probed) -> str:

@@ -28,11 +28,13 @@ class Solution(NamedTuple):
         chosen: of every layer the number of its option.
         damage: of all together, in the unit of the damages.
         bound: no plan has less; `damage` to 1e-6 but where the time was up.
+        timed_out: whether it was.
     """
 
     chosen: tuple[int, ...]
     damage: float
     bound: float
+    timed_out: bool
 
 
 def solve(
@@ -65,9 +67,9 @@ def solve(
     count, width = damage.shape
     blocks = _kinds_by_block(layers)
     borders = max(len(blocks) - 1, 0)
-    # One variable for each layer and option, then one for each border between blocks. Scaled, so
-    # that the solver's tolerances mean the same for every model.
-    scale = max(float(damage.max()), 1e-30)
+    # One variable for each layer and option, then one for each border between blocks. Scaled to an
+    # objective of 1 or more: HiGHS also stops at an absolute gap of 1e-6.
+    scale = max(float(damage.min(1).sum()), 1e-9 * float(damage.max()), 1e-30)
     objective = np.concatenate([damage.ravel() / scale, np.zeros(borders)])
     once = np.kron(np.eye(count), np.ones(width))
     constraints = [
@@ -92,7 +94,8 @@ def solve(
         )
     chosen = found.x[: count * width].reshape(count, width).argmax(1)
     value = float(damage[np.arange(count), chosen].sum())
-    return Solution(tuple(chosen.tolist()), value, float(found.mip_dual_bound) * scale)
+    bound, timed_out = float(found.mip_dual_bound) * scale, found.status == 1
+    return Solution(tuple(chosen.tolist()), value, bound, timed_out)
 
 
 def _pad(matrix: np.ndarray, columns: int) -> np.ndarray:

@@ -72,7 +72,7 @@ def linears(config: TransformerConfig, tokens: int, text_tokens: int) -> list[Li
             rows = 1
         elif name in text_only(config):
             rows = text_tokens
-        elif isinstance(config, CogVideoXConfig) and name.startswith("blocks."):
+        elif isinstance(config, CogVideoXConfig) and is_stacked(name):
             rows = tokens + text_tokens  # Its blocks see both as one sequence.
         found.append(Linear(name, math.prod(layers), rows, inner, columns))
     return found

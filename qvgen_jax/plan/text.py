@@ -7,6 +7,7 @@ from qvgen_jax.plan import ahead
 from qvgen_jax.plan.collectives import Collective
 from qvgen_jax.plan.pace import SHARE_OF_LINKS, UTILISATION, link
 from qvgen_jax.plan.plan import SPARE, Plan
+from qvgen_jax.quant.blocks import bits_label
 
 _PASSES = {
     "teacher": "teacher forward",
@@ -35,13 +36,14 @@ def as_text(plan: Plan, verdict: str) -> str:
 def _head(plan: Plan) -> str:
     config, target, run = plan.run.config, plan.target, plan.run
     train, quant = config["train"], config["quant"]
+    bits = bits_label(quant["weight_bits"], quant["act_bits"], quant["bits"])
     sizes = ", ".join(f"{axis} {size}" for axis, size in plan.sizes.items())
     memory = f", {target.memory / 1e9:.0f} GB a device" if target.memory else ""
     accumulated = f" in {train['accumulate']} parts" if train["accumulate"] > 1 else ""
     return "\n".join(
         [
-            f"{config['model']}, W{quant['weight_bits']}A{quant['act_bits']}, rank "
-            f"{quant['rank']}, on {target.name}: {target.chips} x {target.chip.name}{memory}",
+            f"{config['model']}, {bits}, rank {quant['rank']}, on {target.name}: "
+            f"{target.chips} x {target.chip.name}{memory}",
             f"mesh: {sizes}{_how_tokens_go(plan)}",
             f"parameters: {_billions(plan.parameters[0])}, of them "
             f"{_billions(plan.parameters[1])} in quantized kernels",

@@ -8,6 +8,7 @@ from qvgen_jax.models import abstract_params, quantizable
 from qvgen_jax.models.attention import exchange
 from qvgen_jax.plan.collectives import Collective
 from qvgen_jax.plan.shapes import Run
+from qvgen_jax.quant.blocks import is_stacked
 from qvgen_jax.quant.named import layer_at
 from qvgen_jax.training.loop import undrawn_state
 from qvgen_jax.training.optimizer import split_frozen
@@ -55,7 +56,7 @@ def estimated(run: Run, sizes: Mapping[str, int]) -> list[Collective]:
     others = (fsdp - 1) / fsdp
     passes = times * (2 if again else 1)
     # Codes are one byte; the layers of a block are gathered one by one.
-    per_block = len([n for n in quantizable(run.model) if n.startswith("blocks.")])
+    per_block = len([name for name in quantizable(run.model) if is_stacked(name)])
     add("all-gather", "s8", fsdp, passes * layers * per_block, passes * quantized * others)
     if train["target"] == "teacher":
         add("all-gather", dtype, fsdp, times * layers * per_block, times * width * every * others)

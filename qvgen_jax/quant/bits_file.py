@@ -1,7 +1,7 @@
 """The bits of every layer as a file: what a plan writes and `quant.bits_file` names."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def read_bits(path: str | Path) -> tuple[Entry, ...]:
     """The entries of a file.
 
     Raises:
-        UserError: it is missing, or holds something else.
+        UserError: it is missing, holds something else, or names a layer twice.
     """
     remedy = "give the bits.json that --job mixed wrote"
     entries = read_object(Path(path), remedy).get("bits")
@@ -54,7 +54,14 @@ def read_bits(path: str | Path) -> tuple[Entry, ...]:
         raise UserError(
             f"{path} has no list 'bits' of [layer's name, weight bits, activation bits]; {remedy}"
         )
+    if names := named_twice(entries):
+        raise UserError(f"{path} names {', '.join(names)} more than once; {remedy}")
     return tuple(tuple(entry) for entry in entries)
+
+
+def named_twice(entries: Iterable[Sequence]) -> list[str]:
+    """The layers with more than one entry, of which the last alone would count."""
+    return [name for name, count in Counter(entry[0] for entry in entries).items() if count > 1]
 
 
 def with_bits_file(config: dict) -> dict:

@@ -6,9 +6,11 @@ the layout of arrays: blocks whose codes lie alike form a *segment*, a stack of 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 if TYPE_CHECKING:
     from qvgen_jax.quant.config import QuantConfig
@@ -35,6 +37,18 @@ def in_block(name: str, block: int | None) -> str:
 def is_stacked(name: str) -> bool:
     """Whether every block has a linear of this name."""
     return name.startswith(_PREFIX)
+
+
+def levels_of(config: "QuantConfig", name: str, blocks: Iterable[int] | None) -> np.ndarray:
+    """2^bits - 1 of a layer's weights and activations: float32 `[2]`, or `[2, blocks]`."""
+    bits = [config.bits_of(name, block) for block in ((None,) if blocks is None else blocks)]
+    most = np.float32(2) ** np.array(bits, np.float32).T - 1
+    return most[:, 0] if blocks is None else most
+
+
+def bits_label(weights: int, activations: int, others: Collection) -> str:
+    """What a network is called: `W4A4`, and `W4A4 and others` where some layers have other bits."""
+    return f"W{weights}A{activations}" + (" and others" if others else "")
 
 
 class Segment(NamedTuple):
@@ -84,19 +98,23 @@ def _joined(bounds: Sequence[int], wide: Sequence[Sequence[bool]], most: int) ->
     if runs <= most:
         return list(bounds)
 
-    def waste(first: int, last: int) -> int:
-        rows = wide[bounds[first] : bounds[last]]
-        return sum(len(rows) * any(column) - sum(column) for column in zip(*rows, strict=True))
-
-    # best[j]: the waste of runs before j in so many segments, and their bounds.
-    best = {0: (0, [bounds[0]])}
-    for _ in range(most):
-        best = {
-            j: min((best[i][0] + waste(i, j), [*best[i][1], bounds[j]]) for i in best if i < j)
-            for j in range(1, runs + 1)
-            if any(i < j for i in best)
-        }
-    return best[runs][1]
+    # wasted[i, j]: layers that lie wider than they need if runs i to j - 1 are one segment.
+    sums = np.cumsum(np.array(wide, np.int64), axis=0)
+    before = np.concatenate([np.zeros_like(sums[:1]), sums])[list(bounds)]
+    wasted = np.full((runs + 1, runs + 1), np.inf)
+    for i in range(runs):
+        counts, rows = before[i + 1 :] - before[i], np.array(bounds[i + 1 :]) - bounds[i]
+        wasted[i, i + 1 :] = (rows[:, None] * (counts > 0) - counts).sum(1)
+    # best[j]: the least of the runs before j, in one segment more each time.
+    best, last = wasted[0], []
+    for _ in range(most - 1):
+        either = best[:, None] + wasted
+        last.append(either.argmin(0))
+        best = either.min(0)
+    chosen = [runs]
+    for begins in reversed(last):
+        chosen.append(int(begins[chosen[-1]]))
+    return [bounds[i] for i in (0, *reversed(chosen))]
 
 
 class Place(NamedTuple):

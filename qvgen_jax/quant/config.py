@@ -173,11 +173,13 @@ class QuantConfig:
         return dataclasses.replace(self, bits=bits)
 
     def token_bits(self, name: str) -> tuple[int, ...]:
-        """A layer's activation bits: of one block after the other where they have their own."""
+        """A layer's activation bits: of one block after the other where these differ."""
         numbers = [block for block, kind in map(split_block, self.bits) if kind == name]
         last = max((block for block in numbers if block is not None), default=None)
         blocks = (None,) if last is None else range(last + 1)
-        return tuple(self.bits_of(name, block)[1] for block in blocks)
+        found = tuple(self.bits_of(name, block)[1] for block in blocks)
+        everywhere = self.bits_of(name)[1]
+        return (everywhere,) if set(found) == {everywhere} else found
 
     @property
     def learned_steps(self) -> bool:

@@ -7,9 +7,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernels.reference import at_least_float32
+from qvgen_jax.quant.blocks import levels_of
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.low_rank import initial_adapter, initial_branch
 from qvgen_jax.quant.named import layer_at, with_layer
@@ -151,7 +151,8 @@ def quantize_params(
         node = layer_at(params, name)
         kernel = node["kernel"]
         stack = kernel.shape[:-2]
-        weight_levels, act_levels = _levels(config, name, stack)
+        most = levels_of(config, name, range(stack[0]) if stack else None)
+        weight_levels, act_levels = jnp.asarray(most)
         leaves = _quantize_stack(
             kernel.reshape(-1, *kernel.shape[-2:]),
             weight_levels.reshape(-1),
@@ -168,13 +169,6 @@ def quantize_params(
         fixed |= {"smooth": smooth[name]} if name in smooth else {}
         levels = with_layer(levels, name, fixed)
     return params, levels
-
-
-def _levels(config: QuantConfig, name: str, stack: tuple[int, ...]) -> jax.Array:
-    """2^bits - 1 of weights and activations: float32 `[2]`, or `[2, layers]`."""
-    blocks = range(stack[0]) if stack else (None,)
-    bits = np.array([config.bits_of(name, block) for block in blocks])
-    return jnp.asarray(2.0**bits - 1, jnp.float32).T.reshape(2, *stack)
 
 
 @jax.jit

@@ -88,9 +88,9 @@ def switched_params(
 ) -> tuple[dict, dict]:
     """Params and levels of a switched network at the config's bits, everything on.
 
-    As `quantize_params` at rank 0, weights with their searched ranges, but tokens keep their whole
-    range: clips and steps are what training learns, and 0.95 of a range would be most of the error
-    at 8 bits.
+    As `quantize_params` at rank 0, weights with their searched ranges, but with ranges of the
+    tokens' own in place of learned steps, and the learned clips open: 0.95 of a range would be most
+    of the error at 8 bits. The release's constant clip (`clip_twice`) stays.
     """
     config = dataclasses.replace(config, rank=0, act_range="token")
     params, levels = quantize_params(params, names, config, activations)

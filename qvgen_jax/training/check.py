@@ -6,6 +6,7 @@ from kernels.choose import BACKENDS
 from qvgen_jax.data.clips import CROPS, cut_of
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.remat import POLICIES
+from qvgen_jax.quant.bits_file import named_twice
 from qvgen_jax.quant.config import ACT_RANGES, BRANCH_SPACES
 from qvgen_jax.quant.schedule import phase_steps_for
 from qvgen_jax.training.optimizer import GROUPS
@@ -279,6 +280,11 @@ def _check_layers(bits: tuple, full_precision: tuple) -> None:
                 "bits) of each layer that differs, such as (('blocks.attn1.to_q', 8, 8),)"
             )
         _check_bits(f"quant.bits of {entry[0]}", *entry[1:])
+    if names := named_twice(bits):
+        raise UserError(
+            f"--config.quant.bits={bits!r} names {', '.join(names)} more than once; leave one "
+            "entry of each"
+        )
     if not all(isinstance(name, str) for name in full_precision):
         raise UserError(
             f"--config.quant.full_precision={full_precision!r}; expected names of layers, such as "

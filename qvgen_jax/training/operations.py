@@ -9,6 +9,7 @@ from typing import NamedTuple
 from kernels.attention_call import kept_name
 from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.models.linears import attended, linears
+from qvgen_jax.quant.blocks import is_stacked
 
 
 class Product(NamedTuple):
@@ -89,7 +90,7 @@ def step_work(
     for product in forward_products(model, tokens, text_tokens, rank, quantized):
         add("forward", product, 1)
         add("backward", product, 2)
-        if product.name.startswith("blocks.") and _repeated(product, remat):
+        if is_stacked(product.name) and _repeated(product, remat):
             add("again", product, 1)
     return work
 

@@ -8,6 +8,7 @@ import pytest
 from configs.tiny_w4a4 import get_config
 from qvgen_jax.errors import UserError
 from qvgen_jax.mixed.candidates import parse_candidates
+from qvgen_jax.mixed.inputs import asked_by, left_out
 from qvgen_jax.mixed.plan_job import run_mixed
 from qvgen_jax.mixed.scan import layer_targets
 from qvgen_jax.mixed.sensitivity import Sensitivity, read_sensitivity, write_sensitivity
@@ -15,11 +16,13 @@ from qvgen_jax.mixed.sensitivity_job import run_sensitivity
 from qvgen_jax.models import abstract_params, quantizable
 from qvgen_jax.models.published import transformer_config
 from qvgen_jax.quant.bits_file import with_bits_file
+from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.named import layer_at
 from qvgen_jax.training.student import quant_config
 
 CONFIG = get_config().to_dict()
 MODEL = transformer_config(CONFIG["model"])
+QUANT = quant_config(CONFIG["quant"], MODEL)
 TARGETS = layer_targets(quantizable(MODEL), MODEL.num_layers)
 LAYERS = tuple(TARGETS)
 SHAPES = abstract_params(MODEL)
@@ -33,7 +36,7 @@ def write_scan(folder, layers=LAYERS, candidates="w3a3,w4a4,w8a8,w4"):
         option.name: dict(zip(layers, rows[..., place].tolist(), strict=True))
         for place, option in enumerate(options)
     }
-    asked = {"timesteps": [900, 300], "clips": 2}
+    asked = {"timesteps": [900, 300], "clips": 2, **asked_by(CONFIG, QUANT)}
     write_sensitivity(folder / "sensitivity.json", Sensitivity(asked, options, layers, damage))
 
 
@@ -70,6 +73,40 @@ def test_a_scan_of_other_layers_or_of_too_few_bits_is_refused(tmp_path):
     write_scan(tmp_path, candidates="w4a4,w8,a8")
     with pytest.raises(UserError, match="the scan has w4a4 bits for both operands, a plan needs"):
         run_mixed(CONFIG, tmp_path, "5bits", 8, measure=False)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "key"),
+    [
+        ({}, {"compute_dtype": "bfloat16"}, "compute_dtype"),
+        ({"rotation": "hadamard"}, {}, "quant"),
+        ({"smoothing": 0.5}, {}, "quant, smoothing"),
+    ],
+)
+def test_a_scan_of_another_question_is_refused_without_the_model_too(
+    tmp_path, section, change, key
+):
+    write_scan(tmp_path)
+    config = {**CONFIG, **change, "quant": {**CONFIG["quant"], **section}}
+    with pytest.raises(UserError, match=f"asked with another {key} than the config says now"):
+        run_mixed(config, tmp_path, "5bits", 8, measure=False)
+
+
+def test_smoothing_is_measured_on_batches_that_the_seed_decides():
+    quant = {**CONFIG["quant"], "smoothing": 0.5}
+    first, other = (
+        asked_by({**CONFIG, "seed": seed, "quant": quant}, quant_config(quant, MODEL))
+        for seed in (0, 1)
+    )
+    assert [key for key in first if first[key] != other[key]] == ["smoothing"]
+    assert asked_by({**CONFIG, "seed": 1}, QUANT) == asked_by(CONFIG, QUANT)
+
+
+def test_a_report_says_what_of_the_run_was_not_measured():
+    assert left_out(QuantConfig(rank=0)) == []
+    assert left_out(QuantConfig(rank=2)) == ["measured without the low-rank branch of rank 2"]
+    (line,) = left_out(QuantConfig(rank=2, branch_space="merged", act_range="learned"))
+    assert "the merged adapter of rank 2 and the learned steps of activations" in line
 
 
 def test_a_scan_that_is_not_complete_is_refused(tmp_path):

@@ -20,7 +20,7 @@ from qvgen_jax.mixed.sensitivity import as_table, begun, read_sensitivity
 from qvgen_jax.models import build_transformer, config_from_json, quantizable
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.named import layer_at, with_layer
-from qvgen_jax.quant.switched import switched_off, switched_params
+from qvgen_jax.quant.switched import switched_params
 from qvgen_jax.training.student import student_definition, teacher_definition
 from qvgen_jax.transformer import Transformer
 from tests.golden import tiny_models
@@ -97,9 +97,8 @@ def test_both_operands_are_the_student_with_that_one_layer_quantized(scanned, te
 
 
 def test_with_every_switch_off_the_network_is_the_teacher(probe, teacher):
-    params, levels = switched_params(teacher, probe.names, QUANT)
-    assert np.all(probe.damage(params, switched_off(levels, probe.names)) == 0)
-    reference = np.concatenate(probe._reference)[: len(TIMESTEPS) * 3]
+    states = switched_params(teacher, probe.names, QUANT)
+    reference = np.concatenate(probe.reference(*states))[: len(TIMESTEPS) * 3]
     full = Transformer(MODEL, teacher_definition(MODEL, jnp.float32), (teacher,))
     expected = predictions(full, CLIPS, SCHEDULER, 3, TIMESTEPS).reshape(reference.shape)
     # Two float32 programs of one network, values about 1.
@@ -128,6 +127,17 @@ def test_a_scan_that_is_stopped_goes_on_and_ends_as_one_that_is_not(
     assert path.read_bytes() == scanned[0].read_bytes()
 
 
+def test_a_damage_that_is_no_number_stops_the_scan_and_names_the_layer(
+    tmp_path, teacher, probe, monkeypatch
+):
+    monkeypatch.setattr(Probe, "damage", lambda *_: np.array([0.1, np.nan]))
+    path = tmp_path / "sensitivity.json"
+    found = start(path, "w3", probe)
+    with pytest.raises(UserError, match=rf"damage of {found.layers[0]} at w3 is \[0.1, nan\]"):
+        scan(found, path, probe, teacher, QUANT, MODEL.num_layers)
+    assert read_sensitivity(path).missing == len(found.layers)
+
+
 def test_a_candidate_may_be_added_and_another_question_is_refused(scanned, probe):
     path, found = scanned
     more = start(path, "a8", probe)
@@ -137,7 +147,24 @@ def test_a_candidate_may_be_added_and_another_question_is_refused(scanned, probe
         begun(path, ASKED | {"clips": 4}, found.candidates, found.layers)
 
 
-@pytest.mark.parametrize("change", [{"version": 2}, {"damage": {"w3": 1}}, {"layers": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"damage": {"w3": 1}},
+        {"layers": None},
+        {"asked": None},
+        {"asked": ASKED | {"clips": "3"}},
+        {"asked": ASKED | {"timesteps": 900}},
+        {"asked": ASKED | {"timesteps": [900, "300"]}},
+        {"damage": {"w3": {DOWN: [0.1]}}},
+        {"damage": {"w3": {DOWN: [0.1, float("nan")]}}},
+        {"damage": {"w3": {DOWN: [-0.1, 0.1]}}},
+        {"damage": {"w3": {DOWN: ["0.1", 0.1]}}},
+        {"damage": {"w3": {DOWN: [10**400, 0.1]}}},
+    ],
+    ids=str,
+)
 def test_a_damaged_file_is_refused(tmp_path, scanned, change):
     fields = json.loads(scanned[0].read_text()) | change
     (tmp_path / "sensitivity.json").write_text(json.dumps(fields))

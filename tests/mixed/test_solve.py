@@ -60,6 +60,16 @@ def test_no_plan_within_the_budget_and_the_segments_has_less_damage(seed, most, 
     assert segments(found.chosen) <= allowed
 
 
+def test_a_layer_that_dwarfs_all_others_costs_no_precision():
+    damage = damages(2)
+    damage[0] = damage[0, ::-1].max() * 1e7, 1e6, 1e-3
+    found = solve(LAYERS, OPTIONS, damage, COSTS, 5.0, 3)
+    assert found.chosen[0] == 2
+    assert found.damage == pytest.approx(best(damage, 5.0, 3), rel=1e-5)
+    assert found.bound == pytest.approx(found.damage, rel=1e-5)
+    assert not found.timed_out
+
+
 def test_a_budget_below_the_cheapest_plan_is_refused():
     with pytest.raises(UserError, match=r"2 is less than the cheapest options need, 3; raise it"):
         solve(LAYERS, OPTIONS, damages(0), COSTS, 2.0)

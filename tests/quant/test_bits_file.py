@@ -2,9 +2,11 @@
 
 import pytest
 
+from configs.tiny_w4a4 import get_config
 from qvgen_jax.errors import UserError
 from qvgen_jax.quant.bits_file import grouped, read_bits, with_bits_file, write_bits
 from qvgen_jax.quant.config import QuantConfig
+from qvgen_jax.training.check import check_config
 
 BITS = {
     "proj_out": (8, 8),
@@ -46,6 +48,17 @@ def test_a_file_of_something_else_is_refused(tmp_path, text):
     (tmp_path / "bits.json").write_text(text)
     with pytest.raises(UserError, match=r"give the bits.json that --job mixed wrote"):
         read_bits(tmp_path / "bits.json")
+
+
+def test_a_layer_that_is_named_twice_is_refused(tmp_path):
+    entries = '["a", 4, 4], ["b", 4, 4], ["a", 8, 8]'
+    (tmp_path / "bits.json").write_text(f'{{"bits": [{entries}]}}')
+    with pytest.raises(UserError, match=r"bits.json names a more than once"):
+        read_bits(tmp_path / "bits.json")
+    config = get_config().to_dict()
+    config["quant"]["bits"] = (("proj_out", 4, 4), ("proj_out", 8, 8))
+    with pytest.raises(UserError, match=r"quant.bits=.* names proj_out more than once; leave one"):
+        check_config(config)
 
 
 def test_bits_from_two_places_are_refused(tmp_path):

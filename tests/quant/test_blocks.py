@@ -1,5 +1,7 @@
 """Bits of single blocks: names, levels in training, and segments in a packed network."""
 
+from itertools import combinations, pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from convert.packed import packed_definition
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import config_from_json, quantizable
 from qvgen_jax.models.linears import quantized_products
-from qvgen_jax.quant.blocks import in_block, places_of, segments_of, split_block
+from qvgen_jax.quant.blocks import bits_label, in_block, places_of, segments_of, split_block
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.named import layer_at
@@ -117,6 +119,27 @@ def test_too_many_segments_are_joined_where_it_costs_least():
     assert bounds(QuantConfig(4, 4, bits=wide), 7, most=1) == [(0, 7)]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_no_other_segments_widen_fewer_layers(seed):
+    wide = np.random.default_rng(seed).random((9, 2)) < 0.5
+    named = [(block, name) for block, row in enumerate(wide) for name in np.array([UP, DOWN])[row]]
+    config = QuantConfig(4, 4, bits={in_block(name, block): (8, 4) for block, name in named})
+
+    def widened(cuts):
+        parts = [wide[start:stop] for start, stop in pairwise((0, *cuts, 9))]
+        return sum((part.any(0) & ~part).sum() for part in parts)
+
+    found = bounds(config, 9, most=3)
+    best = min(widened(cuts) for cuts in combinations(range(1, 9), 2))
+    assert best > 0
+    assert widened([start for start, _ in found[1:]]) == best
+
+
+def test_a_name_for_tables_says_that_some_layers_have_other_bits():
+    assert bits_label(4, 3, ()) == "W4A3"
+    assert bits_label(4, 3, {UP: (8, 8)}) == "W4A3 and others"
+
+
 def test_one_segment_has_the_parameters_of_a_network_without_bits_of_blocks():
     mixed = QuantConfig(4, 4, rank=0, bits={"blocks.1.ffn.up": (3, 3)})
     found, plain = (
@@ -131,7 +154,8 @@ def test_one_segment_has_the_parameters_of_a_network_without_bits_of_blocks():
 
 def test_layers_share_quantized_tokens_only_where_every_block_has_the_same_bits():
     q, k, v, out = (f"blocks.attn1.to_{name}" for name in ("q", "k", "v", "out"))
-    quant = QuantConfig(4, 4, rank=0, bits={"blocks.1.attn1.to_q": (4, 3), k: (3, 4)})
+    bits = {"blocks.1.attn1.to_q": (4, 3), k: (3, 4), "blocks.1.attn1.to_v": (3, 4)}
+    quant = QuantConfig(4, 4, rank=0, bits=bits)
     (segment,) = segments_of(quant, [q, k, v, out], 2)
     forms = {
         name: PackedDense(name, 8, 8, config=segment.config, key=jax.random.key(0)).token_form
@@ -139,4 +163,8 @@ def test_layers_share_quantized_tokens_only_where_every_block_has_the_same_bits(
     }
     assert segment.config.bits_of(q)[1] == 4  # As wide as the others' in memory.
     assert segment.config.token_bits(q) == (4, 3)
+    # Not so where weights alone differ, nor where two named blocks are not all.
+    assert segment.config.token_bits(v) == (4,)
+    first = QuantConfig(4, 4, bits={"blocks.0.attn1.to_q": (4, 8), "blocks.1.attn1.to_q": (4, 8)})
+    assert first.token_bits(q) == (8, 8)
     assert forms[k] == forms[v] != forms[q]

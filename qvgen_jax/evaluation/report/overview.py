@@ -8,6 +8,7 @@ from qvgen_jax.evaluation.report.curves import column
 from qvgen_jax.evaluation.report.inputs import find_student, find_variant
 from qvgen_jax.evaluation.report.sizes import share_of
 from qvgen_jax.evaluation.report.words import megabytes, number, percent_range, points, whole
+from qvgen_jax.quant.blocks import bits_label
 
 FEW_VIDEOS = 100  # below this the intervals are too wide for a claim about quality
 
@@ -20,7 +21,7 @@ def overview(
     sizes: dict | None,
 ) -> str:
     """The name of the run, a sentence on what was found, how far to trust it, and a few numbers."""
-    bits = bits_label(config)
+    bits = _bits(config)
     bits = f" <span>{escape(bits)}</span>" if bits else ""
     return (
         f'<p class="eyebrow">qvgen-jax, report of a run</p><h1>{escape(name)}{bits}</h1>'
@@ -29,11 +30,11 @@ def overview(
     )
 
 
-def bits_label(config: dict) -> str:
+def _bits(config: dict) -> str:
     """W4A4 and the like; empty when the config does not say."""
     quant = config.get("quant") or {}
     weight, activation = quant.get("weight_bits"), quant.get("act_bits")
-    return f"W{weight}A{activation}" if weight and activation else ""
+    return bits_label(weight, activation, quant.get("bits", ())) if weight and activation else ""
 
 
 def _finding(evaluation: dict | None) -> str:
