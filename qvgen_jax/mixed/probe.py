@@ -85,6 +85,7 @@ class Probe:
                 dense=switched(quant),
                 dtype=dtype,
                 clip_mode=quant.clip_index,
+                buckets=quant.buckets,
                 remat="none",
             )
         )
