@@ -367,7 +367,7 @@ def main(argv: list[str]) -> int:
             raise
         return _lost(lost)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
     return 0
 

@@ -130,6 +130,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.blocks < 2:
+        parser.error(f"--blocks {options.blocks}; expected 2 at least: the first one compiles")
     if options.one:
         print(json.dumps(measure(options.one, options)))
         return

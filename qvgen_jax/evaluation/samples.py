@@ -25,12 +25,25 @@ def read_prompts(source: str, count: int) -> list[str]:
     """
     if source == "held_out":
         return [caption(attributes) for attributes in held_out_prompts()[:count]]
+    remedy = "a text file with one prompt per line, or 'held_out' for the tiny pipeline"
+    return read_lines(source, count, "sample.prompts", remedy)
+
+
+def read_lines(source: str, count: int, key: str, remedy: str) -> list[str]:
+    """The first `count` prompts of a text file, one a line.
+
+    Args:
+        source: the file.
+        count: at most so many.
+        key: of the config, that names it.
+        remedy: what to give instead of one that is missing.
+
+    Raises:
+        UserError: the file is missing, is no text, or has no lines.
+    """
     path = Path(source)
     if not path.is_file():
-        raise UserError(
-            f"sample.prompts={source!r} is no file; give a text file with one prompt per line, or "
-            "'held_out' for the tiny pipeline"
-        )
+        raise UserError(f"{key}={source!r} is no file; give {remedy}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

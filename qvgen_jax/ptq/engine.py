@@ -103,16 +103,15 @@ def quantize_stages(
     Raises:
         UserError: a linear's quantization came out as something that is no number.
     """
-    packed, quantized = _Packed(plan), plan.quant.quantized(quantizable(plan.model))
+    packed = _Packed(plan)
     observers: dict[str, Observer] = {}
     for stage in stages_of(plan.model):
         part, seconds, errors = part_of(params, stage), {}, {}
-        names = [x for x in linears_of(stage.kind, plan.model) if x in quantized]
         tensors = found(stage)
         if tensors is None:
             start = time.perf_counter()
             if stage.kind not in observers:
-                observers[stage.kind] = _observer(plan, stage.kind, names, len(batches))
+                observers[stage.kind] = _observer(plan, stage, len(batches))
             seen = jax.block_until_ready(observers[stage.kind](part, batches, plan.mesh))
             seconds["measure"], start = _since(start)
             tensors, errors = _quantize(plan, stage, part, seen)
@@ -129,12 +128,18 @@ def _since(start: float) -> tuple[float, float]:
     return now - start, now
 
 
-def _observer(plan: Plan, kind: str, names: Sequence[str], batches: int) -> Observer:
+def names_in(plan: Plan, stage: Stage) -> list[str]:
+    """The linears of a stage that are quantized."""
+    quantized = plan.quant.quantized(quantizable(plan.model))
+    return [name for name in linears_of(stage.kind, plan.model) if name in quantized]
+
+
+def _observer(plan: Plan, stage: Stage, batches: int) -> Observer:
     return Observer(
         plan.model,
         plan.dtype,
-        kind,
-        names,
+        stage.kind,
+        names_in(plan, stage),
         rows=-(-plan.rows // batches),
         seed=plan.seed,
         moments=plan.choices.rounding == "gptq",

@@ -3,19 +3,37 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from qvgen_jax.errors import UserError
 from qvgen_jax.json_file import read_object, write_json
-from qvgen_jax.ptq.engine import Done, Tensors
+from qvgen_jax.ptq.engine import Done, Plan, Tensors, names_in
 from qvgen_jax.ptq.stages import Stage
 from qvgen_jax.ptq.trajectory import Inputs
+from qvgen_jax.quant.packed import leaves_of
 
+RECORD = "quantize.json"
 _TASK, _INPUTS = "task.json", "inputs.safetensors"
+_REMEDY = "delete its folder"
+
+
+def is_done(workdir: Path, task: Mapping) -> bool:
+    """Whether a workdir holds this quantization, finished.
+
+    Raises:
+        UserError: it holds another one, or a record that does not say which.
+    """
+    path = workdir / RECORD
+    if not path.is_file():
+        return False
+    there = read_object(path, _REMEDY).get("task")
+    _compare(path, there if isinstance(there, dict) else {}, _as_read(task))
+    return (workdir / "export" / "model_index.json").is_file()
 
 
 class Unfinished:
@@ -34,32 +52,43 @@ class Unfinished:
 
     def __init__(self, workdir: Path, task: Mapping):
         self.folder = workdir / "quantize.partial"
-        path, task = self.folder / _TASK, json.loads(json.dumps(task))
+        path, task = self.folder / _TASK, _as_read(task)
         if path.is_file():
-            _compare(path, read_object(path, "delete its folder"), task)
+            _compare(path, read_object(path, _REMEDY), task)
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, task)
 
     def inputs(self) -> Inputs | None:
-        """The calibration inputs, if they were sampled."""
+        """The calibration inputs, if they were sampled.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         path = self.folder / _INPUTS
-        return Inputs(**load_file(path)) if path.is_file() else None
+        return Inputs(**_arrays(path, Inputs._fields)) if path.is_file() else None
 
     def keep_inputs(self, inputs: Inputs) -> None:
         """Write them down."""
         self._write(_INPUTS, inputs._asdict())
 
-    def stage(self, stage: Stage) -> tuple[Tensors, dict] | None:
-        """A finished stage's tensors, and its errors and seconds."""
+    def stage(self, stage: Stage, plan: Plan) -> tuple[Tensors, dict] | None:
+        """A finished stage's tensors, and its errors and seconds.
+
+        Raises:
+            UserError: its files are damaged.
+        """
         path = self.folder / _name(stage)
         if not path.is_file():
             return None
         tensors: Tensors = {}
-        for key, array in load_file(path).items():
+        names = names_in(plan, stage)
+        leaves = [f"{name}.{leaf}" for name in names for leaf in leaves_of(plan.quant, name)]
+        for key, array in _arrays(path, leaves).items():
             name, _, leaf = key.rpartition(".")
             tensors.setdefault(name, {})[leaf] = array
-        told = read_object(path.with_suffix(".json"), "delete its folder")
+        told = read_object(path.with_suffix(".json"), _REMEDY)
+        _check_names(path.with_suffix(".json"), told, ("errors", "seconds"))
         return tensors, told
 
     def keep_stage(self, done: Done) -> None:
@@ -87,6 +116,28 @@ class Unfinished:
 
 def _name(stage: Stage) -> str:
     return f"{stage.kind}-{stage.index:04}.safetensors"
+
+
+def _arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """What a file holds, which are these."""
+    try:
+        arrays = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} does not read as safetensors ({error}); {_REMEDY}") from error
+    _check_names(path, arrays, names)
+    return arrays
+
+
+def _check_names(path: Path, found: Iterable[str], expected: Iterable[str]) -> None:
+    if differs := sorted(set(found) ^ set(expected)):
+        raise UserError(
+            f"{path} holds other names than it was written with, {differs[0]!r} for one; {_REMEDY}"
+        )
+
+
+def _as_read(task: Mapping) -> dict:
+    """A task as it is when it comes back from a file."""
+    return json.loads(json.dumps(task))
 
 
 def _compare(path: Path, there: Mapping, task: Mapping) -> None:

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from qvgen_jax import hosts
 from qvgen_jax.components import fingerprint
 from qvgen_jax.errors import UserError
-from qvgen_jax.evaluation.samples import read_prompts
+from qvgen_jax.evaluation.samples import read_lines
 from qvgen_jax.json_file import write_json
 from qvgen_jax.mesh import make_mesh
 from qvgen_jax.models import TransformerConfig, abstract_params, quantizable
 from qvgen_jax.pipeline import Pipeline, load
 from qvgen_jax.ptq.engine import Done, Plan, quantize_stages
-from qvgen_jax.ptq.files import Unfinished
+from qvgen_jax.ptq.files import RECORD, Unfinished, is_done
 from qvgen_jax.ptq.methods import choices_of, quantization
 from qvgen_jax.ptq.report import Told, measured, peak_memory
 from qvgen_jax.ptq.stages import Stage, in_batches, stages_of
@@ -32,8 +32,17 @@ from qvgen_jax.training.check import check_config, check_unguided
 from qvgen_jax.training.lock import alone_in
 from qvgen_jax.training.student import quant_config
 
-# Keys of `quant` that have a meaning in training alone.
-_UNTRAINED = {"behaviour": "default", "act_range": "token", "branch_space": "tokens"}
+_WHOLE_RANGE = "without training tokens keep their whole range, which contains 0"
+_METHODS_OWN = "--method chooses it"
+# Keys of `quant` that have no meaning here: what they have to be, and why.
+_UNTRAINED = {
+    "behaviour": (("default",), _WHOLE_RANGE),
+    "act_range": (("token",), _WHOLE_RANGE),
+    "include_zero": (("", "yes"), _WHOLE_RANGE),
+    "branch_space": (("tokens",), _METHODS_OWN),
+    "rotation": (("none",), _METHODS_OWN),
+    "smoothing": ((0,), _METHODS_OWN),
+}
 
 
 class Exporting(NamedTuple):
@@ -54,11 +63,12 @@ def run_quantize(config: Mapping, workdir: Path, method: str, exporting: Exporti
     """Quantize `config.model` without training to `WORKDIR/export`, or go on with it.
 
     Writes `WORKDIR/quantize.json`: what was done, what each linear lost, seconds, bytes, memory.
+    One that is done already is left as it is.
 
     Args:
         config: reads `model`, `quant` (bits and what stays in full precision), `calibration`,
             `data` (the size of the calibration's videos), `seed`, `compute_dtype` and `kernels`.
-        workdir: of this quantization; no training run may live there.
+        workdir: of this quantization; no training run, and no other one, may live there.
         method: one of `qvgen_jax.ptq.methods.METHODS`.
         exporting: of `convert`.
 
@@ -78,13 +88,16 @@ def run_quantize(config: Mapping, workdir: Path, method: str, exporting: Exporti
         start = time.perf_counter()
         pipe, plan = _load(config), _plan(config, model, quant, choices, exporting.define)
         task = _task(config, method, plan, prompts, pipe)
+        if is_done(workdir, task):
+            print(f"{workdir} holds this quantization; delete it to have it done again", flush=True)
+            return export
         kept, seconds = Unfinished(workdir, task), {"load": time.perf_counter() - start}
         inputs, seconds["sample"] = _inputs(config, plan, pipe, prompts, kept)
         mixed = " and others" if quant.bits else ""
         what = f"{method} W{quant.weight_bits}A{quant.act_bits}{mixed}"
         done = _run(config, plan, pipe, inputs, kept, Told(len(stages_of(plan.model)), what))
         start, layers = time.perf_counter(), _by_name(done)
-        generation = {"unguided_steps": config["sample"]["unguided_steps"]}
+        generation = {"unguided_steps": task["unguided_steps"]}
         params = pipe.transformer.states[0]
         exporting.write(config["model"], export, plan.model, params, quant, layers, generation)
         seconds["export"] = time.perf_counter() - start
@@ -94,11 +107,11 @@ def run_quantize(config: Mapping, workdir: Path, method: str, exporting: Exporti
             "bits_by_layer": {name: list(pair) for name, pair in sorted(quant.bits.items())},
             "choices": choices._asdict(),
             "samples": len(inputs.timesteps),
-            "devices": task["devices"],
+            "task": task,
             "seconds": {key: round(value, 3) for key, value in seconds.items()},
         }
         told |= measured(done, parameters, export) | peak_memory()
-        write_json(workdir / "quantize.json", told)
+        write_json(workdir / RECORD, told)
         kept.delete()
     return export
 
@@ -107,11 +120,10 @@ def _check(config: Mapping, workdir: Path, method: str) -> tuple[Choices, list[s
     """What needs no model to be seen."""
     check_config(config)
     choices, quant, given = choices_of(method, config), config["quant"], config["calibration"]
-    for key, usual in _UNTRAINED.items():
-        if quant[key] != usual:
+    for key, (usual, why) in _UNTRAINED.items():
+        if quant[key] not in usual:
             raise UserError(
-                f"--config.quant.{key}={quant[key]} is for training; leave it away: without "
-                "training tokens keep their whole range, and --method says what branch there is"
+                f"--config.quant.{key}={quant[key]} is for training; leave it away: {why}"
             )
     if not hosts.is_alone():
         raise UserError(
@@ -123,7 +135,8 @@ def _check(config: Mapping, workdir: Path, method: str) -> tuple[Choices, list[s
             f"{workdir} holds a training run, whose export would be replaced; give another "
             "--workdir"
         )
-    prompts = read_prompts(given["prompts"], given["count"])
+    remedy = "a text file with one prompt per line, not those that are judged"
+    prompts = read_lines(given["prompts"], given["count"], "calibration.prompts", remedy)
     if len(prompts) < given["count"]:
         raise UserError(
             f"--config.calibration.count={given['count']}, but {given['prompts']} has "
@@ -189,8 +202,11 @@ def _task(
         "seed": config["seed"],
         "compute_dtype": config["compute_dtype"],
         "kernels": config["kernels"],
+        "unguided_steps": config["sample"]["unguided_steps"],
+        "scheduler": repr(pipe.scheduler),
+        "defaults": dict(pipe.defaults),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "model": fingerprint(pipe.transformer, pipe.text_encoder),
+        "model": fingerprint(pipe.transformer, pipe.text_encoder, pipe.vae),
         "jax": jax.__version__,
     }
 
@@ -219,7 +235,7 @@ def _run(
     there: dict[Stage, dict] = {}
 
     def found(stage: Stage) -> dict | None:
-        known = kept.stage(stage)
+        known = kept.stage(stage, plan)
         if known is None:
             return None
         there[stage] = known[1]

@@ -74,5 +74,6 @@ def quantization(quant: QuantConfig, choices: Choices) -> QuantConfig:
         folded={},
         # Tokens keep their whole range: one pair of clips, wide open, for all timesteps.
         buckets=1,
+        clip_index="bucket",
         single_clip=(),
     )

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from qvgen_jax.ptq.engine import Done, Tensors
-from qvgen_jax.ptq.stages import Stage
+from qvgen_jax.quant.blocks import in_block
 
 _KINDS = {
     "codes": ("codes",),
@@ -57,11 +57,6 @@ def bytes_by_kind(layers: Iterable[Mapping[str, np.ndarray]]) -> dict[str, int]:
     return found
 
 
-def layer_name(name: str, stage: Stage) -> str:
-    """`blocks.3.attn1.to_q` of `blocks.attn1.to_q` in block 3."""
-    return name.replace("blocks.", f"blocks.{stage.index}.", 1) if stage.kind == "block" else name
-
-
 def measured(done: Sequence[Done], parameters: int, export: Path) -> dict:
     """Errors, seconds and bytes of finished stages.
 
@@ -71,7 +66,7 @@ def measured(done: Sequence[Done], parameters: int, export: Path) -> dict:
         export: the folder that was written.
     """
     layers = {
-        layer_name(name, each.stage): {key: round(value, 6) for key, value in told.items()}
+        in_block(name, each.stage.block): {key: round(value, 6) for key, value in told.items()}
         for each in done
         for name, told in each.errors.items()
     }

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from qvgen_jax import sharding
 from qvgen_jax.models import TransformerConfig, after_blocks, build_transformer, quantizable
+from qvgen_jax.quant.blocks import is_stacked
 from qvgen_jax.quant.dense import Dense
 
 
@@ -32,8 +33,13 @@ class Stage(NamedTuple):
     kind: str
     index: int = 0
 
+    @property
+    def block(self) -> int | None:
+        """The block, if it is one."""
+        return self.index if self.kind == "block" else None
+
     def __str__(self) -> str:
-        return f"block {self.index}" if self.kind == "block" else self.kind
+        return self.kind if self.block is None else f"block {self.block}"
 
 
 def stages_of(model: TransformerConfig) -> list[Stage]:
@@ -46,7 +52,7 @@ def linears_of(kind: str, model: TransformerConfig) -> tuple[str, ...]:
     """The quantizable linears of a kind of stage."""
 
     def place(name: str) -> str:
-        if name.startswith("blocks."):
+        if is_stacked(name):
             return "block"
         return "head" if name in after_blocks(model) else "embed"
 

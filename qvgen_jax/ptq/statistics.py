@@ -81,27 +81,31 @@ class Observer:
         params, total, found = on_devices(params, mesh), None, []
         with sharding.under(mesh):
             for args in batches:
-                of_batch = _measure(self._network, self._kind, params, spread(args, mesh))
-                seen = {name: _seen(layer_at(of_batch, name)) for name in self._names}
+                seen = _measure(self._network, self._kind, self._names, params, spread(args, mesh))
                 found.append({name: each.rows for name, each in seen.items()})
-                total = seen if total is None else _together(total, seen)
+                sums = {name: (each.maxima, each.gram) for name, each in seen.items()}
+                del seen
+                total = sums if total is None else _together(total, sums)
         rows = {name: jnp.concatenate([each[name] for each in found]) for name in self._names}
-        return {name: each._replace(rows=rows[name]) for name, each in total.items()}
+        return {name: Seen(maxima, rows[name], gram) for name, (maxima, gram) in total.items()}
 
     def lower(self, params: Mapping, args: tuple) -> jax.stages.Lowered:
         """The program of one batch, for who asks what it costs."""
-        return _measure.lower(self._network, self._kind, params, args)
+        return _measure.lower(self._network, self._kind, self._names, params, args)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _measure(network: Network, kind: str, params: dict, args: tuple) -> dict:
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _measure(
+    network: Network, kind: str, names: tuple[str, ...], params: dict, args: tuple
+) -> dict[str, Seen]:
     def total(probes: dict) -> jax.Array:
         y = network.run(kind, params, args, probes)
         floats = [leaf for leaf in jax.tree.leaves(y) if jnp.issubdtype(leaf.dtype, jnp.floating)]
         return sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in floats)
 
     zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), network.rest[0])
-    return jax.grad(total)(zeros)
+    probes = jax.grad(total)(zeros)
+    return {name: _seen(layer_at(probes, name)) for name in names}
 
 
 def _seen(node: Mapping) -> Seen:
@@ -111,10 +115,12 @@ def _seen(node: Mapping) -> Seen:
     return Seen(flat["maxima"].astype(jnp.float32), flat["rows"], flat.get("gram"))
 
 
-@jax.jit
-def _together(one: dict, other: dict) -> dict:
-    def both(a: Seen, b: Seen) -> Seen:
-        gram = None if a.gram is None else a.gram + b.gram
-        return Seen(jnp.maximum(a.maxima, b.maxima), a.rows, gram)
+@partial(jax.jit, donate_argnums=0)  # Sums of `x x^T` are what is large here.
+def _together(total: dict, sums: dict) -> dict:
+    """Maxima and sums of `x x^T`, or None, of two parts of the tokens."""
 
-    return {name: both(each, other[name]) for name, each in one.items()}
+    def both(one: tuple, other: tuple) -> tuple:
+        gram = None if one[1] is None else one[1] + other[1]
+        return jnp.maximum(one[0], other[0]), gram
+
+    return {name: both(each, sums[name]) for name, each in total.items()}

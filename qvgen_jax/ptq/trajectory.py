@@ -70,6 +70,9 @@ def sampled_inputs(
         seeds=seeds,
     )
 
+    for samples in _samples(arrays, **how):
+        batch_rows(samples, calibration["batch_size"], devices)  # Told before the first step.
+
     def velocity(*args: jax.Array) -> jax.Array:
         rows = batch_rows(len(args[0]), calibration["batch_size"], devices)
         batches = in_batches([np.asarray(x, np.float32) for x in args], rows)
@@ -79,6 +82,17 @@ def sampled_inputs(
     # Up to the last one that is kept: what follows it nobody asks for.
     kept = islice(_calls(velocity, arrays, **how), 0, steps, every)
     return Inputs(*(np.concatenate(each) for each in zip(*kept, strict=True)))
+
+
+def _samples(arrays: Mapping[str, Any], guidance: Guidance, schedule: Schedule) -> set[int]:
+    """How many samples the model is called with, in one step or another."""
+    prompts, scales = len(arrays["text_embeds"]), guidance.scales(schedule.timesteps)
+    return {prompts if _negative(arrays, scale) is None else 2 * prompts for scale in scales}
+
+
+def _negative(arrays: Mapping[str, Any], scale: float) -> jax.Array | None:
+    """What a step of that scale is guided away from."""
+    return None if scale == 1 else arrays.get("negative_embeds")
 
 
 def _calls(
@@ -92,7 +106,7 @@ def _calls(
     sampler, scales = sampler_of(schedule, noise), guidance.scales(schedule.timesteps)
     carry = sampler.start(jnp.asarray(arrays["noise"], jnp.float32), schedule)
     for *row, scale in zip(*sampler.rows(schedule), scales, strict=True):
-        negative = None if scale == 1 else arrays.get("negative_embeds")
+        negative = _negative(arrays, scale)
         asked: list[tuple] = []
 
         def model(*args: jax.Array, asked: list = asked) -> jax.Array:

@@ -48,7 +48,7 @@ def gptq_codes(
     damping: float = 0.01,
     block: int = BLOCK,
     by_activity: bool = False,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Signed int8 codes `[in, out]` that keep the tokens' products, rather than the weights.
 
     Args:
@@ -62,7 +62,8 @@ def gptq_codes(
             (`actorder` in the release).
 
     Returns:
-        Codes; NaN in `gram` shows in `compensation` only, look there.
+        Codes, and whether they are any: bool `[]`, false where `gram` with its damping has no
+        Cholesky factor. Codes are whole numbers, in which that does not show.
     """
     order = jnp.arange(len(kernel))
     if by_activity:
@@ -72,7 +73,7 @@ def gptq_codes(
     rows = jnp.where(silent[:, None], 0.0, kernel[order])
     rounding = (scale, zero_point, levels)
     codes = _in_blocks(rows, upper, rounding, min(block, len(kernel)))
-    return jnp.zeros_like(codes).at[order].set(codes)
+    return jnp.zeros_like(codes).at[order].set(codes), jnp.isfinite(upper).all()
 
 
 def _in_blocks(rows: jax.Array, upper: jax.Array, rounding: tuple, block: int) -> jax.Array:

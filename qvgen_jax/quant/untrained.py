@@ -78,7 +78,8 @@ class Untrained(NamedTuple):
         branch: of the prepared tokens, or None.
         weight_error: `|what codes and branch stand for - kernel| / |kernel|`, of the kernel as its
             tokens are prepared.
-        output_error: the same of what it says of `Seen.rows`, tokens quantized.
+        output_error: the same of what it says of `Seen.rows`, tokens quantized; NaN where GPTQ
+            found no factor.
     """
 
     codes: jax.Array
@@ -118,13 +119,14 @@ def quantize_linear(
     if choices.rounding == "gptq":
         gram = prepared_gram(seen.gram, factors, block)
         how = {"damping": choices.damping, "by_activity": choices.by_activity}
-        codes = gptq_codes(rest, gram, *weight, **how)
+        codes, sound = gptq_codes(rest, gram, *weight, **how)
     else:
-        codes = quantize_weight(rest, *weight)
+        codes, sound = quantize_weight(rest, *weight), True
     stands_for = dequantize_weight(codes, *weight)
     y = outputs(rows, stands_for, levels[1], branch)
     whole = stands_for if branch is None else stands_for + branch_weight(branch)
-    errors = relative(whole, ready), relative(y, product(seen.rows, kernel))
+    output_error = jnp.where(sound, relative(y, product(seen.rows, kernel)), jnp.nan)
+    errors = relative(whole, ready), output_error
     return Untrained(codes, scale, zero_point, factors, branch, *errors)
 
 

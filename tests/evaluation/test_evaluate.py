@@ -191,5 +191,5 @@ def test_prompts_come_from_the_held_out_list_or_a_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("one\n\ntwo\nthree\n")
     assert read_prompts(str(path), 2) == ["one", "two"]
-    with pytest.raises(UserError, match="one prompt per line"):
+    with pytest.raises(UserError, match=r"^sample.prompts=.*one prompt per line, or 'held_out'"):
         read_prompts(str(tmp_path / "nothing.txt"), 2)

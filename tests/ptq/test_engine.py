@@ -11,7 +11,9 @@ import pytest
 from flax import nnx
 
 from convert.packed import packed_definition
+from qvgen_jax.errors import UserError
 from qvgen_jax.models import quantizable
+from qvgen_jax.ptq import engine
 from qvgen_jax.ptq.engine import Plan, quantize_stages
 from qvgen_jax.ptq.methods import METHODS, choices_of, quantization
 from qvgen_jax.ptq.stages import in_batches, plain_network, predict
@@ -118,9 +120,27 @@ def test_a_method_is_a_row_that_the_config_changes_where_it_says_so():
     assert choices_of("smoothquant", changed).exponent == 0.3
     assert choices_of("svdquant", changed).rounding == "gptq"
     for method in METHODS:
-        quant = quantization(QuantConfig(), choices_of(method, config))
-        assert quant.buckets == 1
+        quant = quantization(QuantConfig.released(), choices_of(method, config))
+        assert (quant.buckets, quant.clip_index) == (1, "bucket")
         assert (quant.branch_input == "tokens") == (method == "svdquant")
+
+
+def test_a_linear_that_gptq_cannot_factorize_is_told(monkeypatch):
+    model = MODELS["wan"]
+    measure = engine.Observer.__call__
+
+    def indefinite(self, *args):
+        seen = measure(self, *args)
+        return {
+            name: each._replace(gram=each.gram.at[0, 1].mul(100)) for name, each in seen.items()
+        }
+
+    monkeypatch.setattr(engine.Observer, "__call__", indefinite)
+    stages = quantize_stages(
+        plan_of(model, "gptq"), random_params(model), in_batches(inputs(model), 4)
+    )
+    with pytest.raises(UserError, match=r"of embed came out as .*'output': nan.* raise --config"):
+        next(stages)
 
 
 @pytest.mark.by_hand

@@ -1,10 +1,12 @@
 """The job on a real pipeline of the smallest size: its export, its record, its refusals."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import qvgen_jax
 from configs.tiny_w4a4 import get_config
@@ -12,11 +14,20 @@ from convert.export import check_export, export_layers
 from convert.packed import packed_definition
 from convert.tensors import Tensors
 from main import flags as main_flags
+from qvgen_jax.diffusion.unipc import UniPCConfig
 from qvgen_jax.errors import UserError
+from qvgen_jax.json_file import write_json
 from qvgen_jax.ptq import job
+from qvgen_jax.ptq.engine import Done, _Packed, names_in, quantize_stages
+from qvgen_jax.ptq.files import RECORD, Unfinished, is_done
 from qvgen_jax.ptq.job import Exporting, run_quantize
 from qvgen_jax.ptq.methods import METHODS
+from qvgen_jax.ptq.stages import Stage, part_of
+from qvgen_jax.ptq.trajectory import Inputs
+from qvgen_jax.quant.packed import leaves_of
 from tests.evaluation.small_pipelines import write_full
+from tests.ptq.models import MODELS, inputs
+from tests.ptq.test_engine import plan_of
 
 EXPORTING = Exporting(packed_definition, check_export, export_layers)
 
@@ -91,7 +102,8 @@ def _check_record(record: dict, tensors: dict) -> None:
     ("change", "method", "message"),
     [
         ({}, "", "--method=; expected one of rtn, rtn_search"),
-        ({"prompts": "nowhere.txt"}, "rtn", "'nowhere.txt' is no file"),
+        ({"prompts": "nowhere.txt"}, "rtn", "^calibration.prompts='nowhere.txt' is no file"),
+        ({"prompts": "held_out"}, "rtn", "one prompt per line, not those that are judged"),
         ({"count": 17}, "rtn", "has 16 prompts; ask for fewer"),
         ({"damping": 0.0}, "gptq", "calibration.damping=0.0; expected a number above 0"),
         ({"rounding": "up"}, "gptq", "calibration.rounding=up; expected one of , nearest, gptq"),
@@ -107,6 +119,102 @@ def test_what_is_wrong_is_told_before_anything_is_computed(
     with pytest.raises(UserError, match=message):
         run_quantize(settings(full, **change), tmp_path / "new", method, EXPORTING)
     assert not (tmp_path / "new" / "quantize.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("include_zero", "no", "tokens keep their whole range, which contains 0"),
+        ("rotation", "hadamard", "--method chooses it"),
+        ("smoothing", 0.5, "--method chooses it"),
+    ],
+)
+def test_what_the_method_does_not_read_is_refused(full, tmp_path, key, value, why):
+    config = settings(full)
+    config["quant"][key] = value
+    with pytest.raises(UserError, match=f"quant.{key}={value} is for training; .* {why}"):
+        run_quantize(config, tmp_path, "rtn", EXPORTING)
+
+
+@pytest.mark.parametrize("damage", ["cut", "renamed", "record", "inputs"])
+def test_damaged_files_of_a_stage_are_told(tmp_path, damage):
+    plan = plan_of(MODELS["wan"], "svdquant")
+    kept, stage = Unfinished(tmp_path, {}), Stage("head")
+    names = names_in(plan, stage)
+    tensors = {n: {x: np.ones(2, np.float32) for x in leaves_of(plan.quant, n)} for n in names}
+    kept.keep_stage(Done(stage, tensors, {}, {}))
+    kept.keep_inputs(Inputs(*np.ones((3, 2), np.float32)))
+    assert kept.stage(stage, plan)[0].keys() == tensors.keys()
+    assert len(kept.inputs()) == 3
+    file = kept.folder / "head-0000.safetensors"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "renamed":
+        save_file({"proj_out.other": np.ones(2, np.float32)}, file)
+    elif damage == "record":
+        file.with_suffix(".json").write_text('{"errors": {}}')
+    else:
+        save_file({"latents": np.ones(2, np.float32)}, kept.folder / "inputs.safetensors")
+    with pytest.raises(UserError, match="delete its folder"):
+        kept.inputs() if damage == "inputs" else kept.stage(stage, plan)
+
+
+def test_a_finished_quantization_is_neither_replaced_nor_done_again(tmp_path):
+    task = {"method": "rtn", "choices": {"sides": (1, 2)}}
+    assert not is_done(tmp_path, task)
+    write_json(tmp_path / RECORD, {"task": task})
+    assert not is_done(tmp_path, task)  # Its export was taken away.
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model_index.json").write_text("{}")
+    assert is_done(tmp_path, task)
+    with pytest.raises(
+        UserError, match="method='rtn', this one has 'gptq'; give another --workdir"
+    ):
+        is_done(tmp_path, task | {"method": "gptq"})
+
+
+def test_another_scheduler_or_guidance_is_another_task(monkeypatch):
+    monkeypatch.setattr(job, "fingerprint", lambda *networks: "")  # Their weights are the same.
+    networks = dict.fromkeys(("transformer", "text_encoder", "vae"))
+
+    def task(shift, guidance):
+        scheduler, defaults = UniPCConfig(flow_shift=shift), {"guidance_scale": guidance}
+        pipe = SimpleNamespace(scheduler=scheduler, defaults=defaults, **networks)
+        return job._task(settings("x"), "rtn", plan_of(MODELS["wan"], "rtn"), ["a star"], pipe)
+
+    assert task(3.0, 5.0) == task(3.0, 5.0)
+    assert task(7.0, 5.0) != task(3.0, 5.0) != task(3.0, 1.0)
+
+
+@pytest.mark.slow
+def test_a_block_of_other_bits_with_a_branch_says_from_its_export_what_was_calibrated(
+    full, tmp_path, monkeypatch
+):
+    config, seen = settings(full), {}
+    config["quant"]["bits"] = (("blocks.1.ffn.up", 8, 8),)
+
+    def remembered(plan, params, *rest):
+        seen.update(plan=plan, params=params, done=[])
+        for done in quantize_stages(plan, params, *rest):
+            seen["done"].append(done)
+            yield done
+
+    monkeypatch.setattr(job, "quantize_stages", remembered)
+    export = run_quantize(config, tmp_path, "svdquant", EXPORTING)
+    plan, packed = seen["plan"], _Packed(seen["plan"])
+    args = inputs(plan.model)
+    batches = [args]
+    for each in seen["done"]:
+        part = part_of(seen["params"], each.stage)
+        batches = packed.run(each.stage, part, each.tensors, batches)
+    found = qvgen_jax.load(export).transformer(*args)
+    # One network's blocks lie in two stacks, the other's blocks run one by one: float32 sums.
+    scale = np.abs(batches[0][0]).max()
+    np.testing.assert_allclose(found, batches[0][0], atol=1e-4 * scale)
+    monkeypatch.setattr(job, "sampled_inputs", None)
+    assert run_quantize(config, tmp_path, "svdquant", EXPORTING) == export  # It is there.
+    with pytest.raises(UserError, match="'rtn'; give another --workdir"):
+        run_quantize(config, tmp_path, "rtn", EXPORTING)
 
 
 def test_a_training_run_keeps_its_workdir(full, tmp_path):

@@ -1,11 +1,15 @@
 """Calibration inputs are what the pipeline's own sampling gives its transformer."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import qvgen_jax
 from qvgen_jax.errors import UserError
+from qvgen_jax.ptq import trajectory
 from qvgen_jax.ptq.trajectory import batch_rows, sampled_inputs
 from tests.evaluation.small_pipelines import write_full
 
@@ -32,6 +36,18 @@ def test_the_inputs_are_those_of_the_steps_that_generate_takes(tmp_path):
             np.testing.assert_allclose(found.latents[sample], steps[index], atol=1e-4 * scale)
     assert len(set(found.timesteps[:4])) == 1
     assert found.timesteps[0] > found.timesteps[4]
+
+
+def test_a_step_that_the_devices_cannot_share_is_told_before_the_first(tmp_path, monkeypatch):
+    pipe = qvgen_jax.load(write_full(tmp_path / "full", guidance_scale=2.0), keep_on_host=True)
+    known = dict.fromkeys([("a red star", 7), ("", 7)], jnp.zeros((7, 16)))
+    defaults = {**pipe.defaults, "unguided_steps": 1}
+    pipe = dataclasses.replace(pipe, defaults=defaults, encoded=known)
+    calibration = {"steps": 2, "every": 1, "batch_size": 2}
+    monkeypatch.setattr(trajectory, "predict", None)  # Nothing is predicted.
+    two = SimpleNamespace(size=2)  # One prompt is two samples with guidance, and one without.
+    with pytest.raises(UserError, match="1 samples at a time do not divide over 2 devices"):
+        sampled_inputs(pipe, ["a red star"], calibration, SIZE, 0, jnp.dtype("float32"), two)
 
 
 def test_batches_divide_the_samples_and_the_devices():

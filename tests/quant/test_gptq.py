@@ -45,7 +45,7 @@ def test_the_codes_are_those_of_optimal_brain_quantization(block):
     x, kernel = drawn()
     gram = (x.astype(np.float64).T @ x).astype(np.float32)
     scale, zero_point = search_range(jnp.asarray(kernel), LEVELS)
-    found = gptq_codes(kernel, gram, scale, zero_point, LEVELS, block=block)
+    found, _ = gptq_codes(kernel, gram, scale, zero_point, LEVELS, block=block)
     expected = brain_surgeon(kernel, gram, np.float64(scale), np.float64(zero_point))
     np.testing.assert_array_equal(found, expected)
 
@@ -56,14 +56,14 @@ def test_the_outputs_are_nearer_than_those_of_round_to_nearest(symmetric, by_act
     x, kernel = drawn(width=100)
     rounding = (*search_range(jnp.asarray(kernel), LEVELS, symmetric), LEVELS)
     nearest = output_error(x, kernel, quantize_weight(jnp.asarray(kernel), *rounding), *rounding)
-    codes = gptq_codes(kernel, x.T @ x, *rounding, by_activity=by_activity)
+    codes, _ = gptq_codes(kernel, x.T @ x, *rounding, by_activity=by_activity)
     assert output_error(x, kernel, codes, *rounding) < 0.8 * nearest  # 0.71 here.
 
 
 def test_tokens_that_do_not_go_together_leave_round_to_nearest():
     _, kernel = drawn()
     rounding = (*search_range(jnp.asarray(kernel), LEVELS), LEVELS)
-    found = gptq_codes(kernel, jnp.eye(IN), *rounding)
+    found, _ = gptq_codes(kernel, jnp.eye(IN), *rounding)
     np.testing.assert_array_equal(found, quantize_weight(jnp.asarray(kernel), *rounding))
 
 
@@ -71,7 +71,7 @@ def test_silent_channels_stand_for_zero_and_disturb_no_other():
     x, kernel = drawn()
     x[:, [3, 17]] = 0
     rounding = (*search_range(jnp.asarray(kernel), LEVELS), LEVELS)
-    found = gptq_codes(kernel, x.T @ x, *rounding)
+    found, _ = gptq_codes(kernel, x.T @ x, *rounding)
     alone = jnp.round(rounding[1]).clip(0, LEVELS) - 2 ** (BITS - 1)
     np.testing.assert_array_equal(found[3], alone)
     rest = np.delete(np.arange(IN), [3, 17])
@@ -79,7 +79,7 @@ def test_silent_channels_stand_for_zero_and_disturb_no_other():
     # The mean of the diagonal, which the damping is a share of, counts silent channels as 1.
     mean = np.mean(np.where(np.sum(x**2, 0) > 0, np.sum(x**2, 0), 1))
     damping = 0.01 * mean / np.mean(np.sum(few**2, 0))
-    expected = gptq_codes(kernel[rest], few.T @ few, *rounding, damping=damping)
+    expected, _ = gptq_codes(kernel[rest], few.T @ few, *rounding, damping=damping)
     np.testing.assert_array_equal(np.asarray(found)[rest], expected)
 
 
@@ -91,3 +91,12 @@ def test_the_compensation_is_the_upper_factor_of_the_damped_inverse():
     found = compensation(jnp.asarray(gram, jnp.float32), 0.01)
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     np.testing.assert_array_equal(found, jnp.triu(found))
+
+
+def test_sums_without_a_cholesky_factor_are_told():
+    x, kernel = drawn()
+    rounding = (*search_range(jnp.asarray(kernel), LEVELS), LEVELS)
+    gram = x.T @ x
+    assert gptq_codes(kernel, gram, *rounding)[1]
+    gram[0, 1] = gram[1, 0] = 10 * np.sqrt(gram[0, 0] * gram[1, 1])  # More than any tokens have.
+    assert not gptq_codes(kernel, gram, *rounding)[1]
