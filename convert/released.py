@@ -26,8 +26,9 @@ from convert.tensors import Tensors, check_inside, read_json
 from convert.travel import Report, check_companions, check_target, copy_companions, silent
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import TransformerConfig, config_from_json
+from qvgen_jax.quant.code_planes import packed_bytes
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.packed import pack_tensors, packed_bytes, quantization_config
+from qvgen_jax.quant.packed import pack_tensors, quantization_config
 from qvgen_jax.quant.schedule import RankDecay, phase_rank
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -12,7 +12,7 @@ from convert.certificate import compare, largest_error
 from convert.released_names import Linear, ReleasedPlan
 from convert.released_options import ReleasedOptions
 from convert.tensors import Tensors
-from qvgen_jax.quant.packed import pack_codes, packed_bytes, unpack_codes
+from qvgen_jax.quant.code_planes import pack_codes, packed_bytes, unpack_codes
 from qvgen_jax.quant.schedule import RankDecay
 
 _BLOCK = 1 << 22

@@ -32,8 +32,9 @@ from convert.tensors import Tensors, read_json
 from convert.travel import Report, check_target, silent
 from qvgen_jax.errors import UserError
 from qvgen_jax.models import config_from_json
+from qvgen_jax.quant.code_planes import unpack_codes
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.packed import leaves_of, read_quantization_config, unpack_codes
+from qvgen_jax.quant.packed import leaves_of, read_quantization_config
 
 _BUCKETS, _CLIP_RATIO = 50, 0.95
 _FLOAT32 = np.dtype(np.float32)

@@ -19,7 +19,7 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.mixed.candidates import Candidate
 from qvgen_jax.models.linears import Linear
 from qvgen_jax.quant.blocks import split_block
-from qvgen_jax.quant.packed import packed_bytes
+from qvgen_jax.quant.code_planes import packed_bytes
 
 UNITS = ("bits", "MB", "bops", "ms")
 

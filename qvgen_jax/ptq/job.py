@@ -24,6 +24,7 @@ from qvgen_jax.ptq.methods import choices_of, quantization
 from qvgen_jax.ptq.report import Told, measured, peak_memory
 from qvgen_jax.ptq.stages import Stage, in_batches, stages_of
 from qvgen_jax.ptq.trajectory import Inputs, batch_rows, sampled_inputs
+from qvgen_jax.quant.blocks import bits_label
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.named import layer_at
 from qvgen_jax.quant.untrained import Choices
@@ -93,8 +94,7 @@ def run_quantize(config: Mapping, workdir: Path, method: str, exporting: Exporti
             return export
         kept, seconds = Unfinished(workdir, task), {"load": time.perf_counter() - start}
         inputs, seconds["sample"] = _inputs(config, plan, pipe, prompts, kept)
-        mixed = " and others" if quant.bits else ""
-        what = f"{method} W{quant.weight_bits}A{quant.act_bits}{mixed}"
+        what = f"{method} {bits_label(quant.weight_bits, quant.act_bits, quant.bits)}"
         done = _run(config, plan, pipe, inputs, kept, Told(len(stages_of(plan.model)), what))
         start, layers = time.perf_counter(), _by_name(done)
         generation = {"unguided_steps": task["unguided_steps"]}

@@ -21,10 +21,11 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.mesh import AXES
 from qvgen_jax.models import build_transformer, config_from_json, quantizable, text_only
 from qvgen_jax.quant.blocks import places_of, segments_of
+from qvgen_jax.quant.code_planes import packed_bytes
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.named import layer_at
-from qvgen_jax.quant.packed import packed_bytes, quantization_config, read_quantization_config
+from qvgen_jax.quant.packed import quantization_config, read_quantization_config
 from qvgen_jax.training.student import student_definition
 from qvgen_jax.transformer import Transformer
 from tests.golden import tiny_models

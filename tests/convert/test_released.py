@@ -22,8 +22,9 @@ from convert.save import write_json
 from convert.tensors import Tensors, read_json, write_tensors
 from qvgen_jax.errors import UserError
 from qvgen_jax.quant.clips import countdown
+from qvgen_jax.quant.code_planes import unpack_codes
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.packed import read_quantization_config, unpack_codes
+from qvgen_jax.quant.packed import read_quantization_config
 from tests.convert.released_checkpoints import (
     COGVIDEOX,
     PHASE,

@@ -33,11 +33,11 @@ from qvgen_jax.models import (
 from qvgen_jax.models.cogvideox_config import CogVideoXConfig
 from qvgen_jax.models.layers import timestep_embedding
 from qvgen_jax.models.wan import WanConfig
+from qvgen_jax.quant.code_planes import packed_bytes
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Dense, Levels, QuantContext
 from qvgen_jax.quant.dense_factory import dense_factory
 from qvgen_jax.quant.initialize import quantize_params
-from qvgen_jax.quant.packed import packed_bytes
 from qvgen_jax.quant.time_table import nearest_entry, stored_table
 from qvgen_jax.transformer import Transformer
 from tests.compiling import optimized

@@ -17,9 +17,10 @@ from qvgen_jax.ptq import engine
 from qvgen_jax.ptq.engine import Plan, quantize_stages
 from qvgen_jax.ptq.methods import METHODS, choices_of, quantization
 from qvgen_jax.ptq.stages import in_batches, plain_network, predict
+from qvgen_jax.quant.code_planes import packed_bytes
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.named import with_layer
-from qvgen_jax.quant.packed import packed_bytes, unpack_layer
+from qvgen_jax.quant.packed import unpack_layer
 from tests.cpu_devices import ON_CPU
 from tests.ptq.models import MODELS, inputs, random_params
 from tests.test_sharding import PATIENT, ROOT

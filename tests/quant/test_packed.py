@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 
 from qvgen_jax.errors import UserError
+from qvgen_jax.quant.code_planes import pack_codes, packed_bytes, unpack_codes
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.initialize import quantize_params
 from qvgen_jax.quant.packed import (
-    pack_codes,
     pack_layer,
-    packed_bytes,
     quantization_config,
     read_quantization_config,
-    unpack_codes,
     unpack_layer,
 )
 from qvgen_jax.quant.weights import quantize_weight
