@@ -1,6 +1,7 @@
 """What quantization without training takes: whole blocks of a published model, random weights.
 
-    python benchmarks/quantize.py --json benchmarks/results/cpu_quantize_wan1_3b_2_blocks.json
+    python benchmarks/quantize.py --methods svdquant gptq --rows 128 --latents 1 16 16 \
+        --json benchmarks/results/quantize_wan1_3b.json
     python benchmarks/quantize.py --model Wan-AI/Wan2.1-T2V-14B-Diffusers --dtype bfloat16 \
         --latents 13 60 104 --samples 2 --rows 2048
 
