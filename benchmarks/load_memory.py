@@ -28,9 +28,10 @@ from convert.tables import table_for
 from qvgen_jax.models import TransformerConfig, abstract_params, quantizable, text_only
 from qvgen_jax.models.published import PUBLISHED
 from qvgen_jax.models.wan import WanConfig
+from qvgen_jax.quant.code_planes import packed_bytes
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.named import layer_at
-from qvgen_jax.quant.packed import packed_bytes, quantization_config
+from qvgen_jax.quant.packed import quantization_config
 
 _FLOAT32, _BYTE = np.dtype(np.float32), np.dtype(np.uint8)
 
