@@ -21,10 +21,13 @@ from tests.compiling import optimized
 from tests.convert.test_export import pipeline_folder
 from tests.training.test_run import CONFIG, MODEL, SCHEDULER, Clips, teacher  # noqa: F401
 
-pytestmark = pytest.mark.slow
-
 STEPS = 3
-TRAINED = ("lsq", "q_dm", "efficient_dm")
+# The last has learned steps with zero points, as the second, and an adapter beside.
+TRAINED = (
+    pytest.param("lsq", marks=pytest.mark.by_hand),
+    pytest.param("q_dm", marks=pytest.mark.by_hand),
+    pytest.param("efficient_dm", marks=pytest.mark.slow),
+)
 
 
 def config(name: str) -> dict:
