@@ -44,13 +44,8 @@ def compared(bits: tuple[int, int], videos: int, scratch: Path) -> dict:
     width, folders = f"w{bits[0]}a{bits[1]}", {}
     for method in METHODS:
         folders[method] = scratch / f"{width}_{method}"
-        if not (folders[method] / "quantize.json").is_file():
-            bit_keys = (
-                f"--config.quant.weight_bits={bits[0]}",
-                f"--config.quant.act_bits={bits[1]}",
-            )
-            where = ("--workdir", str(folders[method]))
-            run("--job", "quantize", "--method", method, *bit_keys, *where)
+        keys = (f"--config.quant.weight_bits={bits[0]}", f"--config.quant.act_bits={bits[1]}")
+        run("--job=quantize", f"--method={method}", f"--workdir={folders[method]}", *keys)
     exports = [f"--export={NAMES[m]}={folder / 'export'}" for m, folder in folders.items()]
     keys = {"videos": videos, "shown": 0, "pixels": False, "round_to_nearest": False}
     keys |= {"reference": scratch / "reference"}
@@ -63,8 +58,7 @@ def compared(bits: tuple[int, int], videos: int, scratch: Path) -> dict:
         made = json.loads((folders[method] / "quantize.json").read_text())
         found[method] = kept(row) | {
             "output_error": made["mean_output_error"],
-            "seconds_to_quantize": sum(made["seconds"].values())
-            + sum(made["stage_seconds"].values()),
+            "seconds_to_quantize": sum((made["seconds"] | made["stage_seconds"]).values()),
             "linears_bytes": made["linears_bytes"],
         }
     return found

@@ -10,15 +10,14 @@ import pytest
 
 from configs._baselines import BASELINES
 from convert.export import export_pipeline
-from convert.load import read_transformer
 from qvgen_jax.quant.low_rank import merge_adapters
 from qvgen_jax.quant.schedule import gate_at
 from qvgen_jax.training import loop
 from qvgen_jax.training.optimizer import labels
 from qvgen_jax.training.student import quant_config, student_definition
 from qvgen_jax.transformer import Transformer
-from tests.compiling import optimized
 from tests.convert.test_export import pipeline_folder
+from tests.training.resuming import assert_predicts_the_same, whole_and_resumed
 from tests.training.test_run import CONFIG, MODEL, SCHEDULER, Clips, teacher  # noqa: F401
 
 STEPS = 3
@@ -53,28 +52,9 @@ def test_a_baseline_resumes_exactly_and_is_exported_as_trained(
 ):
     values = config(name)
     merged = name == "efficient_dm"
-    step = loop.compile_step(loop.make_recipe(values, MODEL, SCHEDULER, branch=merged))
-    device = jax.devices()[0]  # As a restored state is: one compilation for all.
-    monkeypatch.setattr(
-        loop, "compile_step", lambda *_: lambda state, *x: step(jax.device_put(state, device), *x)
-    )
-    run = (values, tmp_path / "whole", MODEL, SCHEDULER, teacher, Clips())
-    whole, _ = loop.run_steps(*run)
+    whole, resumed = whole_and_resumed(values, teacher, tmp_path, monkeypatch, at=2, branch=merged)
     learned_what_it_should(values, whole, teacher)
 
-    enter = loop.enter_step
-
-    def interrupt(state, at, *rest):
-        if at == 2:
-            raise InterruptedError
-        return enter(state, at, *rest)
-
-    run = (values, tmp_path / "parts", *run[2:])
-    monkeypatch.setattr(loop, "enter_step", interrupt)
-    with pytest.raises(InterruptedError):
-        loop.run_steps(*run)
-    monkeypatch.setattr(loop, "enter_step", enter)
-    resumed, _ = loop.run_steps(*run)
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     exported_as_trained(values, whole, tmp_path)
 
@@ -110,15 +90,7 @@ def exported_as_trained(values: Mapping, state: dict, tmp_path: Path) -> None:
     trained = Transformer(MODEL, definition, (params, state["levels"]), gate)
     source = pipeline_folder(tmp_path / "source", MODEL)
     export_pipeline(source, tmp_path / "export", MODEL, params, quant, levels=state["levels"])
-    loaded = read_transformer(tmp_path / "export" / "transformer", jnp.float32)
-    rng = np.random.default_rng(0)
-    batch = (
-        rng.normal(size=(2, 2, 2, 4, 2)).astype(np.float32),
-        np.array([900.0, 30.0], np.float32),
-        rng.normal(size=(2, 3, 8)).astype(np.float32),
-    )
-    found, expected = (optimized(lambda *x, of=each: of(*x)) for each in (loaded, trained))
-    np.testing.assert_array_equal(found(*batch), expected(*batch))
+    assert_predicts_the_same(tmp_path / "export", trained)
     if quant.merged:  # The export is that of the merged weight: nothing is left of the adapter.
         folder = tmp_path / "merged"
         plain = merge_adapters(params)

@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 from convert.export import export_pipeline
-from convert.load import read_transformer
 from qvgen_jax.data.dataset import batches
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.models import build_transformer, quantizable
@@ -21,8 +20,8 @@ from qvgen_jax.training.calibrate import BATCHES, activation_maxima, unmeasured
 from qvgen_jax.training.step import noisy_inputs, sample_keys
 from qvgen_jax.training.student import quant_config, student_definition
 from qvgen_jax.transformer import Transformer
-from tests.compiling import optimized
 from tests.convert.test_export import pipeline_folder
+from tests.training.resuming import assert_predicts_the_same, whole_and_resumed
 from tests.training.test_run import CONFIG, MODEL, SCHEDULER, Clips, teacher  # noqa: F401
 
 SMOOTHED = {
@@ -132,31 +131,12 @@ def test_a_smoothed_run_resumes_exactly_never_trains_its_factors_and_is_exported
         return activations
 
     monkeypatch.setattr(loop, "activation_maxima", measure)
-    step = loop.compile_step(loop.make_recipe(SMOOTHED, MODEL, SCHEDULER, branch=False))
-    device = jax.devices()[0]  # As a restored state is: one compilation for all.
-    monkeypatch.setattr(
-        loop, "compile_step", lambda *_: lambda state, *x: step(jax.device_put(state, device), *x)
-    )
-    run = (SMOOTHED, tmp_path / "whole", MODEL, SCHEDULER, teacher, Clips())
-    whole, _ = loop.run_steps(*run)
+    whole, resumed = whole_and_resumed(SMOOTHED, teacher, tmp_path, monkeypatch, at=1, branch=False)
     # Weight decay of a half would have shown.
     jax.tree.map(np.testing.assert_array_equal, whole["levels"], first["levels"])
     before, after = (s["params"]["blocks"]["ffn"]["down"]["kernel"] for s in (first, whole))
     assert not np.array_equal(before, after)
 
-    enter = loop.enter_step
-
-    def interrupt(state, at, *rest):
-        if at == 1:
-            raise InterruptedError
-        return enter(state, at, *rest)
-
-    run = (SMOOTHED, tmp_path / "parts", *run[2:])
-    monkeypatch.setattr(loop, "enter_step", interrupt)
-    with pytest.raises(InterruptedError):
-        loop.run_steps(*run)
-    monkeypatch.setattr(loop, "enter_step", enter)
-    resumed, _ = loop.run_steps(*run)
     assert len(measured) == 2  # The checkpoint has what came of it.
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     exported_as_trained(whole, tmp_path)
@@ -172,12 +152,4 @@ def exported_as_trained(state: dict, tmp_path: Path) -> None:
     source = pipeline_folder(tmp_path / "source", MODEL)
     levels = state["levels"]
     export_pipeline(source, tmp_path / "export", MODEL, params, quant, levels=levels)
-    loaded = read_transformer(tmp_path / "export" / "transformer", jnp.float32)
-    rng = np.random.default_rng(0)
-    batch = (
-        rng.normal(size=(2, 2, 2, 4, 2)).astype(np.float32),
-        np.array([900.0, 30.0], np.float32),
-        rng.normal(size=(2, 3, 8)).astype(np.float32),
-    )
-    found, expected = (optimized(lambda *x, of=each: of(*x)) for each in (loaded, trained))
-    np.testing.assert_array_equal(found(*batch), expected(*batch))
+    assert_predicts_the_same(tmp_path / "export", trained)
