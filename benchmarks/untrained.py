@@ -1,21 +1,29 @@
 """Every method without training on the tiny pipeline: time, size, and what the judge says.
 
     python benchmarks/untrained.py --videos 128        # what is not there yet; an hour of one core
+    python benchmarks/untrained.py --speed             # how fast they sample, minutes
     python benchmarks/untrained.py --write docs/study.md
 
 Each is a `--job quantize`; all of one bit-width are compared by one `--job evaluate`, in pairs of
-videos from the same noise. Results are kept in benchmarks/results/untrained.json.
+videos from the same noise. For speed all sample the same batch in turns, so that a busy machine
+slows all; a figure is the median after one turn of warm-up. Results are kept in
+benchmarks/results/untrained.json.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+import qvgen_jax
+from configs import read_config
 from kernels.bench import device_name
+from qvgen_jax.evaluation.samples import read_prompts
 from qvgen_jax.ptq.methods import METHODS
 
 RESULTS = Path(__file__).with_name("results") / "untrained.json"
@@ -39,18 +47,47 @@ def run(*arguments: str) -> None:
         sys.exit(f"main.py {' '.join(arguments)} ended with exit code {done.returncode}")
 
 
+def width_of(bits: tuple[int, int]) -> str:
+    """Such as w4a4."""
+    return f"w{bits[0]}a{bits[1]}"
+
+
+def quantized(bits: tuple[int, int], scratch: Path) -> dict[str, Path]:
+    """The folder of each method at one bit-width; those that are there stay."""
+    folders = {method: scratch / f"{width_of(bits)}_{method}" for method in METHODS}
+    keys = (f"--config.quant.weight_bits={bits[0]}", f"--config.quant.act_bits={bits[1]}")
+    for method, folder in folders.items():
+        if not (folder / "quantize.json").is_file():
+            run("--job=quantize", f"--method={method}", f"--workdir={folder}", *keys)
+    return folders
+
+
+def sampling_seconds(bits: tuple[int, int], scratch: Path, repeats: int = 5) -> dict:
+    """Seconds in which each makes the latents of a video, in a batch; and how large that is."""
+    config = read_config(CONFIG)
+    size = config.sample.batch_size
+    prompts = read_prompts(config.sample.prompts, size)
+    folders = {"full_precision": Path(config.model)}
+    folders |= {m: folder / "export" for m, folder in quantized(bits, scratch).items()}
+    pipes = {name: qvgen_jax.load(folder) for name, folder in folders.items()}
+    taken: dict[str, list[float]] = {name: [] for name in pipes}
+    for _ in range(repeats + 1):
+        for name, pipe in pipes.items():
+            began = time.perf_counter()
+            pipe.sample_latents(prompts, seeds=list(range(size)), batch_size=size)
+            taken[name].append((time.perf_counter() - began) / size)
+    seconds = {name: statistics.median(times[1:]) for name, times in taken.items()}
+    return {"batch_size": size, "repeats": repeats, "seconds": seconds}
+
+
 def compared(bits: tuple[int, int], videos: int, scratch: Path) -> dict:
     """All methods at one bit-width, by method what the two jobs wrote down."""
-    width, folders = f"w{bits[0]}a{bits[1]}", {}
-    for method in METHODS:
-        folders[method] = scratch / f"{width}_{method}"
-        keys = (f"--config.quant.weight_bits={bits[0]}", f"--config.quant.act_bits={bits[1]}")
-        run("--job=quantize", f"--method={method}", f"--workdir={folders[method]}", *keys)
+    folders = quantized(bits, scratch)
     exports = [f"--export={NAMES[m]}={folder / 'export'}" for m, folder in folders.items()]
     keys = {"videos": videos, "shown": 0, "pixels": False, "round_to_nearest": False}
     keys |= {"reference": scratch / "reference"}
     asked = [f"--config.evaluate.{key}={value}" for key, value in keys.items()]
-    judged = scratch / f"{width}_judged"
+    judged = scratch / f"{width_of(bits)}_judged"
     run("--job=evaluate", f"--workdir={judged}", *exports, *asked)
     rows = json.loads((judged / "evaluation.json").read_text())["variants"]
     found = {"full_precision": kept(rows[0])}
@@ -77,6 +114,7 @@ HEADS = (
     "output error of a linear",
     "linears, MB",
     "seconds to quantize",
+    "denoising, to full precision",
 )
 
 
@@ -84,12 +122,19 @@ def table(results: Mapping) -> str:
     """A Markdown table for each bit-width."""
     parts = []
     for width, rows in results["bits"].items():
+        speed = results.get("speed", {}).get(width, {}).get("seconds", {})
         lines = [f"| {width.upper()} | " + " | ".join(HEADS) + " |", "|---|" + "---|" * len(HEADS)]
         lines += [
-            f"| {NAMES.get(name, 'Full precision')} | {cells(row)} |" for name, row in rows.items()
+            f"| {NAMES.get(name, 'Full precision')} | {cells(row)} | {ratio(speed, name)} |"
+            for name, row in rows.items()
         ]
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, f"{results['device']}, jax {results['jax']}."])
+
+
+def ratio(seconds: Mapping[str, float], name: str) -> str:
+    """Of one method's time to full precision's; nothing where it was not measured."""
+    return f"{seconds[name] / seconds['full_precision']:.2f}" if name in seconds else ""
 
 
 def cells(row: Mapping) -> str:
@@ -113,6 +158,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=128)
     parser.add_argument("--scratch", type=Path, default=Path("runs/untrained"))
     parser.add_argument("--write", type=Path, help="a Markdown file with the table's markers")
+    parser.add_argument("--speed", action="store_true", help="measure that of W4A4 alone")
     given = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"bits": {}}
     if given.write:
@@ -120,9 +166,14 @@ def main() -> None:
         before, after = text.partition(BEGIN)[0], text.partition(END)[2]
         given.write.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}")
         return
+    if given.speed:
+        measured = sampling_seconds((4, 4), given.scratch)
+        results["speed"] = {"w4a4": measured | {"device": device_name(), "jax": version("jax")}}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        return
     results |= {"jax": version("jax"), "device": device_name(), "videos": given.videos}
     for bits in BITS:
-        if (name := f"w{bits[0]}a{bits[1]}") not in results["bits"]:
+        if (name := width_of(bits)) not in results["bits"]:
             results["bits"][name] = compared(bits, given.videos, given.scratch)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
