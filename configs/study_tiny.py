@@ -5,8 +5,8 @@
     python main.py --job study --config configs/study_tiny.py:finals,gpu --workdir studies/recipe
 
 Screening: every variant once at W4A4 and W3A3, measured on held-out distillation loss and drift.
-Finals: the 8 best and their references, three seeds each, judged on 512 pairs of videos; one seed of
-those that the screening cannot rank.
+Finals: the 8 best and their references, three seeds each, judged on 512 pairs of videos; of those
+that the screening cannot rank, one seed.
 Records of finished cells are in the workdir and tracked; the same command runs the missing ones.
 Clips are drawn and encoded at the first start.
 
