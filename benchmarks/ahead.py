@@ -57,14 +57,18 @@ class Row(NamedTuple):
         """The config with the overrides, plain dicts."""
         config = copy.deepcopy(read_config(f"configs/{self.config}.py").to_dict())
         for key, value in self.overrides.items():
-            section, leaf = key.split(".")
-            config.setdefault(section, {})[leaf] = value
+            *sections, leaf = key.split(".")
+            place = config
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[leaf] = value
         return config
 
 
 ROWS = (
     Row("wan14b_w4a4", "v5p:4x4x4"),
     Row("wan14b_w4a4", "v6e:16x16", fitted=True),
+    Row("wan14b_w4a4", "2xv5p:4x4x4", {"mesh.across_slices.data": 2, "train.batch_size": 128}),
     Row("wan1_3b_w4a4", "v5e:8x8"),
     Row("cogvideox2b_w4a4", "v5e:8x8"),
     Row(

@@ -32,11 +32,13 @@ def make_mesh(
         devices: all there are if None.
 
     Raises:
-        UserError: the sizes do not make the number of devices, or name another axis.
+        UserError: the sizes do not make the number of devices, or name another axis; or the devices
+            are of another number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     outer = _outer(across_slices or {})
     slices = math.prod(outer.values())
+    _check_slices(outer, devices)
     inner = _filled(_sizes(sizes, "mesh"), len(devices), slices)
     shape = tuple(inner[axis] for axis in AXES)
     if slices > 1:
@@ -146,6 +148,20 @@ def _outer(given: Mapping[str, int]) -> dict[str, int]:
             "between slices, in sizes from 1: keep context and tensor in the mesh of a slice"
         )
     return outer
+
+
+def _check_slices(outer: Mapping[str, int], devices: Sequence[jax.Device]) -> None:
+    """Refuse a mesh for several slices on one, and on a TPU one that takes several for one."""
+    asked, there = math.prod(outer.values()), len({getattr(d, "slice_index", 0) for d in devices})
+    # Nodes of GPUs count as slices too, and may well be one mesh: their network is as flat.
+    if asked == there or (asked == 1 and devices[0].platform != "tpu"):
+        return
+    told = ", ".join(f"{axis}={size}" for axis, size in outer.items() if size > 1) or "all 1"
+    raise UserError(
+        f"mesh.across_slices is {told}, and the {len(devices)} devices are of {there} slice"
+        f"{'s' * (there > 1)}; set --config.mesh.across_slices.data={there}, or fsdp, or their "
+        "product: it decides what goes over the network between slices"
+    )
 
 
 def _sizes(given: Mapping[str, int], name: str) -> dict[str, int]:

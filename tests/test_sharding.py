@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from qvgen_jax.mesh import AXES
+from qvgen_jax.errors import UserError
+from qvgen_jax.mesh import AXES, make_mesh
 from qvgen_jax.models import abstract_params
 from qvgen_jax.models.published import PUBLISHED
 from qvgen_jax.sharding import parameter_sharding, spec_of
@@ -37,6 +39,20 @@ def test_a_stacked_layer_keeps_its_first_axis_whole():
     assert spec_of("blocks.ffn.down.bias") == (None, "fsdp")
     assert spec_of("proj_out.R") == (None, "fsdp")
     assert spec_of("blocks.attn1.norm_q.scale") == (None,)
+
+
+@pytest.mark.parametrize(
+    ("slices", "across", "message"),
+    [
+        (2, {}, "is all 1, and the 8 devices are of 2 slices; set .*across_slices.data=2"),
+        (1, {"data": 2}, "is data=2, and the 8 devices are of 1 slice; set .*across_slices.data=1"),
+        (4, {"fsdp": 2}, "is fsdp=2, and the 8 devices are of 4 slices"),
+    ],
+)
+def test_slices_of_a_tpu_that_the_mesh_does_not_name_are_told(slices, across, message):
+    devices = [SimpleNamespace(platform="tpu", slice_index=n * slices // 8) for n in range(8)]
+    with pytest.raises(UserError, match=message):
+        make_mesh({"fsdp": -1}, across_slices=across, devices=devices)
 
 
 # Eight devices on two cores wait for each other longer than XLA has patience for.

@@ -143,7 +143,9 @@ def lower_step(config: Mapping, target: Target, sizes: Mapping[str, int]) -> Any
     from qvgen_jax.training.loop import compile_step, make_recipe
 
     run = read_run(config)
-    mesh = make_mesh(sizes, devices=devices(target))
+    across = config["mesh"]["across_slices"] if target.slices > 1 else {}
+    inner = {axis: size // across.get(axis, 1) for axis, size in sizes.items()}
+    mesh = make_mesh(inner, across_slices=across, devices=devices(target))
     recipe = make_recipe(
         config, run.model, scheduler_of(run.model), branch=config["quant"]["rank"] > 0
     )
@@ -208,9 +210,11 @@ def devices(target: Target) -> Sequence[Any]:
     if target.here:
         return jax.devices()
     if target.chip.platform == "tpu":
-        alone = {"chips_per_host_bounds": [1, 1, 1]} if target.chips == 1 else {}
-        described = topologies.get_topology_desc(platform="tpu", topology_name=target.name, **alone)
-        return described.devices
+        how: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if target.chips == 1 else {}
+        if target.slices > 1:
+            how["num_slices"] = target.slices
+        name = target.of_a_slice
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **how).devices
     described = topologies.get_topology_desc(
         platform="cuda",
         topology_name=target.chip.name,

@@ -1,6 +1,7 @@
 """What travels between devices in one run of a compiled program, from its text.
 
 An operation in a loop counts as often as the loop turns, which XLA writes beside most of them.
+A TPU's reduce-scatter is written as a computation of its own name, an all-reduce and a slice of it.
 """
 
 import math
@@ -8,7 +9,10 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "recv")
+BETWEEN_SLICES = "recv"
+"""What arrives over the network between TPU slices: there it is sent and received, by the hosts."""
+
 
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*->.*\{$")
@@ -20,10 +24,13 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_SCATTERS = "all-reduce-scatter"
 _BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _CONSTANT = re.compile(r" s32\[\]\S* constant\((\d+)\)")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
+_SLICES = re.compile(r'_xla_megascale_target="?\{\{?([\d,]+)\}')
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _COUNTED = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
@@ -37,7 +44,7 @@ class Collective(NamedTuple):
     Attributes:
         kind: one of `KINDS`.
         dtype: as XLA writes it: s8, bf16, f32.
-        devices: that take part in each.
+        devices: that take part in each; between slices, how many slices do.
         count: in one run of the program.
         bytes: that arrive at each device from others in all of them. An all-reduce is counted as
             it goes over a ring, a reduce-scatter and an all-gather.
@@ -60,8 +67,11 @@ def collectives(text: str) -> list[Collective]:
     times = _times(computations, entry)
     total: dict[tuple[str, str, int], list[int]] = {}
     for name, lines in computations.items():
+        scatters = name.startswith(_SCATTERS)
         for line in lines:
             for kind, dtype, devices, size in _of_line(line):
+                if scatters and kind == "all-reduce":
+                    kind, size = "reduce-scatter", size // 2  # A ring's first half.
                 sums = total.setdefault((kind, dtype, devices), [0, 0])
                 sums[0] += times.get(name, 0)
                 sums[1] += times.get(name, 0) * size
@@ -128,13 +138,18 @@ def _of_line(line: str) -> Iterator[tuple[str, str, int, int]]:
         return
     kind, devices = operation["kind"], _devices(line, operation["kind"])
     shapes = _SHAPE.findall(operation["shape"])
+    if kind == BETWEEN_SLICES:
+        if not (between := _BETWEEN.search(line)):
+            return  # From the program's own host.
+        shapes = shapes[:1]  # The rest are counters.
     if operation["start"] and kind in ("all-gather", "collective-permute"):
         # Of a started one the result holds the operands too, and at times counters.
         shapes = [shape for shape in shapes if shape[1]]
         shapes = shapes[len(shapes) // 2 :]
     for dtype, sides in shapes:
         size = math.prod(int(n) for n in sides.split(",") if n) * _bits(dtype) // 8
-        yield kind, dtype, devices, int(size * _share(kind, devices))
+        like = between[1].lower().replace("_", "-") if kind == BETWEEN_SLICES else kind
+        yield kind, dtype, devices, int(size * _share(like, devices))
 
 
 def _share(kind: str, devices: int) -> float:
@@ -150,6 +165,8 @@ def _share(kind: str, devices: int) -> float:
 def _devices(line: str, kind: str) -> int:
     if kind == "collective-permute":
         return 2
+    if kind == BETWEEN_SLICES:
+        return len(_SLICES.search(line)[1].split(","))
     if counted := _COUNTED.search(line):
         return int(counted[2])
     if mesh := _MESH.search(line):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from qvgen_jax.plan.collectives import Collective
+from qvgen_jax.plan.collectives import BETWEEN_SLICES, Collective
 from qvgen_jax.plan.target import GPUS_OF_A_NODE, Target
 
 UTILISATION = (0.25, 0.55)
@@ -16,6 +16,8 @@ work, which no data sheet rates.
 # Of a chip's links to its neighbours, 10^9 bytes a second: TPUs' data sheets (1600, 4800, 3584 and
 # 9600 Gb/s), one way of NVLink, and a network card of 400 Gb/s for each GPU between nodes.
 _LINKS = {"v5e": 200, "v5p": 600, "v6e": 448, "tpu7x": 1200}
+# Of the network between slices, for each chip: 25, 50, 100 and 100 Gb/s.
+_BETWEEN_SLICES = {"v5e": 3.125, "v5p": 6.25, "v6e": 12.5, "tpu7x": 12.5}
 _NVLINK = {"a100": 300, "h100": 450, "h200": 450, "b200": 900}
 _BETWEEN_NODES = 50
 _PCIE = 25
@@ -50,16 +52,17 @@ def pace(target: Target, operations: float, moved: Sequence[Collective]) -> Pace
         return None
     each = operations / target.devices / target.peak
     computing = each / UTILISATION[1], each / UTILISATION[0]
-    arriving = sum(c.bytes for c in moved) / link(target)
+    arriving = sum(c.bytes / link(target, c.kind) for c in moved)
     moving = arriving / SHARE_OF_LINKS[1], arriving / SHARE_OF_LINKS[0]
     return Pace(max(computing[0], moving[0]), computing[1] + moving[1], computing, moving)
 
 
-def link(target: Target) -> float:
-    """Bytes a second that arrive at a device from others at best."""
+def link(target: Target, kind: str = "") -> float:
+    """Bytes a second that arrive at a device from others at best, for a kind of collective."""
     name = target.chip.name
     if target.chip.platform == "tpu":
-        return _LINKS[name] * 1e9 * target.chips / target.devices
+        links = _BETWEEN_SLICES if kind == BETWEEN_SLICES else _LINKS
+        return links[name] * 1e9 * target.chips / target.devices
     if target.chips > GPUS_OF_A_NODE:
         return _BETWEEN_NODES * 1e9
     return _NVLINK.get(name, _PCIE) * 1e9

@@ -1,5 +1,6 @@
 """A run planned: memory, work, traffic and time on a target, and whether it fits."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -97,6 +98,7 @@ def make_plan(config: Mapping, target: Target, *, compiler: bool = True) -> Plan
     """
     check_config(config)
     run = read_run(config)
+    across = _across(config, target)
     sizes = sizes_of_config(config, target.devices)
     memory = estimate(run, sizes, target.chip.platform)
     compiled = None
@@ -105,7 +107,7 @@ def make_plan(config: Mapping, target: Target, *, compiler: bool = True) -> Plan
     elif compiler and ahead.compiler_for(target):
         compiled = ahead.compile_step(config, target, sizes)
     counted = isinstance(compiled, ahead.Compiled)
-    moved = tuple(compiled.collectives if counted else estimated(run, sizes))
+    moved = tuple(compiled.collectives if counted else estimated(run, sizes, across))
     quant = quant_config(config["quant"], run.model)
     names = quant.quantized(quantizable(run.model))
     shape, train = (run.model, run.tokens, run.text_tokens), config["train"]
@@ -126,6 +128,25 @@ def make_plan(config: Mapping, target: Target, *, compiler: bool = True) -> Plan
         attention=_attention(run, target, sizes),
         layers=_layers(run, target),
     )
+
+
+def _across(config: Mapping, target: Target) -> dict[str, int]:
+    """What goes over the network between slices of TPUs, by axis.
+
+    Raises:
+        UserError: that is not as many slices as the target has.
+    """
+    across = dict(config["mesh"]["across_slices"])
+    if target.here or target.chip.platform != "tpu":
+        return {}
+    if math.prod(across.values()) != target.slices:
+        told = ", ".join(f"{axis}={size}" for axis, size in across.items())
+        raise UserError(
+            f"--target={target.name} has {target.slices} slice{'s' * (target.slices > 1)}, and "
+            f"mesh.across_slices is {told}; set --config.mesh.across_slices.data={target.slices}, "
+            "or fsdp, or their product"
+        )
+    return across
 
 
 def _attention(run: Run, target: Target, sizes: Mapping[str, int]) -> tuple:

@@ -1,4 +1,4 @@
-"""The chips that a plan is for: `v5p:4x4x4`, `h200:8`, or this machine's."""
+"""The chips that a plan is for: `v5p:4x4x4`, `2xv6e:16x16`, `h200:8`, or this machine's."""
 
 import math
 import re
@@ -17,7 +17,8 @@ _SIDES = {"v5e": 2, "v6e": 2, "v5p": 3, "tpu7x": 3}
 _MOST_2D = 256
 # Each of a TPU7x's two halves is a device of JAX's, with half of everything.
 _DEVICES_OF_A_CHIP = {"tpu7x": 2}
-_EXAMPLES = "v5p:4x4x4, v6e:16x16, h200:8 or h100:32"
+_EXAMPLES = "v5p:4x4x4, 2xv6e:16x16, h200:8 or h100:32"
+_SLICES = re.compile(r"([1-9]\d*)x(?=[a-z])")
 
 
 class Target(NamedTuple):
@@ -29,6 +30,7 @@ class Target(NamedTuple):
         chips: how many.
         devices: how many JAX sees.
         grid: of a TPU slice; empty otherwise.
+        slices: of TPUs, with a network between them.
     """
 
     name: str
@@ -36,11 +38,17 @@ class Target(NamedTuple):
     chips: int
     devices: int
     grid: tuple[int, ...] = ()
+    slices: int = 1
 
     @property
     def here(self) -> bool:
         """Whether it is this machine."""
         return self.name == "here"
+
+    @property
+    def of_a_slice(self) -> str:
+        """The name of one of its slices."""
+        return _SLICES.sub("", self.name)
 
     @property
     def memory(self) -> float:
@@ -53,7 +61,8 @@ class Target(NamedTuple):
         return self.chip.bf16 * 1e12 * self.chips / self.devices
 
     def grown(self) -> "Target | None":
-        """The next larger one: twice the chips; None where there is none, or it is `here`."""
+        """The next larger one: twice the chips of a slice; None where there is none, or it is
+        `here`."""
         if self.here:
             return None
         if not self.grid:
@@ -62,7 +71,8 @@ class Target(NamedTuple):
         grid = (*rest, 2 * side)
         if len(grid) == 2 and math.prod(grid) > _MOST_2D:
             return None
-        return parse_target(f"{self.chip.name}:{'x'.join(map(str, sorted(grid)))}")
+        slices = f"{self.slices}x" * (self.slices > 1)
+        return parse_target(f"{slices}{self.chip.name}:{'x'.join(map(str, sorted(grid)))}")
 
 
 def parse_target(text: str) -> Target:
@@ -74,7 +84,9 @@ def parse_target(text: str) -> Target:
     if not text:
         devices = jax.devices()
         return Target("here", chip_of(devices[0]), len(devices), len(devices))
-    name, _, size = text.partition(":")
+    several = _SLICES.match(text)
+    slices = int(several[1]) if several else 1
+    name, _, size = text[several.end() if several else 0 :].partition(":")
     known = [chip for chip in CHIPS.values() if chip.platform != "cpu"]
     if name not in [chip.name for chip in known]:
         names = ", ".join(chip.name for chip in known)
@@ -84,10 +96,15 @@ def parse_target(text: str) -> Target:
         )
     chip = CHIPS[name]
     if chip.platform == "gpu":
+        if several:
+            raise UserError(
+                f"--target={text}: only TPUs come in slices; give the number of all GPUs, as in "
+                f"{name}:{8 * slices}"
+            )
         return Target(text, chip, *[_count(text, size)] * 2)
     grid = _grid(text, name, size)
-    chips = math.prod(grid)
-    return Target(text, chip, chips, chips * _DEVICES_OF_A_CHIP.get(name, 1), grid)
+    chips = slices * math.prod(grid)
+    return Target(text, chip, chips, chips * _DEVICES_OF_A_CHIP.get(name, 1), grid, slices)
 
 
 def _count(text: str, size: str) -> int:

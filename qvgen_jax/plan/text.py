@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from qvgen_jax.plan import ahead
-from qvgen_jax.plan.collectives import Collective
+from qvgen_jax.plan.collectives import BETWEEN_SLICES, Collective
 from qvgen_jax.plan.pace import SHARE_OF_LINKS, UTILISATION, link
 from qvgen_jax.plan.plan import SPARE, Plan
+from qvgen_jax.plan.target import Target
 from qvgen_jax.quant.blocks import bits_label
 
 _PASSES = {
@@ -44,7 +45,7 @@ def _head(plan: Plan) -> str:
         [
             f"{config['model']}, {bits}, rank {quant['rank']}, on {target.name}: "
             f"{target.chips} x {target.chip.name}{memory}",
-            f"mesh: {sizes}{_how_tokens_go(plan)}",
+            f"mesh: {sizes}{_how_tokens_go(plan)}{_between_slices(plan)}",
             f"parameters: {_billions(plan.parameters[0])}, of them "
             f"{_billions(plan.parameters[1])} in quantized kernels",
             f"step: {train['batch_size']} samples{accumulated} of {run.tokens} tokens of video and "
@@ -58,6 +59,14 @@ def _how_tokens_go(plan: Plan) -> str:
         return ""
     ways = {"heads": "tokens exchanged for heads", "keys": "keys and values gathered"}
     return f" (self-attention: {ways[plan.exchange]})"
+
+
+def _between_slices(plan: Plan) -> str:
+    if plan.target.slices == 1:
+        return ""
+    across = plan.run.config["mesh"]["across_slices"]
+    told = ", ".join(f"{axis} {size}" for axis, size in across.items() if size > 1)
+    return f"; over the network between {plan.target.slices} slices: {told}"
 
 
 def _billions(count: int) -> str:
@@ -169,7 +178,7 @@ def _time(plan: Plan) -> str:
         *(
             [
                 f"    moving      {_range(*pace.moving)} s, {most} to {few} % of "
-                f"{link(target) / 1e9:.0f} GB/s a device"
+                f"{link(target) / 1e9:.0f} GB/s a device{_network(target)}"
             ]
             if plan.moved
             else []
@@ -178,6 +187,12 @@ def _time(plan: Plan) -> str:
         f"  chip-hours    {_range(fast * target.chips, slow * target.chips)}: {_split(plan)}",
     ]
     return "\n".join(lines)
+
+
+def _network(target: Target) -> str:
+    if target.slices == 1:
+        return ""
+    return f", {link(target, BETWEEN_SLICES) / 1e9:.3g} between slices"
 
 
 def _range(low: float, high: float) -> str:
@@ -209,6 +224,7 @@ def as_json(plan: Plan, verdict: str) -> dict[str, Any]:
         "model": plan.run.config["model"],
         "target": plan.target.name,
         "devices": plan.target.devices,
+        "slices": plan.target.slices,
         "mesh": plan.sizes,
         "remat": plan.run.config["train"]["remat"],
         "parameters": plan.parameters[0],

@@ -6,7 +6,7 @@ from functools import partial
 
 from qvgen_jax.models import abstract_params, quantizable
 from qvgen_jax.models.attention import exchange
-from qvgen_jax.plan.collectives import Collective
+from qvgen_jax.plan.collectives import BETWEEN_SLICES, Collective
 from qvgen_jax.plan.shapes import Run
 from qvgen_jax.quant.blocks import is_stacked
 from qvgen_jax.quant.named import layer_at
@@ -36,8 +36,16 @@ def _trained_size(run: Run) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
 
 
-def estimated(run: Run, sizes: Mapping[str, int]) -> list[Collective]:
-    """What a step has to move, without what a compiler may add or save."""
+def estimated(
+    run: Run, sizes: Mapping[str, int], across: Mapping[str, int] | None = None
+) -> list[Collective]:
+    """What a step has to move, without what a compiler may add or save.
+
+    Args:
+        run: what trains.
+        sizes: of the mesh's axes.
+        across: how much of `data` and `fsdp` goes over the network between slices.
+    """
     train = run.config["train"]
     quantized, every = kernel_sizes(run)
     trained = _trained_size(run) if train["freeze_weights"] else every
@@ -61,10 +69,21 @@ def estimated(run: Run, sizes: Mapping[str, int]) -> list[Collective]:
     if train["target"] == "teacher":
         add("all-gather", dtype, fsdp, times * layers * per_block, times * width * every * others)
     add("reduce-scatter", "f32", fsdp, times * layers * per_block, times * 4 * trained * others)
+    across = across or {}
     for axis in ("data", "context"):
-        size = sizes[axis]
+        size = sizes[axis] // across.get(axis, 1)
         share = 2 * (size - 1) / size
         add("all-reduce", "f32", size, layers * per_block, share * 4 * trained / fsdp)
+    if (slices := across.get("fsdp", 1)) > 1:
+        # Each device fetches its share of what other slices hold; the slice's links spread it.
+        share, count = (slices - 1) / slices / (fsdp // slices), layers * per_block
+        add(BETWEEN_SLICES, "s8", slices, passes * count, passes * quantized * share)
+        if train["target"] == "teacher":
+            add(BETWEEN_SLICES, dtype, slices, times * count, times * width * every * share)
+        add(BETWEEN_SLICES, "f32", slices, times * count, times * 4 * trained * share)
+    if (slices := across.get("data", 1)) > 1:
+        share = 2 * (slices - 1) / slices
+        add(BETWEEN_SLICES, "f32", slices, layers * per_block, share * 4 * trained / fsdp)
     _add_tokens(run, sizes, add, dtype, width, again)
     return sorted(found, key=lambda c: -c.bytes)
 

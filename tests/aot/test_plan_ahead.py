@@ -1,6 +1,7 @@
 """The real training step compiled for TPUs that are not here, and the plan's estimate beside it."""
 
 import json
+from collections.abc import Mapping
 
 import pytest
 
@@ -10,15 +11,17 @@ from benchmarks.ahead import RESULTS, ROWS
 from configs import read_config
 from qvgen_jax.mesh import sizes_of_config, sizes_to_generate
 from qvgen_jax.plan import ahead
+from qvgen_jax.plan.collectives import BETWEEN_SLICES
 from qvgen_jax.plan.memory import estimate
 from qvgen_jax.plan.shapes import read_run
 from qvgen_jax.plan.target import parse_target
 
 
-def compiled(name: str, target: str, **train) -> tuple:
+def compiled(name: str, target: str, across: Mapping[str, int] = {}, **train) -> tuple:
     """What the compiler says of a step, and the estimate."""
     config = read_config(f"configs/{name}.py").to_dict()
     config["train"] |= train
+    config["mesh"]["across_slices"] |= across
     chips = parse_target(target)
     sizes = sizes_of_config(config, chips.devices)
     found = ahead.compile_step(config, chips, sizes)
@@ -38,6 +41,14 @@ def test_the_tiny_step_compiles_for_four_chips_and_takes_what_the_plan_counts(re
     assert found.aliased > 0.99 * (guess.master + guess.moments)  # Donated.
     assert found.peak <= found.laid_out
     assert arriving(found, "s8", "u8", "u32") > 0  # Codes travel.
+
+
+def test_between_slices_only_gradients_travel():
+    found, guess = compiled("tiny_w4a4", "2xv5e:2x2", {"data": 2})
+    between = [c for c in found.collectives if c.kind == BETWEEN_SLICES]
+    assert {(c.dtype, c.devices) for c in between} == {("f32", 2)}
+    # A float32 of every parameter that a device holds, and little besides.
+    assert guess.gradients < sum(c.bytes for c in between) < 1.5 * guess.gradients
 
 
 @pytest.mark.slow

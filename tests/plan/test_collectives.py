@@ -51,6 +51,21 @@ def test_what_is_in_a_loop_counts_as_often_as_it_turns():
     assert gather == Collective("all-gather", "s8", 64, 47, 47 * arriving)
 
 
+def test_a_tpus_sum_and_slice_in_one_is_a_reduce_scatter():
+    # As libtpu 0.0.48.1 writes a gradient over 64 of 256 devices.
+    scatter = """
+%all-reduce-scatter.clone.1 (input.2: f32[5120,5120]) -> f32[80,5120] {
+  %ar = f32[5120,5120]{1,0:T(8,128)} all-reduce(%input.2), replica_groups=[4,64]<=[256]
+  ROOT %slice = f32[80,5120]{1,0:T(8,128)S(1)} dynamic-slice(%ar, %multiply.30, %constant.655)
+}
+
+%inner """
+    line = "%f = f32[80,5120]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.clone.1"
+    text = PROGRAM.replace("\n%inner ", scatter).replace("LINE", line)
+    expected = Collective("reduce-scatter", "f32", 64, 1, 4 * 5120 * 5120 * 63 // 64)
+    assert expected in collectives(text)
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -75,6 +90,17 @@ def test_what_is_in_a_loop_counts_as_often_as_it_turns():
         (
             "%ag = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%x), replica_groups=[1,4]<=[4]",
             ("all-gather", "f32", 4, 1, 128 * 3 // 4),
+        ),
+        (  # Between slices, as libtpu 0.0.48.1 writes it: half of a gather is there already,
+            "%recv = (f32[4,8]{1,0}, u32[]{:S(2)}, token[]) recv(%t), frontend_attributes={"
+            "_xla_megascale_target={{100000,200000},{300000,400000}},"
+            '_xla_megascale_transfer_type="ALL_GATHER"}',
+            ("recv", "f32", 2, 1, 128 // 2),
+        ),
+        (  # and a sum over four slices goes round them twice.
+            "%recv = (f32[4,8]{1,0}, u32[]{:S(2)}, token[]) recv(%t), frontend_attributes={"
+            '_xla_megascale_target="{1,2,3,4}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}',
+            ("recv", "f32", 4, 1, 2 * 128 * 3 // 4),
         ),
     ],
 )

@@ -13,6 +13,8 @@ from qvgen_jax.plan.target import parse_target
         ("v6e:16x16", 256, 256, 32e9),
         ("v5e:1x1", 1, 1, 16e9),
         ("tpu7x:2x2x4", 16, 32, 96e9),
+        ("2xv6e:16x16", 512, 512, 32e9),
+        ("4xtpu7x:2x2x1", 16, 32, 96e9),
         ("h200:8", 8, 8, 141e9),
         ("h100:32", 32, 32, 80e9),
         ("rtx4090:1", 1, 1, 24e9),
@@ -40,6 +42,8 @@ def test_without_a_name_it_is_this_machine():
         ("v5e:8x16", "v5e:16x16"),
         ("v6e:16x16", None),
         ("v5p:4x4x4", "v5p:4x4x8"),
+        ("2xv5e:8x8", "2xv5e:8x16"),
+        ("2xv6e:16x16", None),
     ],
 )
 def test_the_next_larger_target_has_twice_the_chips(text, larger):
@@ -60,6 +64,8 @@ def test_the_next_larger_target_has_twice_the_chips(text, larger):
         ("v5e:4x4x4", "grid of 2 sides, as in v5e:4x4"),
         ("v6e:3x4", "the first two sides of a grid of v6e are even"),
         ("v6e:32x16", "at most 256 chips in all"),
+        ("0xv6e:2x2", "no chip '0xv6e' is known"),
+        ("2xh100:8", "only TPUs come in slices; give the number of all GPUs, as in h100:16"),
     ],
 )
 def test_what_there_is_not_is_told_with_what_there_is(text, message):
