@@ -8,7 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
-import main
+from qvgen_jax.command_line import parse
 from qvgen_jax.errors import UserError
 from qvgen_jax.mesh import sizes_of_config
 from qvgen_jax.models import config_from_file
@@ -24,7 +24,7 @@ def outcome(arguments: list[str]) -> dict:
     """`refused` with the message, `config` as repr by dotted key, or `crashed`."""
     sys.argv = ["main.py", *arguments]  # Where ml_collections looks for overrides.
     try:
-        config = main.parse(sys.argv).to_dict()
+        config = parse(sys.argv).to_dict()
         if "train" not in config:
             raise UserError("no training config; main.py says so for each job")
         check_config(config)

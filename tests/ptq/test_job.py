@@ -13,7 +13,7 @@ from configs.tiny_w4a4 import get_config
 from convert.export import check_export, export_layers
 from convert.packed import packed_definition
 from convert.tensors import Tensors
-from main import flags as main_flags
+from qvgen_jax import command_line
 from qvgen_jax.diffusion.unipc import UniPCConfig
 from qvgen_jax.errors import UserError
 from qvgen_jax.json_file import write_json
@@ -224,4 +224,4 @@ def test_a_training_run_keeps_its_workdir(full, tmp_path):
 
 
 def test_the_command_line_knows_the_methods():
-    assert set(main_flags.FLAGS["method"].parser.enum_values) == set(METHODS)
+    assert set(command_line.flags.FLAGS["method"].parser.enum_values) == set(METHODS)

@@ -38,7 +38,10 @@ def test_a_cell_is_a_command_line_that_gives_its_config(tmp_path):
     names = ("default", "no_refactor", "truth_blend_5", "hadamard", "unguided_last")
     for cell in cells("smoke", names, variants=grid("finals")["variants"]):
         arguments = cell.command(tmp_path)[1:]
-        source = "import main, sys; print(main.parse(['main.py', *sys.argv[1:]]).to_json())"
+        source = (
+            "import sys\nfrom qvgen_jax.command_line import parse\n"
+            "print(parse(['main.py', *sys.argv[1:]]).to_json())"
+        )
         shown = subprocess.run(
             [sys.executable, "-c", source, *arguments], capture_output=True, text=True, check=True
         )
