@@ -25,7 +25,7 @@ from qvgen_jax.training.checkpoint import Checkpoints
 from qvgen_jax.training.feed import feed
 from qvgen_jax.training.loop import compile_step, initial_state, make_recipe
 from qvgen_jax.training.run import load_model
-from qvgen_jax.training.student import as_held
+from qvgen_jax.training.teacher import as_held
 
 
 def main() -> None:

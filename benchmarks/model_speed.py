@@ -33,7 +33,7 @@ from qvgen_jax.models.published import PUBLISHED
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.plan.shapes import Run, video_and_text
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.training.student import as_held, teacher_definition
+from qvgen_jax.training.teacher import as_held, teacher_definition
 from qvgen_jax.transformer import Transformer
 
 _SIZES = {"Wan": (81, 480, 832), "CogVideoX1.5": (81, 768, 1360), "CogVideoX": (49, 480, 720)}

@@ -28,7 +28,7 @@ from qvgen_jax.plan.shapes import Run, scheduler_of, video_and_text
 from qvgen_jax.training.feed import feed
 from qvgen_jax.training.loop import compile_step, initial_state, make_recipe
 from qvgen_jax.training.pace import work_of
-from qvgen_jax.training.student import as_held
+from qvgen_jax.training.teacher import as_held
 
 
 class DrawnClips:

@@ -102,6 +102,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.caption_dropout = 0.05
     config.train.truth_blend = 0.0  # a of l(t); 0: the teacher alone is the target.
     config.train.target = "teacher"  # Or "truth": the ground truth alone.
+    config.train.teacher_weights = "float"  # Or "int8", a byte each: half of what bfloat16 takes.
     config.train.ema_decay = 0.0  # Of the exported weights, once the branch is gone; 0 is off.
     config.train.remat = "blocks"
     config.train.log_every = 20 if full else 5

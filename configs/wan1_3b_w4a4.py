@@ -98,6 +98,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.caption_dropout = 0.05
     config.train.truth_blend = 0.0
     config.train.target = "teacher"
+    config.train.teacher_weights = "float"  # Or "int8", a byte each: half of what bfloat16 takes.
     config.train.ema_decay = 0.0
     config.train.remat = "blocks"
     config.train.log_every = 10

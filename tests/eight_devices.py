@@ -29,6 +29,8 @@ from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.initialize import round_to_nearest
 from qvgen_jax.training import loop
 from qvgen_jax.training.step import distillation_loss
+from qvgen_jax.training.teacher import as_held, byte_linears, teacher_definition
+from tests.ptq.models import inputs, random_params
 from tests.training.float64_run import train64
 from tests.training.test_run import CONFIG, SCHEDULER
 
@@ -205,6 +207,25 @@ def codes_seen(network: Network, mesh, monkeypatch) -> dict:
         _, _, teacher, inputs, _ = network.arguments(mesh)
         arguments = (inputs["latents"], inputs["timesteps"], inputs["text_embeds"])
         return jax.device_get(jax.jit(predict)(teacher, *arguments))
+
+
+def test_a_teacher_of_bytes_lies_as_the_table_says_and_says_the_same():
+    params, dtype = random_params(WAN), jnp.dtype("float32")
+    in_bytes = byte_linears({"teacher_weights": "int8"}, WAN)
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    alone = as_held(jax.tree.map(jnp.asarray, params), dtype, in_bytes)
+    spread = as_held(sharding.place(jax.tree.map(jnp.asarray, params), mesh), dtype, in_bytes)
+    jax.tree.map(np.testing.assert_array_equal, spread, alone)
+    codes, scale = (spread["blocks"]["ffn"]["up"][leaf] for leaf in ("codes", "scale"))
+    assert codes.sharding.shard_shape(codes.shape) == (2, 48 // 4, 64 // 2)
+    assert scale.sharding.shard_shape(scale.shape) == (2, 64 // 2)
+
+    def answer(params: dict) -> jax.Array:
+        return nnx.merge(teacher_definition(WAN, dtype, in_bytes), params)(*inputs(WAN))
+
+    expected = jax.jit(answer)(alone)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(jax.jit(answer)(spread), expected, rtol=0, atol=1e-5)
 
 
 def test_a_run_over_a_mesh_is_the_run_of_one_device(tmp_path):

@@ -28,7 +28,8 @@ from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.training.calibrate import BATCHES, activation_maxima
 from qvgen_jax.training.feed import feed
 from qvgen_jax.training.run import load_model
-from qvgen_jax.training.student import as_held, quant_config
+from qvgen_jax.training.student import quant_config
+from qvgen_jax.training.teacher import as_held
 
 # Of the `quant` section, what decides a scan's numbers beside the bits.
 _DECIDES = ("behaviour", "symmetric_weights", "include_zero", "rotation", "smoothing", "time_table")

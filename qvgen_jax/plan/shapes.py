@@ -24,7 +24,7 @@ from qvgen_jax.models.linears import video_tokens
 from qvgen_jax.models.published import PUBLISHED, transformer_config
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.training.loop import undrawn_state
-from qvgen_jax.training.student import as_held
+from qvgen_jax.training.teacher import as_held, byte_linears
 
 _PUBLISHED_FACTORS = (4, 8)
 
@@ -111,8 +111,9 @@ def arguments(run: Run, mesh: Mesh | AbstractMesh) -> tuple[dict, dict, dict, An
         UserError: a parameter does not divide over the mesh.
     """
     dtype = jnp.dtype(run.config["compute_dtype"])
-    teacher = jax.eval_shape(lambda x: as_held(x, dtype), abstract_params(run.model))
-    state = jax.eval_shape(partial(undrawn_state, run.config, run.model), teacher)
+    full, in_bytes = abstract_params(run.model), byte_linears(run.config["train"], run.model)
+    state = jax.eval_shape(partial(undrawn_state, run.config, run.model), full)
+    teacher = jax.eval_shape(lambda x: as_held(x, dtype, in_bytes), full)
     whole = NamedSharding(mesh, PartitionSpec())
     batch, empty_text = _batch(run)
     return (

@@ -66,8 +66,10 @@ def estimated(
     # Codes are one byte; the layers of a block are gathered one by one.
     per_block = len([name for name in quantizable(run.model) if is_stacked(name)])
     add("all-gather", "s8", fsdp, passes * layers * per_block, passes * quantized * others)
+    held, held_dtype = (width, dtype) if train["teacher_weights"] == "float" else (1, "s8")
     if train["target"] == "teacher":
-        add("all-gather", dtype, fsdp, times * layers * per_block, times * width * every * others)
+        count, size = times * layers * per_block, times * held * every
+        add("all-gather", held_dtype, fsdp, count, size * others)
     add("reduce-scatter", "f32", fsdp, times * layers * per_block, times * 4 * trained * others)
     across = across or {}
     for axis in ("data", "context"):
@@ -79,7 +81,7 @@ def estimated(
         share, count = (slices - 1) / slices / (fsdp // slices), layers * per_block
         add(BETWEEN_SLICES, "s8", slices, passes * count, passes * quantized * share)
         if train["target"] == "teacher":
-            add(BETWEEN_SLICES, dtype, slices, times * count, times * width * every * share)
+            add(BETWEEN_SLICES, held_dtype, slices, times * count, times * held * every * share)
         add(BETWEEN_SLICES, "f32", slices, times * count, times * 4 * trained * share)
     if (slices := across.get("data", 1)) > 1:
         share = 2 * (slices - 1) / slices

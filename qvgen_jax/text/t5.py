@@ -20,8 +20,9 @@ from qvgen_jax.config_fields import Layers, Positive, Range, check_fields, refus
 from qvgen_jax.errors import UserError
 from qvgen_jax.layer_scan import layer_scan
 from qvgen_jax.models.layers import RMSNorm
+from qvgen_jax.quant.byte_dense import ByteDense
 from qvgen_jax.quant.dense import Dense
-from qvgen_jax.text.int8 import Int8Dense, Int8Embedding
+from qvgen_jax.text.int8 import Int8Embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +203,7 @@ class T5Encoder(nnx.Module):
         keys = jax.random.split(key, 3)
         shape = (config.vocab_size, config.d_model)
         if weights == "int8":
-            dense = partial(Int8Dense, dtype=dtype)
+            dense = partial(ByteDense, dtype=dtype, use_bias=False, cut=False)
             self.token_embedding = Int8Embedding(*shape)
         else:
             dense = partial(Dense, dtype=dtype, use_bias=False, cut=False)

@@ -64,6 +64,7 @@ _CHOICES = {
     "train.remat": POLICIES,
     "train.schedule": ("cosine", "constant_tail"),
     "train.target": ("teacher", "truth"),
+    "train.teacher_weights": ("float", "int8"),
 }
 # What a number must reach, and stay below.
 _RANGES = (

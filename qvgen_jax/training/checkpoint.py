@@ -46,7 +46,12 @@ _FREE_KEYS = (
 # Keys that these sections got later, with what a run did that began before: it goes on.
 _ADDED = {
     "quant": {"act_range": "token", "buckets": 50, "bits_file": ""},
-    "train": {"freeze_weights": False, "scale_aware": False, "target": "teacher"},
+    "train": {
+        "freeze_weights": False,
+        "scale_aware": False,
+        "target": "teacher",
+        "teacher_weights": "float",
+    },
 }
 _CHECKSUMS = "checksums"
 _DAMAGED = "damaged-checkpoint"

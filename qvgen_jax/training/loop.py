@@ -36,14 +36,8 @@ from qvgen_jax.training.profile import Profile
 from qvgen_jax.training.state import create_state, enter_step, exported_params, has_branch
 from qvgen_jax.training.step import Recipe, train_step
 from qvgen_jax.training.stop import Stop
-from qvgen_jax.training.student import (
-    as_held,
-    quant_config,
-    rank_decay,
-    student_definition,
-    tail_start,
-    teacher_definition,
-)
+from qvgen_jax.training.student import quant_config, rank_decay, student_definition, tail_start
+from qvgen_jax.training.teacher import as_held, byte_linears, teacher_definition
 from qvgen_jax.training.validation import Validated
 from qvgen_jax.training.watchdog import Watchdog
 from qvgen_jax.transformer import Transformer
@@ -84,7 +78,7 @@ def make_recipe(
     remat = config["train"]["remat"]
     return Recipe(
         student=student_definition(model, quant, dtype, branch=branch, remat=remat),
-        teacher=teacher_definition(model, dtype),
+        teacher=teacher_definition(model, dtype, byte_linears(config["train"], model)),
         decay=rank_decay(config),
         optimizer=make_optimizer(config["train"], tail_start(config)),
         noising=training_noise(scheduler, config["train"]),
@@ -149,7 +143,7 @@ def newest_state(
     """
 
     def like_of(step: int) -> dict:
-        like = jax.eval_shape(lambda: undrawn_state(config, model, teacher))
+        like = jax.eval_shape(partial(undrawn_state, config, model), teacher)
         if not has_branch(rank_decay(config), step):
             like = {**like, "params": drop_branch(like["params"]), "opt": drop_branch(like["opt"])}
         return sharding.described(like, mesh)
@@ -203,7 +197,9 @@ def run_steps(
             activations, moments = activation_maxima(*of_run), activation_moments(*of_run)
             state = initial_state(config, model, teacher, activations, mesh, moments)
             state = checkpoint.committed(state)
-        teacher = as_held(teacher, jnp.dtype(config["compute_dtype"]))
+        shapes = jax.eval_shape(lambda x: x, teacher)  # Enough for what is restored from now on.
+        in_bytes = byte_linears(train, model)
+        teacher = as_held(teacher, jnp.dtype(config["compute_dtype"]), in_bytes)
         parts = (scheduler, teacher, dataset, checkpoints, mesh, validate)
         run = Run(config, workdir, model, *parts)
         while True:
@@ -211,10 +207,10 @@ def run_steps(
                 state = _run_from(run, state)
                 break
             except NotFinite as bad:
-                state = newest_state(config, model, teacher, checkpoints, mesh)
+                state = newest_state(config, model, shapes, checkpoints, mesh)
                 state = _gone_back(config, bad, state)
         if train["export_best"]:
-            state = best_state(config, workdir, model, teacher, checkpoints, mesh)
+            state = best_state(config, workdir, model, shapes, checkpoints, mesh)
         decay, moments = rank_decay(config), config["quant"]["branch_moments"]
         state = sharding.place(enter_step(state, train["steps"], decay, moments), mesh)
     return state, teacher

@@ -21,12 +21,8 @@ from qvgen_jax.training.checkpoint import Checkpoints
 from qvgen_jax.training.lock import alone_in
 from qvgen_jax.training.loop import Validate, best_state, newest_state, rank_decay, run_steps
 from qvgen_jax.training.state import enter_step
-from qvgen_jax.training.student import (
-    as_held,
-    describe_layers,
-    quant_config,
-    teacher_definition,
-)
+from qvgen_jax.training.student import describe_layers, quant_config
+from qvgen_jax.training.teacher import as_held, byte_linears, teacher_definition
 
 Validation = Callable[[Mapping, Path, Pipeline], Validate]
 
@@ -97,6 +93,9 @@ def train(
             validate = validation(config, workdir, pipe)
         arguments = (model, pipe.scheduler, teacher, dataset, mesh, validate)
         state, teacher = run_steps(config, workdir, *arguments)
+        if byte_linears(config["train"], model):  # What follows compares with full precision.
+            pipe = load_model(config, over_mesh(mesh))
+            teacher = as_held(pipe.transformer.states[0], jnp.dtype(config["compute_dtype"]))
     return _holding(config, pipe, teacher), state
 
 

@@ -1,4 +1,4 @@
-"""Teacher and student of a run: which layers are quantized, how, and when their branch shrinks."""
+"""The student of a run: which layers are quantized, how, and when their branch shrinks."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,15 +22,6 @@ from qvgen_jax.quant.dense import Levels
 from qvgen_jax.quant.dense_factory import dense_factory
 from qvgen_jax.quant.schedule import RankDecay, phase_steps_for
 
-# On the timestep's path.
-_COMPUTED_IN_FLOAT32 = {
-    "time_embedder",
-    "time_proj",
-    "time_embedding",
-    "norm1",
-    "norm2",
-    "norm_out",
-}
 _BEHAVIOURS = ("default", "released")
 _PASSED_ON = (
     "act_range",
@@ -107,35 +98,6 @@ def rank_decay(config: Mapping) -> RankDecay:
 def tail_start(config: Mapping) -> int:
     """Where a constant tail of the learning rates begins: where the branch ends, or would."""
     return int(config["train"]["steps"] * config["quant"]["decay_fraction"])
-
-
-def teacher_definition(model: TransformerConfig, dtype: jnp.dtype) -> nnx.GraphDef:
-    """The full-precision network described, nothing allocated."""
-    teacher = nnx.eval_shape(
-        lambda: build_transformer(model, key=jax.random.key(0), dtype=dtype, remat="none")
-    )
-    return nnx.split(teacher)[0]
-
-
-def as_held(teacher: dict, dtype: jnp.dtype) -> dict:
-    """The teacher's parameters as a step needs them: kernels in the type that they multiply in.
-
-    Half the memory in bfloat16, and the same predictions: its linears would narrow them anyway.
-    Those on the timestep's path compute in float32, and stay. An array that is narrowed is deleted,
-    one after the other: there is never a second teacher.
-    """
-
-    def one(path: tuple, leaf: jax.Array) -> jax.Array:
-        names = {part.key for part in path}
-        if path[-1].key != "kernel" or names & _COMPUTED_IN_FLOAT32 or leaf.dtype == dtype:
-            return leaf
-        narrow = leaf.astype(dtype)
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-            narrow.block_until_ready()
-            leaf.delete()
-        return narrow
-
-    return jax.tree.map_with_path(one, teacher)
 
 
 def student_definition(

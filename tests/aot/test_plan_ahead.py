@@ -47,8 +47,9 @@ def test_between_slices_only_gradients_travel():
     found, guess = compiled("tiny_w4a4", "2xv5e:2x2", {"data": 2})
     between = [c for c in found.collectives if c.kind == BETWEEN_SLICES]
     assert {(c.dtype, c.devices) for c in between} == {("f32", 2)}
-    # A float32 of every parameter that a device holds, and little besides.
-    assert guess.gradients < sum(c.bytes for c in between) < 1.5 * guess.gradients
+    # A float32 of every parameter that a device holds: what a plan counts, without a TPU's tiles,
+    # which half fill in so small a model.
+    assert guess.gradients / 2 < sum(c.bytes for c in between) < guess.gradients
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ from qvgen_jax.models import build_transformer, config_from_json, quantizable
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.named import layer_at, with_layer
 from qvgen_jax.quant.switched import switched_params
-from qvgen_jax.training.student import student_definition, teacher_definition
+from qvgen_jax.training.student import student_definition
+from qvgen_jax.training.teacher import teacher_definition
 from qvgen_jax.transformer import Transformer
 from tests.golden import tiny_models
 

@@ -22,7 +22,8 @@ from qvgen_jax.models.cogvideox import (
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.dense import Dense
 from qvgen_jax.quant.initialize import quantize_params
-from qvgen_jax.training.student import student_definition, teacher_definition
+from qvgen_jax.training.student import student_definition
+from qvgen_jax.training.teacher import teacher_definition
 from tests.golden.tiny_models import COGVIDEOX_MODELS as VARIANTS
 
 GOLDEN = Path(__file__).parent.parent / "golden/cogvideox_transformer.npz"

@@ -42,6 +42,17 @@ def test_weights_gradients_and_moments_are_what_the_parameters_weigh():
     assert 2 * every < whole.teacher < 2.03 * every
 
 
+def test_a_teacher_of_bytes_is_half_and_travels_as_half():
+    run = read_run(config(train={"teacher_weights": "int8"}))
+    every = kernel_sizes(run)[1]
+    # A scale a channel, and in float32 the timestep's path.
+    assert every < estimate(run, ONE, "gpu").teacher < 1.06 * every
+    moved = estimated(run, {**ONE, "fsdp": 16})
+    whole = estimated(read_run(config()), {**ONE, "fsdp": 16})
+    saved = sum(c.bytes for c in whole) - sum(c.bytes for c in moved)
+    assert saved == pytest.approx(every * 15 / 16, rel=1e-6)
+
+
 def test_of_several_buckets_the_largest_counts():
     sizes = ("17x480x832", "49x480x832", "49x832x320")
     several = of({}, data={"buckets": sizes, "num_frames": 5, "height": 32, "width": 32})

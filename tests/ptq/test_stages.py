@@ -19,7 +19,7 @@ from qvgen_jax.ptq.stages import (
 )
 from qvgen_jax.ptq.statistics import Observer
 from qvgen_jax.quant.dense import Dense
-from qvgen_jax.training.student import teacher_definition
+from qvgen_jax.training.teacher import teacher_definition
 from tests.ptq.models import MODELS, inputs, random_params
 
 

@@ -79,6 +79,7 @@ CONFIG = {
         "target": "teacher",
         "freeze_weights": False,
         "scale_aware": False,
+        "teacher_weights": "float",
         "ema_decay": 0.9,
         "shift": 1.0,
         "caption_dropout": 0.5,
@@ -192,6 +193,37 @@ def test_a_run_stopped_at_any_step_ends_bit_equal(
     assert lines(tmp_path) == whole_lines
 
 
+@pytest.mark.slow
+def test_a_run_on_a_teacher_of_bytes_is_nearly_the_run_and_goes_on_as_well(
+    uninterrupted, teacher, tmp_path, monkeypatch
+):
+    config = {**CONFIG, "train": {**CONFIG["train"], "teacher_weights": "int8"}}
+
+    def run(workdir) -> dict:
+        copied = jax.tree.map(jnp.copy, teacher)
+        state, held = loop.run_steps(config, workdir, MODEL, SCHEDULER, copied, Clips())
+        assert held["blocks"]["ffn"]["up"]["codes"].dtype == jnp.int8
+        assert copied["blocks"]["ffn"]["up"]["kernel"].is_deleted()
+        return state
+
+    whole, enter = run(tmp_path / "whole"), loop.enter_step
+    losses = [
+        [row["loss"] for row in rows] for rows in (lines(tmp_path / "whole"), uninterrupted[1])
+    ]
+    np.testing.assert_allclose(*losses, rtol=0.05)  # Weights are 0.5 % off.
+
+    def interrupt(state, at, *rest):
+        if at == 3:
+            raise Interrupted
+        return enter(state, at, *rest)
+
+    monkeypatch.setattr(loop, "enter_step", interrupt)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "stopped")
+    monkeypatch.setattr(loop, "enter_step", enter)
+    jax.tree.map(np.testing.assert_array_equal, run(tmp_path / "stopped"), whole)
+
+
 def test_the_average_of_the_weights_is_part_of_the_state_and_not_the_last_weights(uninterrupted):
     state, _ = uninterrupted
     average, last = exported_params(state), state["params"]
@@ -299,7 +331,7 @@ def test_a_workdir_of_another_config_is_refused_by_the_value_that_differs(tmp_pa
 def test_a_run_that_began_before_keys_were_added_goes_on_unless_they_say_otherwise(tmp_path):
     config, added = get_config().to_dict(), ("act_range", "buckets", "bits_file")
     old = {**config, "quant": {k: v for k, v in config["quant"].items() if k not in added}}
-    added = ("freeze_weights", "scale_aware", "target")
+    added = ("freeze_weights", "scale_aware", "target", "teacher_weights")
     old["train"] = {k: v for k, v in config["train"].items() if k not in added}
     del old["method"], old["calibration"]
     claim_workdir(tmp_path, old)
