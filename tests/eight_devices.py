@@ -21,7 +21,7 @@ from qvgen_jax import sharding
 from qvgen_jax.diffusion.cogvideox_dpm import CogVideoXDPMConfig
 from qvgen_jax.errors import UserError
 from qvgen_jax.mesh import AXES, make_mesh, mesh_of_config
-from qvgen_jax.models import abstract_params, cogvideox, quantizable, wan
+from qvgen_jax.models import abstract_params, quantizable, stack
 from qvgen_jax.models.cogvideox_config import CogVideoXConfig
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.quant import dense
@@ -198,8 +198,7 @@ def codes_seen(network: Network, mesh, monkeypatch) -> dict:
 
         with monkeypatch.context() as patched:
             patched.setattr(dense.Dense, "__call__", spied)
-            for family in (wan, cogvideox):
-                patched.setattr(family, "layer_scan", one_by_one)
+            patched.setattr(stack, "layer_scan", one_by_one)
             nnx.merge(network.recipe.teacher, params)(*arguments)
         return seen
 
