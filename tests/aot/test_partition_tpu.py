@@ -3,6 +3,10 @@
 import re
 from functools import partial
 
+import pytest
+
+pytest.importorskip("libtpu", reason="libtpu is not installed: jax[tpu]")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
