@@ -25,7 +25,7 @@ from qvgen_jax.training.checkpoint import Checkpoints
 from qvgen_jax.training.feed import feed
 from qvgen_jax.training.loop import compile_step, initial_state, make_recipe
 from qvgen_jax.training.run import load_model
-from qvgen_jax.training.teacher import as_held
+from qvgen_jax.training.teacher import held_in_training
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     pipe = load_model(config)
     model, teacher = pipe.transformer.config, pipe.transformer.states[0]
     state = initial_state(config, model, teacher)
-    teacher = as_held(teacher, jnp.dtype(config["compute_dtype"]))
+    teacher = held_in_training(config, model, teacher)
     clips = DrawnClips(*video_and_text(read_run(config)))
     empty_text, seed = jnp.asarray(clips.empty_text_embeds), jnp.int32(config["seed"])
     step = compile_step(make_recipe(config, model, pipe.scheduler, branch=True))

@@ -28,7 +28,7 @@ from qvgen_jax.plan.shapes import Run, scheduler_of, video_and_text
 from qvgen_jax.training.feed import feed
 from qvgen_jax.training.loop import compile_step, initial_state, make_recipe
 from qvgen_jax.training.pace import work_of
-from qvgen_jax.training.teacher import as_held
+from qvgen_jax.training.teacher import held_in_training
 
 
 class DrawnClips:
@@ -89,7 +89,7 @@ def main() -> None:
     state = jax.block_until_ready(initial_state(config, model, teacher))
     created = time.perf_counter() - began
     print(f"scales, branch and optimizer state: {created:.1f} s", flush=True)
-    teacher = as_held(teacher, dtype)
+    teacher = held_in_training(config, model, teacher)
     recipe = make_recipe(config, model, scheduler_of(model), branch=config["quant"]["rank"] > 0)
     empty_text, seed = jnp.asarray(clips.empty_text_embeds), jnp.int32(config["seed"])
     data, step = feed(clips, config), compile_step(recipe)

@@ -36,7 +36,7 @@ JOB = flags.DEFINE_enum("job", "train", JOBS, "what to do")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be repeated")
 SEED = flags.DEFINE_integer("seed", 0, "generate: the seed of the noise", lower_bound=0)
 TARGET = flags.DEFINE_string(
-    "target", "", "plan, mixed: chips such as v5p:4x4x4 or h200:8; else these"
+    "target", "", "plan, mixed: chips: v5p:4x4x4, 2xv6e:16x16, h200:8; else these"
 )
 COMPILE = flags.DEFINE_bool("compile", True, "plan: ask the target's compiler, if it is installed")
 VBENCH_INFO = flags.DEFINE_string("vbench_info", "", "vbench: its VBench_full_info.json")

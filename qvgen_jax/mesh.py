@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh
 from qvgen_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
+_ACROSS = ("data", "fsdp")  # What may go over the network between slices.
 
 
 def make_mesh(
@@ -38,7 +39,9 @@ def make_mesh(
     devices = list(jax.devices() if devices is None else devices)
     outer = _outer(across_slices or {})
     slices = math.prod(outer.values())
-    _check_slices(outer, devices)
+    # Nodes of GPUs may well be one mesh: their network is as flat.
+    if slices > 1 or devices[0].platform == "tpu":
+        check_slices(outer, slices_of(devices), f"the {len(devices)} devices")
     inner = _filled(_sizes(sizes, "mesh"), len(devices), slices)
     shape = tuple(inner[axis] for axis in AXES)
     if slices > 1:
@@ -107,9 +110,17 @@ def mesh_to_generate(devices: Sequence[jax.Device] | None = None) -> Mesh | None
 
     Args:
         devices: all there are if None; one process's own where each makes other videos.
+
+    Raises:
+        UserError: they are of several TPU slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     count = len(devices)
+    if devices[0].platform == "tpu" and (slices := slices_of(devices)) > 1:
+        raise UserError(
+            f"the {count} devices are of {slices} slices, and a video is made within one: start "
+            "the job on one slice alone"
+        )
     return None if count == 1 else make_mesh(sizes_to_generate(count), devices=devices)
 
 
@@ -150,18 +161,35 @@ def _outer(given: Mapping[str, int]) -> dict[str, int]:
     return outer
 
 
-def _check_slices(outer: Mapping[str, int], devices: Sequence[jax.Device]) -> None:
-    """Refuse a mesh for several slices on one, and on a TPU one that takes several for one."""
-    asked, there = math.prod(outer.values()), len({getattr(d, "slice_index", 0) for d in devices})
-    # Nodes of GPUs count as slices too, and may well be one mesh: their network is as flat.
-    if asked == there or (asked == 1 and devices[0].platform != "tpu"):
+def check_slices(across_slices: Mapping[str, int], there: int, what: str) -> None:
+    """Refuse a mesh for another number of slices than there are.
+
+    Args:
+        across_slices: of a config's mesh.
+        there: how many slices there are.
+        what: has them, such as "the 8 devices".
+
+    Raises:
+        UserError: see above.
+    """
+    outer = _outer(across_slices)
+    if math.prod(outer.values()) == there:
         return
-    told = ", ".join(f"{axis}={size}" for axis, size in outer.items() if size > 1) or "all 1"
-    raise UserError(
-        f"mesh.across_slices is {told}, and the {len(devices)} devices are of {there} slice"
-        f"{'s' * (there > 1)}; set --config.mesh.across_slices.data={there}, or fsdp, or their "
-        "product: it decides what goes over the network between slices"
+    told = ", ".join(f"{axis}={outer[axis]}" for axis in _ACROSS)
+    one, other = (
+        f"--config.mesh.across_slices.data={data} --config.mesh.across_slices.fsdp={fsdp}"
+        for data, fsdp in ((there, 1), (1, there))
     )
+    raise UserError(
+        f"mesh.across_slices is {told}, and {what} are of {there} slice{'s' * (there > 1)}: it "
+        "says what goes over the network between slices; set "
+        + (one if there == 1 else f"{one}, or {other}")
+    )
+
+
+def slices_of(devices: Sequence[jax.Device]) -> int:
+    """How many slices (of GPUs: nodes) the devices are of."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def _sizes(given: Mapping[str, int], name: str) -> dict[str, int]:

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from qvgen_jax.errors import UserError
-from qvgen_jax.mesh import AXES, make_mesh
+from qvgen_jax.mesh import AXES, make_mesh, mesh_to_generate
 from qvgen_jax.models import abstract_params
 from qvgen_jax.models.published import PUBLISHED
 from qvgen_jax.sharding import parameter_sharding, spec_of
@@ -44,15 +44,21 @@ def test_a_stacked_layer_keeps_its_first_axis_whole():
 @pytest.mark.parametrize(
     ("slices", "across", "message"),
     [
-        (2, {}, "is all 1, and the 8 devices are of 2 slices; set .*across_slices.data=2"),
-        (1, {"data": 2}, "is data=2, and the 8 devices are of 1 slice; set .*across_slices.data=1"),
-        (4, {"fsdp": 2}, "is fsdp=2, and the 8 devices are of 4 slices"),
+        (2, {}, "data=1, fsdp=1, and .* of 2 slices: .*data=2 .*fsdp=1, or .*data=1 .*fsdp=2"),
+        (1, {"data": 2}, "data=2, fsdp=1, and the 8 devices are of 1 slice: .*data=1 .*fsdp=1$"),
+        (4, {"fsdp": 2}, "data=1, fsdp=2, and .* of 4 slices: .*data=4 .*fsdp=1, or .*fsdp=4"),
     ],
 )
 def test_slices_of_a_tpu_that_the_mesh_does_not_name_are_told(slices, across, message):
     devices = [SimpleNamespace(platform="tpu", slice_index=n * slices // 8) for n in range(8)]
     with pytest.raises(UserError, match=message):
         make_mesh({"fsdp": -1}, across_slices=across, devices=devices)
+
+
+def test_videos_over_several_slices_are_refused():
+    devices = [SimpleNamespace(platform="tpu", slice_index=n // 4) for n in range(8)]
+    with pytest.raises(UserError, match="of 2 slices, and a video is made within one"):
+        mesh_to_generate(devices)
 
 
 # Eight devices on two cores wait for each other longer than XLA has patience for.

@@ -136,11 +136,11 @@ def _of_line(line: str) -> Iterator[tuple[str, str, int, int]]:
     operation = _OPERATION.match(line)
     if not operation:
         return
-    kind, devices = operation["kind"], _devices(line, operation["kind"])
-    shapes = _SHAPE.findall(operation["shape"])
+    kind, between = operation["kind"], _BETWEEN.search(line)
+    if kind == BETWEEN_SLICES and not between:
+        return  # From the program's own host, or one device's half of a permutation.
+    devices, shapes = _devices(line, kind), _SHAPE.findall(operation["shape"])
     if kind == BETWEEN_SLICES:
-        if not (between := _BETWEEN.search(line)):
-            return  # From the program's own host.
         shapes = shapes[:1]  # The rest are counters.
     if operation["start"] and kind in ("all-gather", "collective-permute"):
         # Of a started one the result holds the operands too, and at times counters.

@@ -1,6 +1,5 @@
 """A run planned: memory, work, traffic and time on a target, and whether it fits."""
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from kernels.attention import choose_attention
 from kernels.attention_call import AttentionCall
 from kernels.explain import Row, explain
 from qvgen_jax.errors import UserError
-from qvgen_jax.mesh import sizes_of_config
+from qvgen_jax.mesh import check_slices, sizes_of_config
 from qvgen_jax.models import quantizable
 from qvgen_jax.models.attention import exchange
 from qvgen_jax.models.linears import attended, quantized_products
@@ -136,17 +135,11 @@ def _across(config: Mapping, target: Target) -> dict[str, int]:
     Raises:
         UserError: that is not as many slices as the target has.
     """
-    across = dict(config["mesh"]["across_slices"])
-    if target.here or target.chip.platform != "tpu":
+    if target.chip.platform != "tpu":
         return {}
-    if math.prod(across.values()) != target.slices:
-        told = ", ".join(f"{axis}={size}" for axis, size in across.items())
-        raise UserError(
-            f"--target={target.name} has {target.slices} slice{'s' * (target.slices > 1)}, and "
-            f"mesh.across_slices is {told}; set --config.mesh.across_slices.data={target.slices}, "
-            "or fsdp, or their product"
-        )
-    return across
+    across = config["mesh"]["across_slices"]
+    check_slices(across, target.slices, f"the {target.devices} devices of {target.name}")
+    return dict(across)
 
 
 def _attention(run: Run, target: Target, sizes: Mapping[str, int]) -> tuple:

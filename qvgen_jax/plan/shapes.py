@@ -24,7 +24,7 @@ from qvgen_jax.models.linears import video_tokens
 from qvgen_jax.models.published import PUBLISHED, transformer_config
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.training.loop import undrawn_state
-from qvgen_jax.training.teacher import as_held, byte_linears
+from qvgen_jax.training.teacher import held_in_training
 
 _PUBLISHED_FACTORS = (4, 8)
 
@@ -110,10 +110,9 @@ def arguments(run: Run, mesh: Mesh | AbstractMesh) -> tuple[dict, dict, dict, An
     Raises:
         UserError: a parameter does not divide over the mesh.
     """
-    dtype = jnp.dtype(run.config["compute_dtype"])
-    full, in_bytes = abstract_params(run.model), byte_linears(run.config["train"], run.model)
+    full = abstract_params(run.model)
     state = jax.eval_shape(partial(undrawn_state, run.config, run.model), full)
-    teacher = jax.eval_shape(lambda x: as_held(x, dtype, in_bytes), full)
+    teacher = jax.eval_shape(partial(held_in_training, run.config, run.model), full)
     whole = NamedSharding(mesh, PartitionSpec())
     batch, empty_text = _batch(run)
     return (

@@ -8,6 +8,7 @@ import jax
 
 from kernels.chips import CHIPS, Chip, chip_of
 from qvgen_jax.errors import UserError
+from qvgen_jax.mesh import slices_of
 
 GPUS_OF_A_NODE = 8
 """That share NVLink; beyond them is the network between nodes."""
@@ -83,7 +84,9 @@ def parse_target(text: str) -> Target:
     """
     if not text:
         devices = jax.devices()
-        return Target("here", chip_of(devices[0]), len(devices), len(devices))
+        count, chip = len(devices), chip_of(devices[0])
+        slices = slices_of(devices) if chip.platform == "tpu" else 1
+        return Target("here", chip, count, count, slices=slices)
     several = _SLICES.match(text)
     slices = int(several[1]) if several else 1
     name, _, size = text[several.end() if several else 0 :].partition(":")
@@ -98,8 +101,8 @@ def parse_target(text: str) -> Target:
     if chip.platform == "gpu":
         if several:
             raise UserError(
-                f"--target={text}: only TPUs come in slices; give the number of all GPUs, as in "
-                f"{name}:{8 * slices}"
+                f"--target={text}: only TPUs come in slices; give the number of all GPUs after "
+                "the colon, as in h100:16"
             )
         return Target(text, chip, *[_count(text, size)] * 2)
     grid = _grid(text, name, size)

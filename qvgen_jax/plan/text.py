@@ -123,8 +123,9 @@ def _moved(plan: Plan) -> str:
     source = "compiled" if isinstance(plan.compiled, ahead.Compiled) else "estimated"
     lines = [f"collectives of a step, {source}; GB that arrive at each device"]
     for each in plan.moved:
+        kind = "between slices" if each.kind == BETWEEN_SLICES else each.kind
         lines.append(
-            f"  {each.kind:18s} {each.dtype:5s} over {each.devices:3d} x {each.count:6d} "
+            f"  {kind:18s} {each.dtype:5s} over {each.devices:3d} x {each.count:6d} "
             f"{_gigabytes(each.bytes)}"
         )
     lines.append(f"  {'all of them':44s} {_gigabytes(sum(c.bytes for c in plan.moved))}")
@@ -138,6 +139,8 @@ def _moved(plan: Plan) -> str:
 
 def _codes(plan: Plan) -> int:
     """Bytes of codes that arrive at a device. Where a TPU adds them, it packs four in a word."""
+    if plan.run.config["train"]["teacher_weights"] == "int8":
+        return 0  # Some are the teacher's, which would not be float32.
     return sum(c.bytes for c in plan.moved if c.dtype in ("s8", "u8", "u32"))
 
 

@@ -13,6 +13,7 @@ from qvgen_jax.quant.named import layer_at
 from qvgen_jax.training.loop import undrawn_state
 from qvgen_jax.training.optimizer import split_frozen
 from qvgen_jax.training.student import quant_config
+from qvgen_jax.training.teacher import byte_linears
 
 
 def kernel_sizes(run: Run) -> tuple[int, int]:
@@ -34,6 +35,13 @@ def _trained_size(run: Run) -> int:
     )
     trained, _ = split_frozen(state["params"], freeze_weights=True)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
+
+
+def _teacher_sizes(run: Run, every: int, dtype: str, width: int) -> dict[str, int]:
+    """Bytes of the teacher that travel, by type; `every` of its elements."""
+    names, params = byte_linears(run.config["train"], run.model), abstract_params(run.model)
+    codes = sum(math.prod(layer_at(params, name)["kernel"].shape) for name in names)
+    return {**({"s8": codes} if codes else {}), dtype: width * (every - codes)}
 
 
 def estimated(
@@ -60,32 +68,34 @@ def estimated(
         if devices > 1:
             found.append(Collective(kind, dtype, devices, count, int(arriving)))
 
-    fsdp, layers = sizes["fsdp"], run.model.num_layers
+    layers = run.model.num_layers
+    across = {"data": 1, "fsdp": 1} | dict(across or {})
+    within = {axis: size // across.get(axis, 1) for axis, size in sizes.items()}
+    fsdp = within["fsdp"]
     others = (fsdp - 1) / fsdp
     passes = times * (2 if again else 1)
     # Codes are one byte; the layers of a block are gathered one by one.
     per_block = len([name for name in quantizable(run.model) if is_stacked(name)])
     add("all-gather", "s8", fsdp, passes * layers * per_block, passes * quantized * others)
-    held, held_dtype = (width, dtype) if train["teacher_weights"] == "float" else (1, "s8")
-    if train["target"] == "teacher":
-        count, size = times * layers * per_block, times * held * every
-        add("all-gather", held_dtype, fsdp, count, size * others)
+    held = _teacher_sizes(run, every, dtype, width) if train["target"] == "teacher" else {}
+    for held_dtype, size in held.items():
+        add("all-gather", held_dtype, fsdp, times * layers * per_block, times * size * others)
     add("reduce-scatter", "f32", fsdp, times * layers * per_block, times * 4 * trained * others)
-    across = across or {}
     for axis in ("data", "context"):
-        size = sizes[axis] // across.get(axis, 1)
-        share = 2 * (size - 1) / size
-        add("all-reduce", "f32", size, layers * per_block, share * 4 * trained / fsdp)
-    if (slices := across.get("fsdp", 1)) > 1:
+        share = 2 * (within[axis] - 1) / within[axis]
+        add("all-reduce", "f32", within[axis], layers * per_block, share * 4 * trained / fsdp)
+    if (slices := across["fsdp"]) > 1:
         # Each device fetches its share of what other slices hold; the slice's links spread it.
-        share, count = (slices - 1) / slices / (fsdp // slices), layers * per_block
+        share, count = (slices - 1) / slices / fsdp, layers * per_block
         add(BETWEEN_SLICES, "s8", slices, passes * count, passes * quantized * share)
-        if train["target"] == "teacher":
-            add(BETWEEN_SLICES, held_dtype, slices, times * count, times * held * every * share)
+        for held_dtype, size in held.items():
+            add(BETWEEN_SLICES, held_dtype, slices, times * count, times * size * share)
         add(BETWEEN_SLICES, "f32", slices, times * count, times * 4 * trained * share)
-    if (slices := across.get("data", 1)) > 1:
-        share = 2 * (slices - 1) / slices
-        add(BETWEEN_SLICES, "f32", slices, layers * per_block, share * 4 * trained / fsdp)
+    if (slices := across["data"]) > 1:
+        # Gradients, after each part of an accumulated batch; who holds the same shares the way.
+        share = 2 * (slices - 1) / slices / sizes["fsdp"] / within["data"] / within["context"]
+        count = times * layers * per_block
+        add(BETWEEN_SLICES, "f32", slices, count, times * 4 * trained * share)
     _add_tokens(run, sizes, add, dtype, width, again)
     return sorted(found, key=lambda c: -c.bytes)
 

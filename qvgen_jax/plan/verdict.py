@@ -80,7 +80,8 @@ def _alternatives(plan: Plan) -> Iterator[Iterator[tuple[str, dict, Target]]]:
             yield f"--config.{section}.{key}={value}", changed, target
 
     yield overridden("train", "remat", POLICIES)
-    yield overridden("train", "teacher_weights", ["int8"])
+    if config["train"]["target"] == "teacher":
+        yield overridden("train", "teacher_weights", ["int8"])
     for section, key, now in (
         ("train", "accumulate", config["train"]["accumulate"]),
         ("mesh", "context", plan.sizes["context"]),

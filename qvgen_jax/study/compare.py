@@ -95,23 +95,29 @@ def luck(records: Sequence[Mapping]) -> tuple[float, int] | None:
     return (_DEVIATIONS * math.sqrt(squares / freedom), freedom) if freedom else None
 
 
-def common_seeds(variants: Mapping[str, Mapping]) -> set[int]:
-    """The training seeds that every variant has."""
-    return set.intersection(*map(set, variants.values()))
+def seeds_shown(variants: Mapping[str, Mapping]) -> dict[str, list[int]]:
+    """Of each variant the training seeds that it shares with the default, else all of its own.
+
+    Of the default those that any other variant shares: its row is what theirs are compared with.
+    """
+    default = set(variants.get(DEFAULT, ()))
+    shown = {name: sorted(default & set(runs)) or sorted(runs) for name, runs in variants.items()}
+    shared = {seed for name in variants if name != DEFAULT for seed in shown[name]} & default
+    return shown | ({DEFAULT: sorted(shared)} if shared else {})
 
 
 def screening_rows(records: Sequence[Mapping], bits: Sequence[int]) -> list[dict]:
     """One row per variant of a bit-width, by its held-out loss to the default's, best first.
 
-    Columns are of the seeds that all variants have, so that a row's loss and its change agree.
+    Columns are means over `seeds_shown`, which changes are paired by.
     Variants that cannot be compared come next, diverged ones last.
     """
     variants = at_bits(records, bits)
     default = variants.get(DEFAULT, {})
-    common = common_seeds(variants)
+    seeds = seeds_shown(variants)
     rows = []
     for name, every in variants.items():
-        runs = {seed: every[seed] for seed in sorted(common or every)}
+        runs = {seed: every[seed] for seed in seeds[name]}
         measured = list(runs.values())
         motions = [record["drift"]["motion"] for record in measured if record["drift"]]
         rows.append(

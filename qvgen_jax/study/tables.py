@@ -55,12 +55,14 @@ def _code_notes(records: Sequence[Mapping]) -> list[str]:
 
 def _screening_table(records: Sequence[Mapping], bits: Sequence[int]) -> str:
     lines = [
-        "| variant | held-out loss | to default | drift | to default | motion | steps | s/step |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variant | seeds | held-out loss | to default | drift | to default | motion | steps "
+        "| s/step |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in compare.screening_rows(records, bits):
         cells = [
             row["variant"],
+            str(row["seeds"]),
             _number(row["loss"], 4) if math.isfinite(row["loss"]) else "not finite",
             _change(row, "loss_change"),
             _number(row["drift"], 3),
@@ -79,16 +81,15 @@ def _screening_notes(
     """Of one bit-width's table; the luck of a seed is that of the whole stage."""
     first = records[0]
     clips = first["held_out"]["clips"] if first["held_out"] else 0
-    seeds = len(compare.common_seeds(compare.at_bits(records, bits)))
     timesteps = len(first["timesteps"] or ())
     videos = first["drift"]["videos"] if first["drift"] else 0
     text = (
         "Held-out loss: mean squared error of the exported student's prediction against full "
         f"precision's by the variance of the latter, mean over {timesteps} timesteps and {clips} "
         f"clips. Drift: relative difference of the final latents, mean over {videos} videos. "
-        f"Motion: change between latent frames, by full precision's. {_count(seeds, 'seed')} per "
-        "variant. Intervals (95 %) are paired over clips and videos: the luck of a training seed "
-        "is not in them."
+        "Motion: change between latent frames, by full precision's. Means over a row's training "
+        "seeds, changes paired seed by seed. Intervals (95 %) are over clips and videos: the luck "
+        "of a training seed is not in them."
     )
     found = compare.luck(stage)
     if found is not None:

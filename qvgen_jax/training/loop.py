@@ -37,7 +37,7 @@ from qvgen_jax.training.state import create_state, enter_step, exported_params, 
 from qvgen_jax.training.step import Recipe, train_step
 from qvgen_jax.training.stop import Stop
 from qvgen_jax.training.student import quant_config, rank_decay, student_definition, tail_start
-from qvgen_jax.training.teacher import as_held, byte_linears, teacher_definition
+from qvgen_jax.training.teacher import byte_linears, held_in_training, teacher_definition
 from qvgen_jax.training.validation import Validated
 from qvgen_jax.training.watchdog import Watchdog
 from qvgen_jax.transformer import Transformer
@@ -198,8 +198,7 @@ def run_steps(
             state = initial_state(config, model, teacher, activations, mesh, moments)
             state = checkpoint.committed(state)
         shapes = jax.eval_shape(lambda x: x, teacher)  # Enough for what is restored from now on.
-        in_bytes = byte_linears(train, model)
-        teacher = as_held(teacher, jnp.dtype(config["compute_dtype"]), in_bytes)
+        teacher = held_in_training(config, model, teacher)
         parts = (scheduler, teacher, dataset, checkpoints, mesh, validate)
         run = Run(config, workdir, model, *parts)
         while True:

@@ -1,7 +1,7 @@
 """A whole run: from a config and a workdir to the teacher's pipeline and the student's state."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -59,7 +59,8 @@ def train(
             student. Needed where the config validates.
 
     Returns:
-        The teacher's pipeline and the student's final state, without a branch.
+        The teacher's pipeline, in full precision where one process trained, and the student's final
+        state, without a branch.
 
     Raises:
         UserError: a wrong config, model, data folder, or a workdir of another run.
@@ -93,10 +94,12 @@ def train(
             validate = validation(config, workdir, pipe)
         arguments = (model, pipe.scheduler, teacher, dataset, mesh, validate)
         state, teacher = run_steps(config, workdir, *arguments)
-        if byte_linears(config["train"], model):  # What follows compares with full precision.
-            pipe = load_model(config, over_mesh(mesh))
+        in_bytes = byte_linears(config["train"], model)
+        if in_bytes and hosts.is_alone():  # What follows compares with full precision.
+            del teacher, arguments, validate, pipe
+            pipe, in_bytes = load_model(config, over_mesh(mesh)), ()
             teacher = as_held(pipe.transformer.states[0], jnp.dtype(config["compute_dtype"]))
-    return _holding(config, pipe, teacher), state
+    return _holding(config, pipe, teacher, in_bytes), state
 
 
 def _check_processes(config: Mapping) -> None:
@@ -108,10 +111,14 @@ def _check_processes(config: Mapping) -> None:
         )
 
 
-def _holding(config: Mapping, pipe: Pipeline, teacher: dict) -> Pipeline:
-    """The pipeline with the teacher as training held it, computing in the same type."""
-    dtype = jnp.dtype(config["compute_dtype"])
-    return pipe.with_transformer(teacher_definition(pipe.transformer.config, dtype), teacher)
+def _holding(
+    config: Mapping, pipe: Pipeline, teacher: dict, in_bytes: Collection[str] = ()
+) -> Pipeline:
+    """The pipeline with a held teacher, computing in training's type; see `as_held`."""
+    definition = teacher_definition(
+        pipe.transformer.config, jnp.dtype(config["compute_dtype"]), in_bytes
+    )
+    return pipe.with_transformer(definition, teacher)
 
 
 def finished_state(config: Mapping, workdir: Path) -> tuple[Pipeline, dict]:

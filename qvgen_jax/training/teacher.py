@@ -1,7 +1,6 @@
 """The teacher of a run: full precision, in the least memory in which its answers are the same.
 
-Or in half of that, with weights of a byte each (`train.teacher_weights=int8`), whose answers are
-nearly so.
+Or in less, with weights of a byte each (`train.teacher_weights=int8`), whose answers are nearly so.
 """
 
 from collections.abc import Collection, Mapping
@@ -94,6 +93,18 @@ def as_held(teacher: dict, dtype: jnp.dtype, in_bytes: Collection[str] = ()) -> 
         return held
 
     return hold(teacher, "")
+
+
+def held_in_training(config: Mapping, model: TransformerConfig, teacher: dict) -> dict:
+    """`as_held` as the steps of a run want it.
+
+    Args:
+        config: reads `compute_dtype` and `train`.
+        model: the teacher's sizes.
+        teacher: full-precision parameters.
+    """
+    dtype = jnp.dtype(config["compute_dtype"])
+    return as_held(teacher, dtype, byte_linears(config["train"], model))
 
 
 def _replaced(kernel: jax.Array, narrow) -> dict[str, jax.Array]:

@@ -51,6 +51,18 @@ def test_what_is_in_a_loop_counts_as_often_as_it_turns():
     assert gather == Collective("all-gather", "s8", 64, 47, 47 * arriving)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "%r = (f32[8]{0}, u32[], token[]) recv(%t), channel_id=2, is_host_transfer=true",
+        "%r = (f32[8]{0}, u32[], token[]) recv(%t), frontend_attributes={"
+        '_xla_send_recv_source_target_pairs="{{0,1},{1,0}}"}',
+    ],
+)
+def test_what_no_other_slice_sends_does_not_count(line):
+    assert not [c for c in collectives(PROGRAM.replace("LINE", line)) if c.kind == "recv"]
+
+
 def test_a_tpus_sum_and_slice_in_one_is_a_reduce_scatter():
     # As libtpu 0.0.48.1 writes a gradient over 64 of 256 devices.
     scatter = """

@@ -42,15 +42,18 @@ def test_weights_gradients_and_moments_are_what_the_parameters_weigh():
     assert 2 * every < whole.teacher < 2.03 * every
 
 
-def test_a_teacher_of_bytes_is_half_and_travels_as_half():
-    run = read_run(config(train={"teacher_weights": "int8"}))
-    every = kernel_sizes(run)[1]
-    # A scale a channel, and in float32 the timestep's path.
-    assert every < estimate(run, ONE, "gpu").teacher < 1.06 * every
-    moved = estimated(run, {**ONE, "fsdp": 16})
-    whole = estimated(read_run(config()), {**ONE, "fsdp": 16})
-    saved = sum(c.bytes for c in whole) - sum(c.bytes for c in moved)
-    assert saved == pytest.approx(every * 15 / 16, rel=1e-6)
+@pytest.mark.parametrize(
+    ("name", "share"),
+    # Of CogVideoX a sixth are linears of the timestep, which stay float32.
+    [("wan1_3b_w4a4", 0.52), ("cogvideox2b_w4a4", 0.68), ("cogvideox1_5_5b_w4a4", 0.63)],
+)
+def test_a_teacher_of_bytes_takes_and_moves_less(name, share):
+    runs = [read_run(config(name, train={"teacher_weights": how})) for how in ("float", "int8")]
+    whole, held = (estimate(run, ONE, "gpu").teacher for run in runs)
+    assert held == pytest.approx(share * whole, rel=0.02)
+    moved = [sum(c.bytes for c in estimated(run, {**ONE, "fsdp": 16})) for run in runs]
+    # A byte instead of two of what became codes: all but scales of what the memory lost.
+    assert moved[0] - moved[1] == pytest.approx((whole - held) * 15 / 16, rel=0.02)
 
 
 def test_of_several_buckets_the_largest_counts():

@@ -17,10 +17,10 @@ def test_a_shipped_config_has_the_plan_that_is_kept(name):
     assert planned(name) == (FOLDER / f"{name}.txt").read_text()
 
 
-def two_slices(target: str = "2xv5p:4x4x4", **across: int) -> Plan:
+def two_slices(target: str = "2xv5p:4x4x4", batch: int = 128, parts: int = 1, **across) -> Plan:
     config = read_config("configs/wan14b_w4a4.py").to_dict()
     config["mesh"]["across_slices"] |= across
-    config["train"]["batch_size"] *= 2
+    config["train"] |= {"batch_size": batch, "accumulate": parts}
     return make_plan(config, parse_target(target), compiler=False)
 
 
@@ -37,6 +37,14 @@ def test_copies_in_two_slices_meet_in_their_gradients_alone():
     told = as_text(plan, "")
     assert "over the network between 2 slices: data 2" in told
     assert "of 600 GB/s a device, 6.25 between slices" in told
+
+
+def test_who_holds_the_same_shares_the_way_and_every_part_of_a_batch_goes_it():
+    """As libtpu 0.0.48.1 compiles the tiny step: context 2 halves it, two parts double it."""
+    whole, shared = two_slices(data=2), two_slices(batch=64, data=2)
+    assert (shared.sizes["fsdp"], shared.sizes["context"]) == (32, 2)
+    assert between(shared) == between(whole)
+    assert between(two_slices(batch=256, parts=2, data=2)) == 2 * between(whole)
 
 
 def test_one_copy_over_two_slices_has_less_state_and_more_to_fetch():

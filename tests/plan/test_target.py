@@ -65,7 +65,7 @@ def test_the_next_larger_target_has_twice_the_chips(text, larger):
         ("v6e:3x4", "the first two sides of a grid of v6e are even"),
         ("v6e:32x16", "at most 256 chips in all"),
         ("0xv6e:2x2", "no chip '0xv6e' is known"),
-        ("2xh100:8", "only TPUs come in slices; give the number of all GPUs, as in h100:16"),
+        ("2xh100:8", "only TPUs come in slices; give the number of all GPUs after the colon"),
     ],
 )
 def test_what_there_is_not_is_told_with_what_there_is(text, message):

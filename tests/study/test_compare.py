@@ -55,6 +55,20 @@ def test_changes_are_paired_with_the_default_of_the_same_seed(study):
     assert found["default"]["loss_change"] is None
 
 
+def test_a_variant_of_one_seed_takes_none_from_the_others():
+    made = cells("finals", ("default", "released", "unguided_last"))
+    records = [synthetic(cell, 0.1 * (1 + cell.seed)) for cell in made]
+    found = {row["variant"]: row for row in compare.screening_rows(records, (4, 4))}
+    assert {name: row["seeds"] for name, row in found.items()} == {
+        "default": 3,
+        "released": 3,
+        "unguided_last": 1,
+    }
+    assert found["released"]["loss"] == pytest.approx(0.2, rel=0.05)
+    assert found["unguided_last"]["loss"] == pytest.approx(0.1, rel=0.05)
+    assert found["unguided_last"]["loss_change"].value == pytest.approx(0.0, abs=1e-9)
+
+
 def test_the_spread_of_the_default_is_what_luck_does(study):
     records = record.read_stage(study, "screening")
     # Losses as 1, 1.02, 1.04 at both bit-widths: a standard deviation of 0.02 / 1.02.
@@ -144,8 +158,8 @@ def test_the_tables_say_what_was_found_and_what_failed(study, tmp_path):
     assert "mean over 9 timesteps and 16 clips" in text
     assert re.search(r"may be 5\.\d % apart .* 4 degrees of freedom.* of 4 comparisons", text)
     assert "by commit" not in text
-    assert re.search(r"\| rank_8 \| 0\.080\d \| -20\.\d % \(", text)
-    assert "| full_rank_kept | not finite |" in text
+    assert re.search(r"\| rank_8 \| 1 \| 0\.080\d \| -20\.\d % \(", text)
+    assert "| full_rank_kept | 1 | not finite |" in text
     assert "| full precision | | 100.0 % (60/60, 94.0 to 100.0) | reference |" in text
     assert "| released | 3 | 50.0 % (90/180" in text
     assert "hadamard-w4a4-0: `error: no such option`" in text
