@@ -127,7 +127,8 @@ def table(results: Mapping) -> str:
         lines = [f"| {width.upper()} | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
         for name, row in rows.items():
             found = [NAMES.get(name, "Full precision"), cells(row)]
-            found += [ratio(speed["seconds"], name)] * bool(speed)
+            if speed:
+                found.append(ratio(speed["seconds"], name))
             lines.append(f"| {' | '.join(found)} |")
         if speed:
             lines.append(f"\nDenoised on {speed['device']}, jax {speed['jax']}.")
