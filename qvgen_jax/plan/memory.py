@@ -24,8 +24,8 @@ class Memory(NamedTuple):
         master: float32 weights, the quantizers' and the branch's parameters among them.
         moments: Adam's two, and the rest of the optimizer's state.
         average: of the weights, where the run keeps one.
-        teacher: its weights; with `train.target=truth` no step reads them, and they stay for what
-            judges the student afterwards.
+        teacher: its weights, as `train.teacher_weights` has them; with `train.target=truth` no step
+            reads them, but they are there.
         batch: latents and prompts.
         gradients: float32, of all that trains at once: their norm is needed before any is applied.
             Twice where they accumulate, the sum and a part's.

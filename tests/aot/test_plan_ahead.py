@@ -1,6 +1,9 @@
 """The real training step compiled for TPUs that are not here, and the plan's estimate beside it."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 
 import pytest
@@ -9,6 +12,7 @@ pytest.importorskip("libtpu", reason="libtpu is not installed: jax[tpu]")
 
 from benchmarks.ahead import RESULTS, ROWS
 from configs import read_config
+from kernels.tpu_ahead import ALONE
 from qvgen_jax.mesh import sizes_of_config, sizes_to_generate
 from qvgen_jax.plan import ahead
 from qvgen_jax.plan.collectives import BETWEEN_SLICES
@@ -50,6 +54,39 @@ def test_between_slices_only_gradients_travel():
     # A float32 of every parameter that a device holds: what a plan counts, without a TPU's tiles,
     # which half fill in so small a model.
     assert guess.gradients / 2 < sum(c.bytes for c in between) < guess.gradients
+
+
+SCATTERS = """
+import jax, jax.numpy as jnp
+from functools import partial
+from jax.sharding import NamedSharding, PartitionSpec as P
+from qvgen_jax.mesh import make_mesh
+from qvgen_jax.plan import ahead
+from qvgen_jax.plan.collectives import collectives
+from qvgen_jax.plan.target import parse_target
+
+for sizes in ({"fsdp": 64}, {"fsdp": 32, "context": 2}):
+    mesh = make_mesh(sizes, devices=ahead.devices(parse_target("v5p:4x4x4")))
+    scatter = partial(jax.lax.psum_scatter, axis_name="fsdp", scatter_dimension=0, tiled=True)
+    run = jax.shard_map(
+        lambda x: scatter(x[0]), mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False
+    )
+    x = jax.ShapeDtypeStruct((mesh.shape["fsdp"], 5120, 5120), jnp.float32,
+                             sharding=NamedSharding(mesh, P("fsdp")))
+    print(collectives(jax.jit(run).lower(x).compile().as_text())[0].kind)
+"""
+
+
+def test_over_a_whole_slice_libtpu_sums_where_it_is_asked_to_scatter():
+    """What docs/pods.md says of gradients: another release may do it otherwise, and be told so."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCATTERS],
+        env={**os.environ, **ALONE},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["all-reduce", "reduce-scatter"]
 
 
 @pytest.mark.slow
