@@ -25,6 +25,7 @@ from configs import read_config
 from kernels.bench import device_name
 from qvgen_jax.evaluation.samples import read_prompts
 from qvgen_jax.ptq.methods import METHODS
+from qvgen_jax.study.grid import bits_name
 
 RESULTS = Path(__file__).with_name("results") / "untrained.json"
 BEGIN, END = "<!-- untrained: begin -->", "<!-- untrained: end -->"
@@ -47,14 +48,9 @@ def run(*arguments: str) -> None:
         sys.exit(f"main.py {' '.join(arguments)} ended with exit code {done.returncode}")
 
 
-def width_of(bits: tuple[int, int]) -> str:
-    """Such as w4a4."""
-    return f"w{bits[0]}a{bits[1]}"
-
-
 def quantized(bits: tuple[int, int], scratch: Path) -> dict[str, Path]:
     """The folder of each method at one bit-width; what is there already the job knows."""
-    folders = {method: scratch / f"{width_of(bits)}_{method}" for method in METHODS}
+    folders = {method: scratch / f"{bits_name(bits)}_{method}" for method in METHODS}
     keys = (f"--config.quant.weight_bits={bits[0]}", f"--config.quant.act_bits={bits[1]}")
     for method, folder in folders.items():
         run("--job=quantize", f"--method={method}", f"--workdir={folder}", *keys)
@@ -87,7 +83,7 @@ def compared(bits: tuple[int, int], videos: int, scratch: Path) -> dict:
     keys = {"videos": videos, "shown": 0, "pixels": False, "round_to_nearest": False}
     keys |= {"reference": scratch / "reference"}
     asked = [f"--config.evaluate.{key}={value}" for key, value in keys.items()]
-    judged = scratch / f"{width_of(bits)}_judged"
+    judged = scratch / f"{bits_name(bits)}_judged"
     run("--job=evaluate", f"--workdir={judged}", *exports, *asked)
     rows = json.loads((judged / "evaluation.json").read_text())["variants"]
     found = {"full_precision": kept(rows[0])}
@@ -178,7 +174,7 @@ def main() -> None:
         return
     results |= {"jax": version("jax"), "device": device_name(), "videos": given.videos}
     for bits in BITS:
-        if (name := width_of(bits)) not in results["bits"]:
+        if (name := bits_name(bits)) not in results["bits"]:
             results["bits"][name] = compared(bits, given.videos, given.scratch)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
