@@ -167,7 +167,7 @@ def test_the_tables_say_what_was_found_and_what_failed(study, tmp_path):
     dirty["code"] = {"commit": "fedcba9876543210", "dirty": True}
     section = "\n".join(stage_section("screening", [*record.read_stage(study, "finals"), dirty]))
     assert "13 cells, by commit: 01234567 (12), fedcba98 with uncommitted changes (1)." in section
-    assert max(len(line.split("|")) for line in text.splitlines()) == 10
+    assert max(len(line.split("|")) for line in text.splitlines()) == 11
 
 
 def test_figures_are_svg_files_that_do_not_change_by_drawing_again(study, tmp_path):
