@@ -1,6 +1,7 @@
 """JSON files: read where others wrote them or somebody changed them by hand, written whole."""
 
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,13 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     return fields
 
 
-def write_json(path: Path, content: Any, writer: int = 0) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Writes a file that is there completely or as it was; see `write_whole`."""
-    write_whole(path, json.dumps(content, indent=1) + "\n", writer)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
-def write_whole(path: Path, text: str, writer: int = 0) -> None:
-    """The same of a text.
-
-    Args:
-        path: the file.
-        text: all of it.
-        writer: tells apart processes or machines that may write the file at the same time.
-    """
-    partial = path.with_suffix(f".{writer}.part")
+def write_whole(path: Path, text: str) -> None:
+    """The same of a text; of several that write the file at the same time, the last one's stays."""
+    partial = path.with_suffix(f".{secrets.token_hex(4)}.part")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -19,10 +19,13 @@ written whole or not at all, and the same videos give the same bytes however oft
 stopped and taken up again.
 """
 
+import contextlib
+import fcntl
+import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,15 +116,21 @@ def encode_folder(
     here = range(jax.process_index() % every, len(parts), every)
     speaks, shards = hosts.is_first() or not shared, []
     changed, told = not (out / MANIFEST).exists(), _Told(sum(len(parts[i]) for i in here), log)
+    finished = functools.partial(_finished_shard, folder_of(source), retry=retry)
     for number in here:
-        shard = _finished_shard(folder_of(source), files[number], retry)
-        if shard is None:
-            writer = ShardWriter(pipe, folder_of(source), files[number], cut, batch_size)
-            shard, changed = writer.write(parts[number], settings["max_length"], told.add), True
-            for name, reason in shard["refused"].items():
-                log(f"set aside {name}: {reason}")
-        else:
-            told.skip(len(parts[number]))
+        part, described = parts[number], files[number]
+        with contextlib.ExitStack() as stack:
+            shard = finished(described)
+            if shard is None:
+                stack.enter_context(_held(out, number, log))
+                shard = finished(described)  # By the run that held it until now.
+            if shard is None:
+                writer = ShardWriter(pipe, folder_of(source), described, cut, batch_size)
+                shard, changed = writer.write(part, settings["max_length"], told.add), True
+                for name, reason in shard["refused"].items():
+                    log(f"set aside {name}: {reason}")
+            else:
+                told.skip(len(part))
         shards.append(shard)
         try:
             _check_refused(out, shards, len(entries), most_refused, listed=speaks)
@@ -204,7 +213,7 @@ def _claim(out: Path, settings: dict) -> bool:
 def _claim_here(path: Path, settings: dict) -> None:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings, jax.process_index())
+        write_json(path, settings)
         return
     before = read_object(path, f"delete {path.parent}, and encode again")
     changed = [key for key in settings if before.get(key) != settings[key]]
@@ -216,6 +225,22 @@ def _claim_here(path: Path, settings: dict) -> None:
         )
 
 
+@contextlib.contextmanager
+def _held(out: Path, number: int, log: Callable[[str], None]) -> Iterator[None]:
+    """A shard, against other runs that encode to the same folder; the kernel frees it with its
+    holder."""
+    with (out / ".lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+        except BlockingIOError:
+            log(f"another run encodes shard {number} of {out}: waiting for it")
+            fcntl.lockf(file, fcntl.LOCK_EX, 1, number)
+        except OSError as error:
+            # Some network file systems have no locks: no reason not to encode there.
+            log(f"warning: {out} cannot be locked ({error.strerror}); keep other runs out of it")
+        yield
+
+
 def _check_refused(
     out: Path, shards: Sequence[dict], total: int, most: float, *, listed: bool
 ) -> None:
@@ -224,7 +249,8 @@ def _check_refused(
     if listed:  # By one of the processes that share the folder.
         rows = ({"file": name, "reason": reason} for name, reason in refused.items())
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_whole(out / REFUSED, text, jax.process_index())
+        if not (out / REFUSED).is_file() or (out / REFUSED).read_text(encoding="utf-8") != text:
+            write_whole(out / REFUSED, text)
     check_share(refused, total, most, f"; all are in {out / REFUSED}")
 
 
@@ -300,7 +326,7 @@ def _write_manifest(
         "model_name": model,
         "versions": {name: version(name) for name in _PACKAGES},
     }
-    write_json(out / MANIFEST, manifest, jax.process_index())
+    write_json(out / MANIFEST, manifest)
 
 
 def _digest(text: str) -> str:

@@ -111,7 +111,7 @@ class ShardWriter:
                 files[str(size)] = {"file": path.name, "count": self._counts[size]}
         stamps = {name: stamp(self._folder / name) for name in refused}
         shard = {"files": files, "refused": refused, "stamps": stamps}
-        write_json(self._described, shard, jax.process_index())
+        write_json(self._described, shard)
         return shard
 
 

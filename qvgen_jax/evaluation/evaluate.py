@@ -99,9 +99,9 @@ def evaluate_variants(
     result = _result(config, asked, slices, known, places)
     if hosts.is_first():
         gallery = _gallery(workdir, asked[:shown], places)
-        write_json(workdir / "evaluation" / "videos.json", gallery, part[0])
-        write_json(workdir / RESULT, result, part[0])
-        write_whole(workdir / "evaluation.md", table(result) + "\n", part[0])
+        write_json(workdir / "evaluation" / "videos.json", gallery)
+        write_json(workdir / RESULT, result)
+        write_whole(workdir / "evaluation.md", table(result) + "\n")
     return result
 
 

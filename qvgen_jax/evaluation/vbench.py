@@ -193,7 +193,7 @@ def write_tree(
         UserError: `out` holds the videos of another model, or with other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _claim(out / MANIFEST, name, pipe, rows, part[0])
+    _claim(out / MANIFEST, name, pipe, rows)
     mine = [row for row in rows[part[0] :: part[1]] if not (out / "videos" / row.file).is_file()]
     partial = out / f"partial-{part[0]}.mp4"  # A folder of videos holds nothing else.
     for start in range(0, len(mine), batch_size):
@@ -212,7 +212,7 @@ def write_tree(
     return out
 
 
-def _claim(path: Path, name: str, pipe: Pipeline, rows: Sequence[Row], machine: int) -> None:
+def _claim(path: Path, name: str, pipe: Pipeline, rows: Sequence[Row]) -> None:
     """Writes the manifest, or sees that the one there is the same."""
     manifest: dict[str, Any] = {
         "name": name,
@@ -232,7 +232,7 @@ def _claim(path: Path, name: str, pipe: Pipeline, rows: Sequence[Row], machine: 
                 "give another --workdir"
             )
         return
-    write_json(path, manifest, machine)
+    write_json(path, manifest)
 
 
 def read_scores(folder: Path) -> dict[str, float]:

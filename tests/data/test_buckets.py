@@ -221,3 +221,45 @@ def test_two_processes_share_the_work_on_one_disk(videos, tmp_path):
     assert "encoded 6 of 6 videos" in told[0]
     assert "encoded 4 of 4 videos" in told[1]
     assert contents(out) == contents(tmp_path / "whole")
+
+
+SIDE_BY_SIDE = """
+import sys
+import time
+from pathlib import Path
+from qvgen_jax.data.encode import encode_folder
+from tests.data.test_buckets import CUT, AveragingPipeline
+
+class WaitingPipeline(AveragingPipeline):
+    def vae_posterior(self, video):
+        print("encodes", flush=True)
+        while not Path(sys.argv[3]).exists():
+            time.sleep(0.01)
+        return super().vae_posterior(video)
+
+encode_folder(WaitingPipeline(), Path(sys.argv[1]), Path(sys.argv[2]), cut=CUT, batch_size=1)
+"""
+
+
+def test_of_two_runs_that_encode_to_one_folder_the_second_waits_for_the_first(videos, tmp_path):
+    """As two trainings do that are started on the same videos."""
+    out, go_on = tmp_path / "shared", tmp_path / "go_on"
+
+    def begun() -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", SIDE_BY_SIDE, str(videos), str(out), str(go_on)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    first = begun()
+    assert first.stdout.readline() == "encodes\n"
+    second = begun()
+    assert second.stdout.readline().startswith("another run encodes shard 0 of ")
+    go_on.touch()
+    assert "encoded 10 of 10 videos" in first.communicate(timeout=60)[0]
+    assert second.communicate(timeout=60)[0] == ""  # Nothing was left to encode.
+    assert (first.returncode, second.returncode) == (0, 0)
+    encode_folder(AveragingPipeline(), videos, tmp_path / "alone", cut=CUT, batch_size=1)
+    assert contents(out) == contents(tmp_path / "alone")
