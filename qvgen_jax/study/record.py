@@ -63,7 +63,9 @@ def outdated(study: Path, cell: Cell) -> str | None:
 def write(path: Path, content: Mapping) -> None:
     """JSON with a line per key, so that a change is read in a diff; complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"{json.dumps(key)}: {json.dumps(_plain(content[key]))}" for key in content]
+    # The config to its last digit, or it would not be the one that is asked for.
+    plain = {key: part if key == "config" else _plain(part) for key, part in content.items()}
+    lines = [f"{json.dumps(key)}: {json.dumps(part)}" for key, part in plain.items()]
     partial = path.with_suffix(".tmp")
     partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     partial.replace(path)

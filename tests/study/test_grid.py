@@ -7,8 +7,9 @@ import pytest
 
 from qvgen_jax.errors import UserError
 from qvgen_jax.study import grid as study_grid
+from qvgen_jax.study import record
 from qvgen_jax.training.check import check_config
-from tests.study.records import cells, grid
+from tests.study.records import cells, grid, synthetic
 
 
 @pytest.mark.parametrize("stage", ["screening", "finals", "smoke"])
@@ -73,6 +74,17 @@ def test_a_record_is_outdated_by_its_own_keys_and_by_overridden_new_ones():
     added_later = {key: value for key, value in recorded.items() if key != "train.ema_decay"}
     assert study_grid.differences(added_later, cell) == []
     assert study_grid.differences({**recorded, "quant.gone": 1}, cell)
+
+
+@pytest.mark.parametrize("name", ["default", "efficient_dm"])  # Its rates have many digits.
+def test_a_record_that_was_written_is_good(name, tmp_path):
+    for cell in cells("finals", (name,)):
+        assert record.outdated(tmp_path, cell) == "no result"
+        content = synthetic(cell, loss=1 / 3)
+        record.write(record.path_of(tmp_path, cell), content)
+        assert record.outdated(tmp_path, cell) is None
+    held = record.read_stage(tmp_path, "finals")[0]["held_out"]["per_clip"]
+    assert all(float(f"{x:.5g}") == x for x in held)  # What was measured has few digits.
 
 
 def test_where_things_lie_and_what_is_written_do_not_change_the_digest():
