@@ -20,23 +20,18 @@ from importlib.metadata import version
 from ml_collections import ConfigDict
 
 from configs import tiny_w4a4
-from configs._baselines import overrides
+from configs._recipes import overrides
 
 # Programs compile in two thirds of the time and are no slower (CPU). JAX 0.11 ends over the first.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=1"
 if version("jax").startswith("0.10."):
     QUICK_TO_COMPILE = f"--xla_cpu_use_fusion_emitters=false {QUICK_TO_COMPILE}"
 
+_WEIGHTS_RATE = tiny_w4a4.get_config("full").train.learning_rate.weights
 _SCREENING = {
     # As it is in configs/tiny_w4a4.py.
     "default": {"train.log_spectrum": True},
-    # The released code's quantizers, branch, moments and schedule (ModelTC/QVGen, training/quant).
-    "released": {
-        "quant.behaviour": "released",
-        "quant.branch_moments": "keep",
-        "quant.branch_space": "weights",
-        "quant.decay_fraction": 1.0,
-    },
+    "released": overrides("released", _WEIGHTS_RATE),
     # No low-rank branch at all (QVGen, arXiv 2505.11497, the ablation without Phi).
     "plain_qat": {"quant.rank": 0},
     # The same for as many operations as the default takes, in more steps.
@@ -92,7 +87,6 @@ _SCREENING = {
     "abrupt_end": {"quant.decay_shape": "abrupt", "quant.decay_fraction": 0.9},
 }
 _TOGETHER = {"quant.rotation": "hadamard", "quant.smoothing": 0.5, "quant.time_table": True}
-_WEIGHTS_RATE = tiny_w4a4.get_config("full").train.learning_rate.weights
 _FINALS_ONLY = {
     # The last 4 of 25 steps without guidance, which amplifies errors (arXiv 2404.07724). It trains
     # as the default does: only videos can tell.
@@ -101,7 +95,7 @@ _FINALS_ONLY = {
     # operations: whether Phi adds anything to them (ours).
     "together": _TOGETHER,
     "together_plain": {**_TOGETHER, "quant.rank": 0, "train.steps": "equal_operations"},
-    # The trained baselines of QVGen's paper, as configs/_baselines.py has them; its plain training
+    # The trained baselines of QVGen's paper, as configs/_recipes.py has them; its plain training
     # is plain_qat above.
     **{name: overrides(name, _WEIGHTS_RATE) for name in ("lsq", "q_dm", "efficient_dm")},
 }

@@ -11,16 +11,15 @@ stage, not the method's quality. `full` trains on 1024 clips and judges
 
 from ml_collections import ConfigDict
 
-from configs._baselines import BASELINES, split, with_baseline
+from configs._recipes import RECIPES, split, with_recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg`: "" for the demo, "full" for the measured run; or a baseline, or "full,lsq"."""
-    arg, baseline = split(arg)
+    """`arg`: "" for the demo, "full" for the measured run; or a recipe of `configs/_recipes.py`, or
+    "full,lsq"."""
+    arg, recipe = split(arg)
     if arg not in ("", "full"):
-        raise ValueError(
-            f"tiny_w4a4 knows the arguments 'full' and {', '.join(BASELINES)}, not {arg!r}"
-        )
+        raise ValueError(f"tiny_w4a4 knows 'full' and one of {', '.join(RECIPES)}, not {arg!r}")
     full = arg == "full"
 
     config = ConfigDict()
@@ -158,4 +157,4 @@ def get_config(arg: str = "") -> ConfigDict:
     config.calibration.rank = 32  # Of the branch that svdquant keeps.
     config.calibration.branch_iterations = 1  # At most so many SVDs of it; the paper has one.
 
-    return with_baseline(config, baseline).lock()
+    return with_recipe(config, recipe).lock()

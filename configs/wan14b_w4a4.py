@@ -15,17 +15,14 @@ to start it. The step was compiled for 64 v5p and for 256 v6e, and fits.
 
 from ml_collections import ConfigDict
 
-from configs._baselines import BASELINES, split, with_baseline
+from configs._recipes import RECIPES, split, with_recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg`: "" for our defaults, "released" for the authors' behaviour, or a baseline."""
-    arg, baseline = split(arg)
-    if arg and (arg != "released" or baseline):
-        raise ValueError(
-            f"this config knows 'released' or one of {', '.join(BASELINES)}, not {arg!r}"
-        )
-    released = arg == "released"
+    """`arg`: "" for our defaults, or a recipe of `configs/_recipes.py`."""
+    arg, recipe = split(arg)
+    if arg:
+        raise ValueError(f"this config knows one of {', '.join(RECIPES)}, not {arg!r}")
 
     config = ConfigDict()
     config.seed = 0
@@ -54,7 +51,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.most_refused = 0.1  # Share of videos that may be unusable; more end the run.
 
     config.quant = ConfigDict()
-    config.quant.behaviour = "released" if released else "default"
+    config.quant.behaviour = "default"
     config.quant.weight_bits = 4
     config.quant.act_bits = 4
     config.quant.clip_index = ""
@@ -67,11 +64,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.quant.shrink = 2
     config.quant.decay_shape = "cosine"
     # Not published; ours leaves steps for the pure low-bit model.
-    config.quant.decay_fraction = 1.0 if released else 0.7
-    config.quant.branch_moments = "keep" if released else "reset"
+    config.quant.decay_fraction = 0.7
+    config.quant.branch_moments = "reset"
     config.quant.decay_order = "smallest"
     config.quant.refactor = True
-    config.quant.branch_space = "weights" if released else "tokens"
+    config.quant.branch_space = "tokens"
     config.quant.symmetric_weights = False
     config.quant.include_zero = ""
     config.quant.rotation = "none"
@@ -157,4 +154,4 @@ def get_config(arg: str = "") -> ConfigDict:
     config.calibration.rank = 32  # Of the branch that svdquant keeps.
     config.calibration.branch_iterations = 1  # At most so many SVDs of it; the paper has one.
 
-    return with_baseline(config, baseline).lock()
+    return with_recipe(config, recipe).lock()

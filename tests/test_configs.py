@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configs._baselines import BASELINES
+from configs._recipes import RECIPES
 from qvgen_jax.errors import UserError
 from qvgen_jax.models.published import transformer_config
 from qvgen_jax.training.check import check_config
@@ -24,17 +24,17 @@ def config(name: str, argument: str = "") -> dict:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_passes_its_checks_and_its_bits_are_in_its_name(name):
-    for argument in ("", "full" if name.startswith("tiny") else "released"):
+    for argument in ("", *["full", "full,released"] * name.startswith("tiny")):
         values = config(name, argument)
         check_config(values)
         quant = values["quant"]
         assert name.endswith(f"w{quant['weight_bits']}a{quant['act_bits']}")
 
 
-@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_model_takes_every_baseline_and_keeps_its_own_data_steps_and_bits(name, baseline):
-    own, values = config(name), config(name, baseline)
+def test_every_model_takes_every_recipe_and_keeps_its_own_data_steps_and_bits(name, recipe):
+    own, values = config(name), config(name, recipe)
     check_config(values)
     for section, key in (("train", "steps"), ("train", "batch_size"), ("quant", "weight_bits")):
         assert values[section][key] == own[section][key]
@@ -42,9 +42,9 @@ def test_every_model_takes_every_baseline_and_keeps_its_own_data_steps_and_bits(
     assert values["method"] != own["method"] == "QVGen"
     model = transformer_config(values["model"])
     quant = quant_config(values["quant"], model)
-    assert quant.merged == (baseline == "efficient_dm")
-    assert quant.rank == (32 if quant.merged else 0)
-    assert quant.learned_steps == (baseline != "plain_qat")
+    assert quant.merged == (recipe == "efficient_dm")
+    assert quant.rank == (32 if recipe in ("efficient_dm", "released") else 0)
+    assert quant.learned_steps == (recipe not in ("plain_qat", "released"))
 
 
 def test_an_adapters_rate_is_the_published_one_where_weights_train_at_the_usual_rate():
@@ -56,10 +56,10 @@ def test_an_adapters_rate_is_the_published_one_where_weights_train_at_the_usual_
     assert variants["efficient_dm"]["train.learning_rate.branch"] == tiny["branch"]
 
 
-def test_two_baselines_or_one_as_released_are_refused():
+def test_two_recipes_at_once_are_refused():
     assert config("tiny_w3a3", "full,lsq")["train"]["steps"] == 3000
     for name, argument in (("tiny_w4a4", "lsq,q_dm"), ("wan1_3b_w4a4", "released,lsq")):
-        with pytest.raises(ValueError, match="plain_qat, lsq, q_dm, efficient_dm"):
+        with pytest.raises(ValueError, match="released, plain_qat, lsq, q_dm, efficient_dm"):
             config(name, argument)
 
 

@@ -91,7 +91,7 @@ def test_the_configs_own_kernels_are_asked_and_the_flag_overrules_them(tmp_path,
         ("README.md", "'README.md' is no Python file; name one of configs/*.py"),
         ("kernels/floor.py", "'kernels/floor.py' has no get_config, so is no config"),
         ("configs/study_tiny.py", "has no model, data, quant; name one that quantizes"),
-        (f"{WAN}:nope", "knows 'released' or one of plain_qat"),
+        (f"{WAN}:nope", "knows one of released, plain_qat"),
     ],
 )
 def test_what_is_no_config_is_one_message_and_exit_code_2(config, message, capsys):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs._baselines import BASELINES
+from configs._recipes import RECIPES
 from convert.export import export_pipeline
 from qvgen_jax.quant.low_rank import merge_adapters
 from qvgen_jax.quant.schedule import gate_at
@@ -33,7 +33,7 @@ def config(name: str) -> dict:
     sections = {key: dict(CONFIG[key]) for key in ("quant", "train")}
     sections["train"] |= {"learning_rate": dict(CONFIG["train"]["learning_rate"])}
     sections["train"] |= {"steps": STEPS, "truth_blend": 0.0, "ema_decay": 0.0}
-    for key, value in BASELINES[name].items():
+    for key, value in RECIPES[name].items():
         *path, leaf = key.split(".")
         if path:
             node = sections[path[0]]

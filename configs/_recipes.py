@@ -1,6 +1,6 @@
-"""The trained baselines of QVGen's paper as overrides of any model's config.
+"""QVGen as released, and the trained baselines of its paper, as overrides of any model's config.
 
-    python main.py --config configs/wan1_3b_w4a4.py:lsq --config.data.source=FOLDER
+    python main.py --config configs/wan1_3b_w4a4.py:released --config.data.source=FOLDER
     python main.py --config configs/tiny_w4a4.py:full,efficient_dm
 
 Every method is a few values of the one trainer; docs/baselines.md says how each differs from its
@@ -15,6 +15,16 @@ from ml_collections import ConfigDict
 # these sources that trains them by AdamW. Its updates do not depend on a step's gradient: QVGen's
 # rate of clips, which are in front of a sigmoid, would move a step by its own size.
 _STEPS_RATE = {"train.learning_rate.clips": 5e-4}
+
+# The authors' quantizers, branch, moments and schedule (ModelTC/QVGen, training/quant), mistakes
+# included.
+_RELEASED = {
+    "method": "QVGen as released",
+    "quant.behaviour": "released",
+    "quant.branch_moments": "keep",
+    "quant.branch_space": "weights",
+    "quant.decay_fraction": 1.0,
+}
 
 # Training with quantizers as QVGen's, and nothing beside them (its ablation without Phi).
 _PLAIN_QAT = {"method": "Plain QAT", "quant.rank": 0}
@@ -57,7 +67,8 @@ _EFFICIENT_DM = {
     **_STEPS_RATE,
 }
 
-BASELINES = {
+RECIPES = {
+    "released": _RELEASED,
     "plain_qat": _PLAIN_QAT,
     "lsq": _LSQ,
     "q_dm": _Q_DM,
@@ -69,14 +80,14 @@ _USUAL_RATE = 3e-5  # Of weights in QVGen's recipes.
 
 
 def overrides(name: str, weights_rate: float) -> dict[str, Any]:
-    """What a baseline changes in a model whose weights train at this rate, dotted key to value.
+    """What a recipe changes in a model whose weights train at this rate, dotted key to value.
 
     Rates of adapter and scales are in units of weights and grow with it. Tried on the tiny Wan,
     whose own is 33 times the usual one: at W4A4, EfficientDM's loss at the last of 60 steps, same
     clips and noise, is 0.40 with the published rates, and 0.27 with 0.013 for the adapter and 2e-4
     for scales.
     """
-    changes, factor = dict(BASELINES[name]), weights_rate / _USUAL_RATE
+    changes, factor = dict(RECIPES[name]), weights_rate / _USUAL_RATE
     for group in ("branch", "scales"):
         key = f"train.learning_rate.{group}"
         if key in changes:
@@ -85,16 +96,16 @@ def overrides(name: str, weights_rate: float) -> dict[str, Any]:
 
 
 def split(argument: str) -> tuple[str, str]:
-    """A config's argument as (its own part, a baseline), either of them '': "full,lsq"."""
+    """A config's argument as (its own part, a recipe), either of them '': "full,lsq"."""
     parts = argument.split(",") if argument else []
-    chosen = [part for part in parts if part in BASELINES]
-    rest = [part for part in parts if part not in BASELINES]
-    # Two baselines contradict each other: what is left over is refused as no argument.
+    chosen = [part for part in parts if part in RECIPES]
+    rest = [part for part in parts if part not in RECIPES]
+    # Two recipes contradict each other: what is left over is refused as no argument.
     return ",".join(rest + chosen[1:]), "".join(chosen[:1])
 
 
-def with_baseline(config: ConfigDict, name: str) -> ConfigDict:
-    """The config as that baseline trains it; as it is if `name` is ''."""
+def with_recipe(config: ConfigDict, name: str) -> ConfigDict:
+    """The config as that recipe trains it; as it is if `name` is ''."""
     if name:
         config.update_from_flattened_dict(overrides(name, config.train.learning_rate.weights))
     return config
