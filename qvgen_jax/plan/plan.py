@@ -1,6 +1,6 @@
 """A run planned: memory, work, traffic and time on a target, and whether it fits."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from qvgen_jax.errors import UserError
 from qvgen_jax.mesh import check_slices, sizes_of_config
 from qvgen_jax.models import quantizable
 from qvgen_jax.models.attention import exchange
-from qvgen_jax.models.linears import attended, quantized_products
+from qvgen_jax.models.linears import attended, linears, quantized_products
 from qvgen_jax.plan import ahead
 from qvgen_jax.plan.collectives import Collective
 from qvgen_jax.plan.memory import Memory, estimate
@@ -20,6 +20,7 @@ from qvgen_jax.plan.pace import Pace, pace
 from qvgen_jax.plan.shapes import Run, read_run
 from qvgen_jax.plan.target import Target
 from qvgen_jax.plan.traffic import estimated, kernel_sizes
+from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.training.check import check_config
 from qvgen_jax.training.operations import step_work
 from qvgen_jax.training.student import quant_config
@@ -111,7 +112,8 @@ def make_plan(config: Mapping, target: Target, *, compiler: bool = True) -> Plan
     names = quant.quantized(quantizable(run.model))
     shape, train = (run.model, run.tokens, run.text_tokens), config["train"]
     asked = train["target"] == "teacher"
-    work = step_work(*shape, quant.token_rank, train["remat"], names, teacher=asked)
+    blocks = _rotated(run, quant, names)
+    work = step_work(*shape, quant.token_rank, train["remat"], names, blocks=blocks, teacher=asked)
     operations = 2 * config["train"]["batch_size"] * sum(work.values())
     quantized, every = kernel_sizes(run)
     return Plan(
@@ -127,6 +129,13 @@ def make_plan(config: Mapping, target: Target, *, compiler: bool = True) -> Plan
         attention=_attention(run, target, sizes),
         layers=_layers(run, target),
     )
+
+
+def _rotated(run: Run, quant: QuantConfig, names: Collection[str]) -> dict[str, int]:
+    """Of the linears that rotate their tokens: how many channels each mixes."""
+    widths = {each.name: each.inner for each in linears(run.model, run.tokens, run.text_tokens)}
+    blocks = {name: quant.own_block_of(name, widths[name]) for name in names}
+    return {name: block for name, block in blocks.items() if block > 1}
 
 
 def _across(config: Mapping, target: Target) -> dict[str, int]:

@@ -206,6 +206,10 @@ class QuantConfig:
             return 1
         return block_size(self.folded[name][1] if name in self.folded else width)
 
+    def own_block_of(self, name: str, width: int) -> int:
+        """The same of what a layer does itself: `block_of`, unless that is folded."""
+        return 1 if name in self.folded else self.block_of(name, width)
+
     def smooths(self, name: str) -> bool:
         """Whether a layer divides its tokens itself: `smoothing`, unless that is folded."""
         return self.smoothing != 0 and name not in self.folded

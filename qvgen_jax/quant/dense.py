@@ -103,7 +103,7 @@ class TokenQuantizer(nnx.Module):
         self.product_dtype = config.product_dtype
         self.include_zero, self.clip_ratio = config.include_zero, config.clip_ratio
         self.range_dtype = config.range_dtype
-        self.block = 1 if name in config.folded else config.block_of(name, in_features)
+        self.block = config.own_block_of(name, in_features)
 
     def prepare(self, x: jax.Array) -> jax.Array:
         """`x [..., in]` as it is quantized: smoothed, then rotated; the kernel undoes both."""

@@ -3,13 +3,16 @@
 Norms, softmax and the quantizers' element-wise work are left out.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from kernels.attention_call import kept_name
 from qvgen_jax.models import TransformerConfig, quantizable
 from qvgen_jax.models.linears import attended, linears
 from qvgen_jax.quant.blocks import is_stacked
+
+_NONE: Mapping[str, int] = MappingProxyType({})
 
 
 class Product(NamedTuple):
@@ -18,7 +21,8 @@ class Product(NamedTuple):
     Attributes:
         name: of the linear as `quantizable` lists it; `blocks.attention` of logits and weighted
             sum.
-        kind: `linears`, `branch` (the low-rank one of a linear) or `attention`.
+        kind: `linears`, `branch` (the low-rank one of a linear), `rotation` (of its tokens) or
+            `attention`.
         count: of the multiply-adds.
         kept: whether policies of recomputing that keep attention keep its result.
     """
@@ -35,6 +39,7 @@ def forward_products(
     text_tokens: int,
     rank: int = 0,
     quantized: Collection[str] = (),
+    blocks: Mapping[str, int] = _NONE,
 ) -> list[Product]:
     """Of one sample's forward.
 
@@ -44,6 +49,8 @@ def forward_products(
         rank: columns of the branch in memory, 0 without one: a closed gate still costs its product.
             Applied to the tokens.
         quantized: names of the linears that have a branch.
+        blocks: how many channels of its tokens a linear mixes before it quantizes them, for those
+            that do.
     """
     found = []
     for linear in linears(model, tokens, text_tokens):
@@ -52,6 +59,9 @@ def forward_products(
         if rank and linear.name in quantized:
             branch = rows * rank * (linear.inner + linear.columns)
             found.append(Product(linear.name, "branch", branch))
+        if linear.name in blocks:
+            rotation = rows * linear.inner * blocks[linear.name]
+            found.append(Product(linear.name, "rotation", rotation))
     if "patch_embed.proj" not in quantizable(model):  # Where it is none of the linears.
         patch = model.patch_size[0] * model.patch_size[1] * model.patch_size[2]
         count = tokens * patch * model.in_channels * model.dim
@@ -71,13 +81,14 @@ def step_work(
     remat: str,
     quantized: Collection[str],
     *,
+    blocks: Mapping[str, int] = _NONE,
     teacher: bool = True,
 ) -> dict[tuple[str, str], int]:
     """Multiply-adds of one sample in a training step, by (pass, kind).
 
     The passes are `teacher`, `forward`, `again` (what is recomputed) and `backward`, at twice the
-    forward. Arguments as of `forward_products`, and `remat`, see `qvgen_jax.models.remat`, and
-    whether the `teacher` is asked.
+    forward but for rotations, which have no weights. Arguments as of `forward_products`, and
+    `remat`, see `qvgen_jax.models.remat`, and whether the `teacher` is asked.
     """
     work: dict[tuple[str, str], int] = {}
 
@@ -87,9 +98,9 @@ def step_work(
 
     for product in forward_products(model, tokens, text_tokens) if teacher else ():
         add("teacher", product, 1)
-    for product in forward_products(model, tokens, text_tokens, rank, quantized):
+    for product in forward_products(model, tokens, text_tokens, rank, quantized, blocks):
         add("forward", product, 1)
-        add("backward", product, 2)
+        add("backward", product, 1 if product.kind == "rotation" else 2)
         if is_stacked(product.name) and _repeated(product, remat):
             add("again", product, 1)
     return work

@@ -17,6 +17,24 @@ def test_a_shipped_config_has_the_plan_that_is_kept(name):
     assert planned(name) == (FOLDER / f"{name}.txt").read_text()
 
 
+def test_a_rotation_is_counted_where_a_linear_does_it_itself():
+    config = read_config("configs/wan14b_w4a4.py").to_dict()
+
+    def rotations(**quant) -> dict[str, int]:
+        asked = {**config, "quant": {**config["quant"], **quant}}
+        work = make_plan(asked, parse_target("v5p:4x4x4"), compiler=False).work
+        return {part: n for (part, kind), n in work.items() if kind == "rotation"}
+
+    assert rotations(rotation="none") == {}
+    counted = rotations(rotation="hadamard")
+    assert counted["forward"] == counted["backward"]  # No weights, so no gradients of theirs.
+    # 40 blocks: of the video q, k, v, the queries on the text and two linears of the ffn, of the
+    # text k and v. No to_out: to_v rotates for it.
+    video, text = 13 * 30 * 52, 512
+    linears = 40 * video * 256 * (5 * 5120 + 13824) + 40 * text * 256 * 2 * 5120
+    assert counted["forward"] == pytest.approx(linears, rel=0.01)
+
+
 def two_slices(target: str = "2xv5p:4x4x4", batch: int = 128, parts: int = 1, **across) -> Plan:
     config = read_config("configs/wan14b_w4a4.py").to_dict()
     config["mesh"]["across_slices"] |= across
