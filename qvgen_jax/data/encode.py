@@ -20,12 +20,11 @@ stopped and taken up again.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +39,7 @@ from qvgen_jax.data.clips import Cut
 from qvgen_jax.data.records import pack
 from qvgen_jax.data.shard import ShardWriter, stamp, without_padding
 from qvgen_jax.errors import UserError
+from qvgen_jax.file_lock import locked
 from qvgen_jax.json_file import read_object, write_json, write_whole
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def encode_folder(
         with contextlib.ExitStack() as stack:
             shard = finished(described)
             if shard is None:
-                stack.enter_context(_held(out, number, log))
+                stack.enter_context(locked(out, f"{described.stem}.", log))
                 shard = finished(described)  # By the run that held it until now.
             if shard is None:
                 writer = ShardWriter(pipe, folder_of(source), described, cut, batch_size)
@@ -223,22 +223,6 @@ def _claim_here(path: Path, settings: dict) -> None:
             f"{path.parent} holds clips encoded with other settings ({differences}): "
             "delete that folder or encode to another"
         )
-
-
-@contextlib.contextmanager
-def _held(out: Path, number: int, log: Callable[[str], None]) -> Iterator[None]:
-    """A shard, against other runs that encode to the same folder; the kernel frees it with its
-    holder."""
-    with (out / ".lock").open("a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-        except BlockingIOError:
-            log(f"another run encodes shard {number} of {out}: waiting for it")
-            fcntl.lockf(file, fcntl.LOCK_EX, 1, number)
-        except OSError as error:
-            # Some network file systems have no locks: no reason not to encode there.
-            log(f"warning: {out} cannot be locked ({error.strerror}); keep other runs out of it")
-        yield
 
 
 def _check_refused(

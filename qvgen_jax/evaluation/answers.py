@@ -16,7 +16,8 @@ from qvgen_jax.data.video import write_video
 from qvgen_jax.evaluation.asked import Asked
 from qvgen_jax.evaluation.judge import judge, plain, strict
 from qvgen_jax.evaluation.measures import consistency, motion, psnr, ssim
-from qvgen_jax.evaluation.reference import locked, save_arrays
+from qvgen_jax.evaluation.reference import save_arrays
+from qvgen_jax.file_lock import locked
 from qvgen_jax.pipeline import Pipeline
 
 SCORES = ("plain", "strict", "shape", "colour", "direction")

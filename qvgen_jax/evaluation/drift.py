@@ -27,8 +27,9 @@ from qvgen_jax.diffusion.guidance import own_guidance
 from qvgen_jax.diffusion.noising import noise_at
 from qvgen_jax.diffusion.schedulers import Scheduler, make_schedule
 from qvgen_jax.evaluation.evaluate import made_by
-from qvgen_jax.evaluation.reference import locked, reference_folder, save_arrays
+from qvgen_jax.evaluation.reference import reference_folder, save_arrays
 from qvgen_jax.evaluation.samples import read_prompts
+from qvgen_jax.file_lock import locked
 from qvgen_jax.pipeline import Pipeline
 from qvgen_jax.training.step import fill_patches
 from qvgen_jax.transformer import Transformer

@@ -256,7 +256,8 @@ def test_of_two_runs_that_encode_to_one_folder_the_second_waits_for_the_first(vi
     first = begun()
     assert first.stdout.readline() == "encodes\n"
     second = begun()
-    assert second.stdout.readline().startswith("another run encodes shard 0 of ")
+    waits = f"another run is at work on {out / '.clips-00000.lock'}: waiting for it\n"
+    assert second.stdout.readline() == waits
     go_on.touch()
     assert "encoded 10 of 10 videos" in first.communicate(timeout=60)[0]
     assert second.communicate(timeout=60)[0] == ""  # Nothing was left to encode.
