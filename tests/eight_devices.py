@@ -26,9 +26,12 @@ from qvgen_jax.models.cogvideox_config import CogVideoXConfig
 from qvgen_jax.models.wan import WanConfig
 from qvgen_jax.quant import dense
 from qvgen_jax.quant.config import QuantConfig
-from qvgen_jax.quant.initialize import round_to_nearest
+from qvgen_jax.quant.initialize import quantize_params, round_to_nearest
+from qvgen_jax.quant.named import layer_at
 from qvgen_jax.training import loop
+from qvgen_jax.training.calibrate import unmeasured
 from qvgen_jax.training.step import distillation_loss
+from qvgen_jax.training.student import quant_config
 from qvgen_jax.training.teacher import as_held, byte_linears, teacher_definition
 from tests.ptq.models import inputs, random_params
 from tests.training.float64_run import train64
@@ -67,6 +70,8 @@ PAIRS = [
     {first: 2 if second == "tensor" else 4, second: 4 if second == "tensor" else 2}
     for first, second in itertools.combinations(AXES, 2)
 ]
+# The smallest models' rotations are of 16 channels.
+ROTATED = {**CONFIG["quant"], "rotation": "hadamard", "smoothing": 0.5}
 BATCH = 8
 TINY = Path(__file__).parents[1] / "assets" / "tiny_wan"
 
@@ -87,7 +92,7 @@ class Network:
         if family == "cogvideox":
             del train["shift"]
         product = "float64" if dtype == "float64" else "int8"
-        quant = {**CONFIG["quant"], "product_dtype": product}
+        quant = {**ROTATED, "product_dtype": product}
         config = {**CONFIG, "compute_dtype": dtype, "quant": quant, "train": train}
 
         def random(*shape: int) -> jax.Array:
@@ -96,7 +101,9 @@ class Network:
         like = abstract_params(model)
         self.teacher = jax.tree.map(lambda leaf: 0.3 * random(*leaf.shape), like)
         self.recipe = loop.make_recipe(config, model, scheduler, branch=True)
-        state = loop.initial_state(config, model, self.teacher)
+        loud = unmeasured(model, self.teacher)
+        loud = {name: 1 + jnp.abs(random(*ones.shape)) for name, ones in loud.items()}
+        state = loop.initial_state(config, model, self.teacher, loud)
         self.params = jax.tree.map(lambda leaf: leaf.astype(dtype), state["params"])
         self.levels = state["levels"]
         # Odd: 3 frames of 2 x 3 patches, 18 tokens, beside 5 of the prompt.
@@ -227,10 +234,30 @@ def test_a_teacher_of_bytes_lies_as_the_table_says_and_says_the_same():
         np.testing.assert_allclose(jax.jit(answer)(spread), expected, rtol=0, atol=1e-5)
 
 
+def test_rotated_kernels_lie_as_the_table_says_and_are_the_same():
+    """Blocks of 16 channels, of which a device holds 12."""
+    params, quant = random_params(WAN), quant_config(ROTATED, WAN)
+    rng = np.random.default_rng(1)
+    loud = {
+        name: jnp.asarray(1 + rng.random(ones.shape), jnp.float32)
+        for name, ones in unmeasured(WAN, params).items()
+    }
+    alone, _ = quantize_params(params, quantizable(WAN), quant, loud)
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    with jax.set_mesh(mesh):
+        spread, _ = quantize_params(sharding.place(params, mesh), quantizable(WAN), quant, loud)
+    for name in quant.quantized(quantizable(WAN)):
+        kernel, expected = (layer_at(each, name)["kernel"] for each in (spread, alone))
+        lies = sharding.parameter_sharding(f"{name}.kernel", kernel.shape, mesh)
+        assert kernel.sharding.is_equivalent_to(lies, kernel.ndim), name
+        np.testing.assert_allclose(kernel, expected, rtol=0, atol=1e-6, err_msg=name)
+
+
 def test_a_run_over_a_mesh_is_the_run_of_one_device(tmp_path):
     """The branch shrinks and goes on the way; in float64, so to 1e-9."""
     config = {
         **CONFIG,
+        "quant": ROTATED,
         "train": {**CONFIG["train"], "batch_size": 8, "accumulate": 2},
         "mesh": {"data": 1, "fsdp": 2, "context": 0, "tensor": 1, "across_slices": {}},
     }

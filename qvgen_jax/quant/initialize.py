@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.reference import at_least_float32
+from qvgen_jax import sharding
 from qvgen_jax.quant.blocks import levels_of
 from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.low_rank import initial_adapter, initial_branch
@@ -43,10 +44,9 @@ def _prepare(
         if config.smoothing:
             kernel = layer_at(teacher, name)["kernel"]
             factors = smooth_factors(_maxima(activations, name), kernel, config.smoothing)
-            node = {**node, "kernel": at_least_float32(node["kernel"]) * factors[..., None]}
-        if block > 1:
-            node = {**node, "kernel": rotate_kernel(node["kernel"], block)}
-        params = with_layer(params, name, node)
+        if factors is not None or block > 1:
+            kernel = _smoothed_and_rotated(node["kernel"], factors, name, block)
+            params = with_layer(params, name, {**node, "kernel": kernel})
         if name in config.folded:
             source = config.folded[name][0]
             node = _fold(layer_at(params, source), factors, block)
@@ -54,6 +54,23 @@ def _prepare(
         elif factors is not None:
             smooth[name] = factors
     return params, smooth
+
+
+@partial(jax.jit, static_argnames=("name", "block"))
+def _smoothed_and_rotated(
+    kernel: jax.Array, factors: jax.Array | None, name: str, block: int
+) -> jax.Array:
+    # One layer at a time, and each back where it lay. Over a mesh a block of channels is cut
+    # apart: the compiler would have every device rotate the stack, and keep it.
+    def one(layer: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        kernel, factors = layer
+        if factors is not None:
+            kernel = at_least_float32(kernel) * factors[:, None]
+        return sharding.cut(rotate_kernel(kernel, block), f"{name}.kernel")
+
+    layers = kernel.reshape(-1, *kernel.shape[-2:])
+    factors = None if factors is None else factors.reshape(-1, factors.shape[-1])
+    return jax.lax.map(one, (layers, factors)).reshape(kernel.shape)
 
 
 def _fold(node: dict, factors: jax.Array | None, block: int) -> dict:

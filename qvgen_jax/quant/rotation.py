@@ -50,8 +50,9 @@ def rotate(x: jax.Array, block: int) -> jax.Array:
     if block == 1:
         return x
     # Signs are exact in every dtype, 1 / sqrt(block) is not: it multiplies the float32 sum.
+    # The axes before the last stay apart: over a mesh each may be cut its own way.
     y = jnp.matmul(
-        x.reshape(-1, block),
+        x.reshape(*x.shape[:-1], -1, block),
         jnp.asarray(_signs(block), x.dtype),
         precision="highest",
         preferred_element_type=wide_type(x.dtype),
