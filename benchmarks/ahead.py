@@ -29,6 +29,10 @@ RESULTS = Path(__file__).with_name("results") / "ahead.json"
 BEGIN, END = "<!-- ahead: begin -->", "<!-- ahead: end -->"
 
 
+# What stands in a row's name for its program.
+_NAMES = {"step": (), "measuring": ("measuring",), "forward": ("inference",)}
+
+
 class Row(NamedTuple):
     """One program to compile.
 
@@ -37,7 +41,8 @@ class Row(NamedTuple):
         target: of `--target`.
         overrides: dotted keys of the config and their values.
         fitted: whether the estimate's factors were fitted to it.
-        program: "step", or "forward" of the packed model, for which there is no estimate.
+        program: "step"; "measuring" of the teacher before it, or "forward" of the packed model, for
+            which there is no estimate.
     """
 
     config: str
@@ -50,8 +55,7 @@ class Row(NamedTuple):
     def name(self) -> str:
         """Its key in the results."""
         changed = [f"{key.rpartition('.')[2]}={value}" for key, value in self.overrides.items()]
-        inference = ["inference"] * (self.program == "forward")
-        return " ".join([self.config, *inference, self.target, *changed])
+        return " ".join([self.config, *_NAMES[self.program], self.target, *changed])
 
     def read(self) -> dict:
         """The config with the overrides, plain dicts."""
@@ -68,6 +72,7 @@ class Row(NamedTuple):
 ROWS = (
     Row("wan14b_w4a4", "v5p:4x4x4"),
     Row("wan14b_w4a4", "v6e:16x16", fitted=True),
+    Row("wan14b_w4a4", "v6e:16x16", program="measuring"),
     Row("wan14b_w4a4", "2xv5p:4x4x4", {"mesh.across_slices.data": 2, "train.batch_size": 128}),
     Row("wan1_3b_w4a4", "v5e:8x8"),
     Row("cogvideox2b_w4a4", "v5e:8x8"),
@@ -87,10 +92,10 @@ def compile_rows(rows: Sequence[Row], results: dict, again: bool) -> None:
             continue
         print(f"{row.name} ...", flush=True)
         config, target = row.read(), parse_target(row.target)
-        if row.program == "step":
-            sizes = sizes_of_config(config, target.devices)
-        else:
+        if row.program == "forward":
             sizes = sizes_to_generate(target.devices)
+        else:
+            sizes = sizes_of_config(config, target.devices)
         found = ahead.compile_step(config, target, sizes, program=row.program)
         if isinstance(found, ahead.Compiled):
             found = found._replace(collectives=[c._asdict() for c in found.collectives])

@@ -92,7 +92,8 @@ def compile_step(
         target: not this machine.
         sizes: of the mesh's axes.
         timeout: seconds after which to give up; never if None.
-        program: "step" of training, or "forward" of the packed model.
+        program: "step" of training, "measuring" of the teacher before the first one, or "forward"
+            of the packed model.
 
     Returns:
         What came of it, or the compiler's reason: as a rule that the program does not fit.
@@ -138,14 +139,10 @@ def lower_step(config: Mapping, target: Target, sizes: Mapping[str, int]) -> Any
     import jax
 
     from kernels.target import building_for
-    from qvgen_jax.mesh import make_mesh
     from qvgen_jax.plan.shapes import arguments, read_run, scheduler_of
     from qvgen_jax.training.loop import compile_step, make_recipe
 
-    run = read_run(config)
-    across = config["mesh"]["across_slices"] if target.slices > 1 else {}
-    inner = {axis: size // across.get(axis, 1) for axis, size in sizes.items()}
-    mesh = make_mesh(inner, across_slices=across, devices=devices(target))
+    run, mesh = read_run(config), _training_mesh(config, target, sizes)
     recipe = make_recipe(
         config, run.model, scheduler_of(run.model), branch=config["quant"]["rank"] > 0
     )
@@ -153,6 +150,36 @@ def lower_step(config: Mapping, target: Target, sizes: Mapping[str, int]) -> Any
         state, *rest = arguments(run, mesh)
         step = compile_step(recipe, jax.tree.map(lambda x: x.sharding, state))
         return step.lower(state, *rest)
+
+
+def lower_measuring(config: Mapping, target: Target, sizes: Mapping[str, int]) -> Any:
+    """What the teacher says of a batch before step 0, for smoothing, as `jax.stages.Lowered`.
+
+    Raises:
+        UserError: see `qvgen_jax.sharding`.
+    """
+    import jax
+
+    from kernels.target import building_for
+    from qvgen_jax.models import abstract_params
+    from qvgen_jax.plan.shapes import arguments, read_run, scheduler_of
+    from qvgen_jax.sharding import described
+    from qvgen_jax.training.calibrate import measuring_step
+
+    run, mesh = read_run(config), _training_mesh(config, target, sizes)
+    measure = measuring_step(config, run.model, scheduler_of(run.model))
+    with building_for(target.chip), jax.set_mesh(mesh):
+        _, batch, _, *rest = arguments(run, mesh)
+        teacher = described(abstract_params(run.model), mesh)
+        return jax.jit(measure).lower(teacher, batch, *rest)
+
+
+def _training_mesh(config: Mapping, target: Target, sizes: Mapping[str, int]) -> Any:
+    from qvgen_jax.mesh import make_mesh
+
+    across = config["mesh"]["across_slices"] if target.slices > 1 else {}
+    inner = {axis: size // across.get(axis, 1) for axis, size in sizes.items()}
+    return make_mesh(inner, across_slices=across, devices=devices(target))
 
 
 def lower_forward(config: Mapping, target: Target, sizes: Mapping[str, int]) -> Any:
@@ -199,7 +226,7 @@ def lower_forward(config: Mapping, target: Target, sizes: Mapping[str, int]) -> 
         return jax.jit(forward).lower(params, levels, latents, timesteps, text)
 
 
-_PROGRAMS = {"step": lower_step, "forward": lower_forward}
+_PROGRAMS = {"step": lower_step, "measuring": lower_measuring, "forward": lower_forward}
 
 
 def devices(target: Target) -> Sequence[Any]:

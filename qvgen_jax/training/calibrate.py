@@ -23,6 +23,10 @@ from qvgen_jax.training.student import quant_config
 
 BATCHES = 4
 
+# A measure of a linear's tokens, and how those of several batches combine.
+LARGEST = (MAXIMA, jnp.max)
+MEAN = (MEANS, jnp.mean)
+
 
 def activation_maxima(
     config: Mapping,
@@ -40,7 +44,7 @@ def activation_maxima(
     """
     if not quant_config(config["quant"], model).smoothing:
         return None
-    return _measured(config, model, scheduler, teacher, dataset, mesh, (MAXIMA, jnp.max))
+    return _measured(config, model, scheduler, teacher, dataset, mesh, LARGEST)
 
 
 def activation_moments(
@@ -59,7 +63,7 @@ def activation_moments(
     """
     if not quant_config(config["quant"], model).learned_steps:
         return None
-    return _measured(config, model, scheduler, teacher, dataset, mesh, (MEANS, jnp.mean))
+    return _measured(config, model, scheduler, teacher, dataset, mesh, MEAN)
 
 
 def _measured(
@@ -72,6 +76,27 @@ def _measured(
     wanted: tuple[Measure, Callable],
 ) -> dict[str, jax.Array]:
     """A measure of every quantized linear's tokens, and how those of batches combine."""
+    measure = jax.jit(measuring_step(config, model, scheduler, wanted))
+    data, empty_text = feed(dataset, config, mesh=mesh), jnp.asarray(dataset.empty_text_embeds)
+    found = [measure(teacher, next(data), empty_text, jnp.int32(step)) for step in range(BATCHES)]
+    return jax.tree.map(lambda *each: wanted[1](jnp.stack(each), axis=0), *found)
+
+
+def measuring_step(
+    config: Mapping,
+    model: TransformerConfig,
+    scheduler: Scheduler,
+    wanted: tuple[Measure, Callable] = LARGEST,
+) -> Callable[[dict, dict, jax.Array, jax.Array], dict]:
+    """What one batch of the run says: of the teacher, the batch, the empty prompt and the step.
+
+    Args:
+        config, model, scheduler: of the run.
+        wanted: a measure of tokens, and how those of parts of a batch combine.
+
+    Returns:
+        A function to be jitted; it returns the name of each quantized linear to its measure.
+    """
     measure_of_tokens, combine = wanted
     quant, train = quant_config(config["quant"], model), config["train"]
     names, dtype = quant.quantized(quantizable(model)), jnp.dtype(config["compute_dtype"])
@@ -84,10 +109,8 @@ def _measured(
     graphdef, _, probes = nnx.split(network, nnx.Param, Probe)
     probes = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), nnx.to_pure_dict(probes))
     noising = training_noise(scheduler, train)
-    empty_text = jnp.asarray(dataset.empty_text_embeds)
 
-    @jax.jit
-    def measure(teacher: dict, batch: dict, step: jax.Array) -> dict:
+    def measure(teacher: dict, batch: dict, empty_text: jax.Array, step: jax.Array) -> dict:
         keys = sample_keys(config["seed"], step, batch["sample_index"])
         filled = fill_patches(batch, model.patch_size[0])
         inputs = noisy_inputs(filled, keys, noising, train["caption_dropout"], empty_text)
@@ -105,9 +128,7 @@ def _measured(
         parts = jax.tree.map(lambda x: in_parts(x, train["accumulate"]), seen)
         return jax.tree.map(lambda x: combine(x, axis=0), jax.lax.map(of_part, parts))
 
-    data = feed(dataset, config, mesh=mesh)
-    found = [measure(teacher, next(data), jnp.int32(step)) for step in range(BATCHES)]
-    return jax.tree.map(lambda *each: combine(jnp.stack(each), axis=0), *found)
+    return measure
 
 
 def unmeasured(model: TransformerConfig, teacher: dict) -> dict[str, jax.Array]:
