@@ -183,25 +183,21 @@ def _verdicts(record: Mapping, which: int) -> np.ndarray:
     return np.array([int(hit) for hit in record["judge"][which]["strict_videos"]])
 
 
-def final_rows(records: Sequence[Mapping], bits: Sequence[int]) -> list[dict]:
+def final_rows(
+    records: Sequence[Mapping], bits: Sequence[int], references: Sequence[str] = (DEFAULT,)
+) -> list[dict]:
     """One row per judged variant of a bit-width, most videos strictly right first.
 
     `strict` is Wilson's interval over all videos of all seeds, as if they were independent; the
-    paired differences, to full precision and to the default, treat seeds and videos as crossed.
+    paired differences, to full precision and to every reference, treat seeds and videos as crossed.
     """
     judged = [record for record in records if record["judge"]]
     variants = at_bits(judged, bits)
-    default = variants.get(DEFAULT, {})
     rows = []
     for name, runs in variants.items():
         measured = [runs[seed] for seed in sorted(runs)]
         hits = np.stack([_verdicts(record, -1) for record in measured])
         teacher = _verdicts(measured[0], 0)
-        shared = sorted(set(runs) & set(default)) if name != DEFAULT else []
-        against = None
-        if shared:
-            pair = [[_verdicts(those[seed], -1) for seed in shared] for those in (runs, default)]
-            against = crossed_difference(np.stack(pair[0]), np.stack(pair[1]))
         gaps = [record["judge"][-1]["latent_difference"] for record in measured]
         rows.append(
             {
@@ -211,12 +207,29 @@ def final_rows(records: Sequence[Mapping], bits: Sequence[int]) -> list[dict]:
                 "total": hits.size,
                 "strict": wilson(int(hits.sum()), hits.size),
                 "to_full_precision": crossed_difference(hits, teacher),
-                "to_default": against,
+                "to": {
+                    reference: _strict_difference(runs, variants.get(reference, {}))
+                    for reference in references
+                    if reference != name
+                },
                 "latents": (float(np.mean(gaps)), min(gaps), max(gaps)),
                 "export_bytes": measured[0]["sizes"]["transformer_export_bytes"],
             }
         )
     return sorted(rows, key=lambda row: (-row["strict"].value, row["variant"]))
+
+
+def _strict_difference(
+    runs: Mapping[int, Mapping], those: Mapping[int, Mapping]
+) -> Interval | None:
+    """Of two variants over the training seeds that both have; None where they share none."""
+    shared = sorted(set(runs) & set(those))
+    if not shared:
+        return None
+    mine, theirs = (
+        np.stack([_verdicts(each[seed], -1) for seed in shared]) for each in (runs, those)
+    )
+    return crossed_difference(mine, theirs)
 
 
 def full_precision(records: Sequence[Mapping]) -> tuple[Interval, int, int] | None:

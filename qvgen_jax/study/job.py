@@ -23,11 +23,16 @@ def run_study(grid: Mapping, study: Path) -> Path:
         UserError: the grid is wrong, finals are asked for before their screening is there, or
             cells failed.
     """
+    if grid["recipe"] not in ("", *grid["variants"]):
+        raise UserError(
+            f"recipe={grid['recipe']!r} is no variant of the grid; there are "
+            f"{', '.join(grid['variants'])}"
+        )
     cells = read_cells(grid, chosen_variants(grid, study))
     docs = Path(grid["docs"] or study / "docs")
 
     def write() -> None:
-        write_tables(study, docs)
+        write_tables(study, docs, grid["recipe"])
         write_figures(study, docs)
 
     outcome = run_cells(grid, study, cells, write)

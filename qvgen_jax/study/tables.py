@@ -13,22 +13,28 @@ from qvgen_jax.study.record import read_stage
 FILE = "tables.md"
 
 
-def write_tables(study: Path, docs: Path) -> None:
-    """Write `docs/tables.md` of all stages of the study."""
+def write_tables(study: Path, docs: Path, recipe: str = "") -> None:
+    """Write `docs/tables.md` of all stages of the study.
+
+    Args:
+        study: the folder of the records.
+        docs: where to.
+        recipe: a variant that the judged ones are compared with, beside the default; "" for none.
+    """
     parts = ["<!-- Written by `python main.py --job study`; edits are lost. -->\n# Tables"]
     folders = sorted(path for path in study.iterdir() if path.is_dir())
     for folder in reversed(folders):  # Screening before finals.
         records = read_stage(study, folder.name)
         failures = sorted(folder.glob("*.failed.json"))
         if records or failures:
-            parts += stage_section(folder.name, records)
+            parts += stage_section(folder.name, records, recipe)
             parts += _failures(failures)
     docs.mkdir(parents=True, exist_ok=True)
     (docs / FILE).write_text("\n\n".join(parts) + "\n")
 
 
-def stage_section(stage: str, records: Sequence[Mapping]) -> list[str]:
-    """Headings, tables and what they mean, of one stage."""
+def stage_section(stage: str, records: Sequence[Mapping], recipe: str = "") -> list[str]:
+    """Headings, tables and what they mean, of one stage; `recipe` see `write_tables`."""
     parts = [f"## {stage.capitalize()}"]
     judged = any(record["judge"] for record in records)
     parts += _code_notes(records)
@@ -36,7 +42,7 @@ def stage_section(stage: str, records: Sequence[Mapping]) -> list[str]:
         some = [record for record in records if tuple(record["bits"]) == bits]
         parts.append(f"### {stage.capitalize()}, W{bits[0]}A{bits[1]}")
         if judged:
-            parts += [_final_table(some, bits), _final_notes(some)]
+            parts += [_final_table(some, bits, recipe), _final_notes(some)]
         parts += [_screening_table(some, bits), _screening_notes(some, bits, records)]
     return parts
 
@@ -108,22 +114,25 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _final_table(records: Sequence[Mapping], bits: Sequence[int]) -> str:
+def _final_table(records: Sequence[Mapping], bits: Sequence[int], recipe: str) -> str:
+    references = [compare.DEFAULT, *([recipe] if recipe else [])]
+    differences = "".join(f"| to {reference}, points " for reference in references)
     lines = [
-        "| variant | seeds | strict | to full precision, points | to default, points "
+        f"| variant | seeds | strict | to full precision, points {differences}"
         "| latents differ by | export, MB |",
-        "|---|---|---|---|---|---|---|",
+        f"|---|---|---|---|{'---|' * len(references)}---|---|",
     ]
     teacher = compare.full_precision(records)
-    lines.append(f"| full precision | | {_share(*teacher)} | reference | | 0 | |")
-    for row in compare.final_rows(records, bits):
+    nothing = " |" * len(references)
+    lines.append(f"| full precision | | {_share(*teacher)} | reference |{nothing} 0 | |")
+    for row in compare.final_rows(records, bits, references):
         mean, low, high = row["latents"]
         cells = [
             row["variant"],
             str(row["seeds"]),
             _share(row["strict"], row["count"], row["total"]),
             _points(row["to_full_precision"]),
-            "reference" if row["variant"] == compare.DEFAULT else _points(row["to_default"]),
+            *(_points(row["to"][r]) if r in row["to"] else "reference" for r in references),
             f"{mean:.3f} ({low:.3f} to {high:.3f})",
             f"{row['export_bytes'] / 1e6:.2f}",
         ]

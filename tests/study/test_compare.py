@@ -11,7 +11,7 @@ import pytest
 from qvgen_jax.errors import UserError
 from qvgen_jax.study import compare, record
 from qvgen_jax.study.figures import write_figures
-from qvgen_jax.study.job import chosen_variants
+from qvgen_jax.study.job import chosen_variants, run_study
 from qvgen_jax.study.tables import stage_section, write_tables
 from tests.study.records import cells, grid, synthetic
 
@@ -92,9 +92,27 @@ def test_finals_pool_seeds_and_compare_video_by_video(study):
     worse = found["released"]
     assert (worse["count"], worse["total"]) == (90, 180)
     assert worse["to_full_precision"].value == -0.5
-    assert worse["to_default"].value == pytest.approx(-0.4)
-    assert found["default"]["to_default"] is None
+    assert worse["to"]["default"].value == pytest.approx(-0.4)
+    assert found["default"]["to"] == {}
     assert compare.full_precision(record.read_stage(study, "finals"))[1:] == (60, 60)
+
+
+def test_finals_are_compared_with_the_recipe_too(study):
+    records = record.read_stage(study, "finals")
+    found = {row["variant"]: row for row in compare.final_rows(records, (4, 4), ("released",))}
+    assert found["default"]["to"]["released"].value == pytest.approx(0.4)
+    assert found["released"]["to"] == {}
+    text = "\n".join(stage_section("finals", records, "released"))
+    assert "| to default, points | to released, points |" in text
+    assert re.search(r"\| default \|.* \| reference \| \+40\.0 \(", text)
+    assert re.search(r"\| released \|.* \| -40\.0 \([^|]*\| reference \|", text)
+
+
+def test_a_recipe_that_is_no_variant_is_told(tmp_path):
+    with pytest.raises(
+        UserError, match="recipe='hadamrd' is no variant of the grid; there are def"
+    ):
+        run_study({**grid("finals"), "recipe": "hadamrd"}, tmp_path)
 
 
 def test_standing_is_the_mean_ratio_to_the_default_and_needs_both_widths(study):
