@@ -168,7 +168,7 @@ def get_config(arg: str = "screening") -> ConfigDict:
     config.finalists.names = ()
     config.finalists.without = tuple(_FINALS_ONLY)
 
-    # What became the default: the finals' tables compare every other variant with it too.
+    # What is to be the default: the finals' tables compare every other variant with it too.
     config.recipe = "" if smoke else "hadamard_smoothing"
 
     steps = {"screening": 300, "finals": 400, "smoke": 6}[stage]
