@@ -8,7 +8,7 @@ factors themselves are not.
 import jax
 import jax.numpy as jnp
 
-from kernels.reference import at_least_float32
+from kernels.reference import at_least_float32, wide_type
 
 # Channels that are next to silent count as this share of the loudest, so that no factor is extreme.
 _QUIETEST = 1e-3
@@ -33,10 +33,11 @@ def smooth_factors(
         beta: of the kernel's magnitudes; 1 - alpha if None.
 
     Returns:
-        Float32 `[..., in]`, positive.
+        Float32 (or float64, as the kernel) `[..., in]`, positive.
     """
-    of_tokens = _loud(activation_max.astype(jnp.float32))
-    of_kernel = _loud(jnp.max(jnp.abs(kernel.astype(jnp.float32)), axis=-1))
+    dtype = wide_type(kernel.dtype)
+    of_tokens = _loud(activation_max.astype(dtype))
+    of_kernel = _loud(jnp.max(jnp.abs(kernel.astype(dtype)), axis=-1))
     beta = 1 - alpha if beta is None else beta
     logs = alpha * jnp.log(of_tokens) - beta * jnp.log(of_kernel)
     return jnp.exp(logs - logs.mean(-1, keepdims=True))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from qvgen_jax import sharding
 from qvgen_jax.data.dataset import EncodedDataset
 from qvgen_jax.diffusion.noising import training_noise
 from qvgen_jax.diffusion.schedulers import Scheduler
@@ -78,6 +79,8 @@ def _measured(
     """A measure of every quantized linear's tokens, and how those of batches combine."""
     measure = jax.jit(measuring_step(config, model, scheduler, wanted))
     data, empty_text = feed(dataset, config, mesh=mesh), jnp.asarray(dataset.empty_text_embeds)
+    if mesh is not None:
+        empty_text = jax.device_put(empty_text, sharding.whole(mesh))
     found = [measure(teacher, next(data), empty_text, jnp.int32(step)) for step in range(BATCHES)]
     return jax.tree.map(lambda *each: wanted[1](jnp.stack(each), axis=0), *found)
 
