@@ -16,7 +16,6 @@ import pytest
 from qvgen_jax.errors import UserError
 from qvgen_jax.hosts import join
 from tests.cpu_devices import ON_CPU
-from tests.training.float64_run import TOLERANCE
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6  # Ranks 2, 1, 0: the branch shrinks at step 2 and is gone at 4. Each is a compilation.
@@ -77,7 +76,7 @@ def alone(tmp_path_factory):
 def assert_the_same(workdir: Path, count: int, steps: int, alone: list[float]) -> None:
     for code, text in ended(start(count, workdir, "stop-at", str(steps))):
         assert code == 0, text
-    np.testing.assert_allclose(losses(workdir), alone, rtol=TOLERANCE)
+    np.testing.assert_allclose(losses(workdir), alone, rtol=1e-9)
 
 
 @pytest.mark.by_hand
