@@ -29,12 +29,12 @@ from qvgen_jax.quant.config import QuantConfig
 from qvgen_jax.quant.initialize import quantize_params, round_to_nearest
 from qvgen_jax.quant.named import layer_at
 from qvgen_jax.training import loop
-from qvgen_jax.training.calibrate import unmeasured
+from qvgen_jax.training.calibrate import activation_maxima, activation_moments, unmeasured
 from qvgen_jax.training.step import distillation_loss
 from qvgen_jax.training.student import quant_config
 from qvgen_jax.training.teacher import as_held, byte_linears, teacher_definition
 from tests.ptq.models import inputs, random_params
-from tests.training.float64_run import train64
+from tests.training.float64_run import Clips64, train64
 from tests.training.test_run import CONFIG, SCHEDULER
 
 WAN = WanConfig(
@@ -82,18 +82,23 @@ def float64():
         yield
 
 
+def config_of(family: str, dtype: str, quant: dict, **train) -> dict:
+    """The smallest config for a family, with changes to its training."""
+    train = CONFIG["train"] | train
+    if family == "cogvideox":
+        del train["shift"]
+    return {**CONFIG, "compute_dtype": dtype, "quant": quant, "train": train}
+
+
 class Network:
     """One family at the smallest size: its loss as a function of arrays, and arrays for it."""
 
     def __init__(self, family: str, dtype: str):
         model, scheduler = FAMILIES[family]
         rng = np.random.default_rng(0)
-        train = dict(CONFIG["train"])
-        if family == "cogvideox":
-            del train["shift"]
         product = "float64" if dtype == "float64" else "int8"
         quant = {**ROTATED, "product_dtype": product}
-        config = {**CONFIG, "compute_dtype": dtype, "quant": quant, "train": train}
+        config = config_of(family, dtype, quant)
 
         def random(*shape: int) -> jax.Array:
             return jnp.asarray(rng.normal(size=shape), dtype)
@@ -257,6 +262,7 @@ def test_a_run_over_a_mesh_is_the_run_of_one_device(tmp_path):
     """The branch shrinks and goes on the way; in float64, so to 1e-9."""
     config = {
         **CONFIG,
+        "quant": ROTATED,
         "train": {**CONFIG["train"], "batch_size": 8, "accumulate": 2},
         "mesh": {"data": 1, "fsdp": 2, "context": 0, "tensor": 1, "across_slices": {}},
     }
@@ -273,6 +279,32 @@ def test_a_run_over_a_mesh_is_the_run_of_one_device(tmp_path):
     again = train64(config, WAN, tmp_path / "spread", make_mesh({"data": 2, "fsdp": 4}))
     assert int(again["step"]) == config["train"]["steps"]
     jax.tree.map(np.testing.assert_array_equal, again["params"], spread["params"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("measured", "quant"),
+    [
+        (activation_maxima, ROTATED),
+        (activation_moments, {**CONFIG["quant"], "act_range": "learned"}),
+    ],
+    ids=["maxima", "moments"],
+)
+def test_what_a_run_measures_of_its_teacher_does_not_depend_on_the_mesh(family, measured, quant):
+    """Of every linear, behind padded tokens and beside them; probes are float32."""
+    model, scheduler = FAMILIES[family]
+    config = config_of(family, "float64", quant, batch_size=8)
+    rng = np.random.default_rng(0)
+    like = abstract_params(model)
+    teacher = jax.tree.map(lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape)), like)
+    alone = measured(config, model, scheduler, teacher, Clips64())
+    mesh = make_mesh({"fsdp": 2, "context": 4})
+    placed = sharding.place(teacher, mesh)
+    with jax.set_mesh(mesh):
+        spread = measured(config, model, scheduler, placed, Clips64(), mesh)
+    assert set(alone) == set(quantizable(model))
+    for name, expected in alone.items():
+        np.testing.assert_allclose(spread[name], expected, rtol=1e-6, err_msg=name)
 
 
 def metrics(workdir) -> list[dict]:

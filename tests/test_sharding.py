@@ -70,7 +70,7 @@ PATIENT = [f"--xla_cpu_collective_{which}timeout_seconds=600" for which in ("", 
     [
         pytest.param("wan and alone-fsdp8", marks=pytest.mark.by_hand),
         pytest.param("cogvideox and context2-tensor4", marks=pytest.mark.slow),
-        pytest.param("(wan and beside) or bytes or rotated", marks=pytest.mark.slow),
+        pytest.param("(wan and beside) or bytes or rotated or measures", marks=pytest.mark.slow),
         pytest.param("one_video or told or default_mesh or axes", marks=pytest.mark.by_hand),
         pytest.param("alone or pair or beside or run_over", marks=pytest.mark.by_hand),
     ],

@@ -248,8 +248,9 @@ class CogVideoXTransformer(nnx.Module):
         embedding = self.time_embedding(timestep_embedding(timesteps, self.config.dim), ctx)
         text, video = self.patch_embed(latents, text_embeds, ctx)
         x = jnp.concatenate([text, self._placed(video, grid)], axis=1)
-        conditions = CogVideoXConditions(jax.nn.silu(embedding), ctx, grid, text.shape[1])
-        return over_tokens(pad_tokens(x)), conditions
+        tokens, x = x.shape[1], over_tokens(pad_tokens(x))
+        told = (jax.nn.silu(embedding), ctx.padded(x, tokens))
+        return x, CogVideoXConditions(*told, grid, text.shape[1])
 
     def run_blocks(self, x: jax.Array, conditions: CogVideoXConditions) -> jax.Array:
         """All blocks that this network has, on `x [batch, tokens, dim]`."""
@@ -264,10 +265,10 @@ class CogVideoXTransformer(nnx.Module):
 
     def head(self, x: jax.Array, conditions: CogVideoXConditions) -> jax.Array:
         """What comes behind the blocks: `[batch, frames, height, width, channels]`."""
-        given = conditions
+        given, ctx = conditions, conditions.ctx.unpadded()
         x = self.norm_final(x[:, given.text_tokens : given.tokens])
-        x = self.norm_out(x, given.condition, given.ctx)
-        x = self.proj_out(x.astype(self.dtype), given.ctx)
+        x = self.norm_out(x, given.condition, ctx)
+        x = self.proj_out(x.astype(self.dtype), ctx)
         return unpatchify(x, given.grid, self.config.patch_size, channels_first=True)
 
     def _placed(self, video: jax.Array, grid: tuple[int, int, int]) -> jax.Array:

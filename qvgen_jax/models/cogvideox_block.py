@@ -73,7 +73,8 @@ class ModulatedNorm(nnx.Module):
             condition: float32 `[batch, time_dim]`, the activated embedding of the timestep.
             text_tokens: how many of the tokens, at their start, are the prompt's; not 0.
         """
-        of_video, of_text = jnp.split(self.linear(condition, ctx)[:, None], 2, axis=-1)
+        told = self.linear(condition, ctx.unpadded())
+        of_video, of_text = jnp.split(told[:, None], 2, axis=-1)
         parts = jnp.concatenate([of_text, of_video], axis=1)
         shift, scale, gate = jnp.split(parts, 3, axis=-1)
         modulation = {"scale": scale, "shift": shift, "leading_rows": text_tokens}

@@ -303,7 +303,8 @@ class WanTransformer(nnx.Module):
         ctx = QuantContext(clip_index, gate, time_index)
         x = self.patch_embedding(patchify(latents, self.config.patch_size))
         told = self.condition_embedder(timesteps, text_embeds, ctx)
-        return over_tokens(pad_tokens(x)), WanConditions(*told, ctx, grid)
+        x = over_tokens(pad_tokens(x))
+        return x, WanConditions(*told, ctx.padded(x, math.prod(grid)), grid)
 
     def run_blocks(self, x: jax.Array, conditions: WanConditions) -> jax.Array:
         """All blocks that this network has, on `x [batch, tokens, dim]`."""

@@ -82,7 +82,7 @@ class WanAttention(nnx.Module):
             q, k, v = apply_normalized((self.to_q, self.to_k, self.to_v), tokens, ctx)
         else:
             (q,) = apply_normalized([self.to_q], tokens, ctx)
-            k, v = apply_each((self.to_k, self.to_v), context, ctx)
+            k, v = apply_each((self.to_k, self.to_v), context, ctx.unpadded())
         q, k, v = self._split(self.norm_q(q)), self._split(self.norm_k(k)), self._split(v)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)

@@ -12,12 +12,13 @@ from kernels.reference import wide_type
 from qvgen_jax import sharding
 from qvgen_jax.models import TransformerConfig
 from qvgen_jax.ptq.stages import Network, on_devices, plain_network, spread
-from qvgen_jax.quant.calibration import MAXIMA, Measure, Probe, observing
+from qvgen_jax.quant.calibration import MAXIMA, Measure, Probe, observing, without_padding
 from qvgen_jax.quant.named import layer_at
 from qvgen_jax.quant.untrained import Seen
 
 
-def _second_moments(rows: jax.Array) -> jax.Array:
+def _second_moments(rows: jax.Array, real: jax.Array | None) -> jax.Array:
+    rows = without_padding(rows, real)
     return jnp.matmul(
         rows.T, rows, precision="highest", preferred_element_type=wide_type(rows.dtype)
     )
@@ -33,8 +34,11 @@ def some_rows(count: int, seed: int) -> Measure:
     """
     drawn = (np.arange(count) + np.random.default_rng(seed).random(count)) / count
 
-    def choose(rows: jax.Array) -> jax.Array:
-        return rows[np.asarray(drawn * len(rows), np.int32)]
+    def choose(rows: jax.Array, real: jax.Array | None) -> jax.Array:
+        if real is None:
+            return rows[np.asarray(drawn * len(rows), np.int32)]
+        first = jnp.argsort(~real)  # Stable: those that are no padding, in their order.
+        return rows[first[(drawn * jnp.sum(real)).astype(jnp.int32)]]
 
     return Measure(lambda width: (count, width), choose)
 

@@ -27,46 +27,64 @@ class Measure(NamedTuple):
 
     Attributes:
         shape: of a number of channels.
-        of: of tokens `[rows, in]`, to an array of that shape.
+        of: of tokens `[rows, in]`, to an array of that shape; and of which of them are no padding,
+            bool `[rows]`, or None where all are.
     """
 
     shape: Callable[[int], tuple[int, ...]]
-    of: Callable[[jax.Array], jax.Array]
+    of: Callable[[jax.Array, jax.Array | None], jax.Array]
 
 
-def channel_maxima(rows: jax.Array) -> jax.Array:
+def without_padding(rows: jax.Array, real: jax.Array | None) -> jax.Array:
+    """`rows [rows, in]`, zero where they are padding."""
+    return rows if real is None else jnp.where(real[:, None], rows, 0)
+
+
+def channel_maxima(rows: jax.Array, real: jax.Array | None = None) -> jax.Array:
     """`max |x|` of every channel of `rows [rows, in]`."""
-    return jnp.max(jnp.abs(rows), axis=0)
+    return jnp.max(jnp.abs(without_padding(rows, real)), axis=0)
 
 
-def means(rows: jax.Array) -> jax.Array:
+def means(rows: jax.Array, real: jax.Array | None = None) -> jax.Array:
     """The means of |x|, x and x^2 over `rows [rows, in]`: `[3]`, float32 or wider."""
     # In bfloat16 the squares would lose what little a variance is of them.
-    rows = at_least_float32(rows)
-    return jnp.stack([jnp.mean(jnp.abs(rows)), jnp.mean(rows), jnp.mean(jnp.square(rows))])
+    rows = at_least_float32(without_padding(rows, real))
+    found = jnp.stack([jnp.mean(jnp.abs(rows)), jnp.mean(rows), jnp.mean(jnp.square(rows))])
+    return found if real is None else found / jnp.mean(real, dtype=rows.dtype)
 
 
 MAXIMA = Measure(lambda width: (width,), channel_maxima)
 MEANS = Measure(lambda width: (3,), means)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def observe(x: jax.Array, probe: jax.Array, measure: Measure = MAXIMA) -> jax.Array:
-    """`x [..., in]`; the gradient of `probe` is the measure of all tokens, whatever follows.
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def observe(
+    x: jax.Array, probe: jax.Array, tokens: jax.Array | None = None, measure: Measure = MAXIMA
+) -> jax.Array:
+    """`x [..., in]`; the gradient of `probe` is the measure of its tokens, whatever follows.
 
     Of a linear that runs several times the gradients would add up.
+
+    Args:
+        x: the tokens; `[batch, padded tokens, in]` where there is padding.
+        probe: zeros in the measure's shape.
+        tokens: int32 `[batch]`, how many of each sample's are no padding; None where all are.
+        measure: what is to be known.
     """
-    del probe, measure
+    del probe, tokens, measure
     return x
 
 
-def _forward(x, probe, measure):
-    return x, measure.of(x.reshape(-1, x.shape[-1])).astype(probe.dtype)
+def _forward(x, probe, tokens, measure):
+    real = None
+    if tokens is not None:
+        real = (jnp.arange(x.shape[1]) < tokens[:, None]).reshape(-1)
+    return x, measure.of(x.reshape(-1, x.shape[-1]), real).astype(probe.dtype)
 
 
 def _backward(measure, found, cotangent):
     del measure
-    return cotangent, found
+    return cotangent, found, None
 
 
 observe.defvjp(_forward, _backward)
@@ -91,7 +109,7 @@ class ObservedDense(Dense):
 
     def __call__(self, x: jax.Array, ctx: QuantContext = QuantContext()) -> jax.Array:
         for key, measure in self.measures:
-            x = observe(x, getattr(self, key)[...], measure)
+            x = observe(x, getattr(self, key)[...], ctx.tokens, measure)
         return super().__call__(x, ctx)
 
 

@@ -33,11 +33,24 @@ class QuantContext(NamedTuple):
         clip_index: int32 `[batch]`, each sample's learned clip pair; None for plain layers.
         gate: float32 `[rank]`, each component's weight in the low-rank branch; None without one.
         time_index: int32 `[batch]`, each sample's entry of a time table; None without one.
+        tokens: int32 `[batch]`, how many of each sample's tokens are no padding; None where all of
+            what a linear reads are tokens.
     """
 
     clip_index: jax.Array | None = None
     gate: jax.Array | None = None
     time_index: jax.Array | None = None
+    tokens: jax.Array | None = None
+
+    def padded(self, x: jax.Array, tokens: int) -> "QuantContext":
+        """For linears of `x [batch, padded tokens, ...]`, of which so many are no padding."""
+        if x.shape[1] == tokens:
+            return self
+        return self._replace(tokens=jnp.full(len(x), tokens, jnp.int32))
+
+    def unpadded(self) -> "QuantContext":
+        """For linears of something else."""
+        return self._replace(tokens=None)
 
 
 class Dense(nnx.Module):

@@ -127,7 +127,7 @@ def test_a_step_starts_where_lsq_says_and_a_zero_point_at_the_mean():
 
 def test_the_backward_pass_brings_the_moments():
     x = tokens_of(5)
-    found = jax.grad(lambda probe: jnp.sum(observe(x, probe, MEANS)))(jnp.zeros(3))
+    found = jax.grad(lambda probe: jnp.sum(observe(x, probe, measure=MEANS)))(jnp.zeros(3))
     np.testing.assert_allclose(found, moments_of(x), rtol=1e-6)
 
 
