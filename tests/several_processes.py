@@ -33,6 +33,7 @@ class Stopped(Exception):
 def run(workdir: Path, steps: int, end: str, at: int) -> None:
     config = {
         **CONFIG,
+        "quant": {**CONFIG["quant"], "rotation": "hadamard", "smoothing": 0.5},
         "train": {**CONFIG["train"], "steps": steps},
         "mesh": {"data": 1, "fsdp": -1, "context": 0, "tensor": 1, "across_slices": {}},
     }

@@ -8,6 +8,8 @@ its fraction.
 import jax
 import jax.numpy as jnp
 
+from kernels.reference import at_least_float32
+
 NUM_TRAIN_TIMESTEPS = 1000
 
 
@@ -55,9 +57,9 @@ def sample_sigmas(
 
 
 def to_timesteps(sigma: jax.Array) -> jax.Array:
-    """What models read for a noise level: float32 whole numbers in 0..1000.
+    """What models read for a noise level: whole numbers in 0..1000, float32 (float64 of float64).
 
     The fraction is cut off, as the sampler and Wan's training do, so that a model is trained on the
     numbers (and the learned clips) that it is sampled with. The small addend keeps 20/1000 at 20.
     """
-    return jnp.floor(jnp.asarray(sigma, jnp.float32) * NUM_TRAIN_TIMESTEPS + 1e-3)
+    return jnp.floor(at_least_float32(jnp.asarray(sigma)) * NUM_TRAIN_TIMESTEPS + 1e-3)

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels.reference import at_least_float32
+
 # Up to this smaller side the full SVD is cheap; above, the randomized one.
 _DENSE_SVD_SIDE = 512
 _OVERSAMPLE = 32
@@ -66,10 +68,11 @@ def initial_branch(
         rank: of the branch; columns beyond min(in, out) are zero.
 
     Returns:
-        L float32 `[out, rank]`, R float32 `[rank, in]` with `kernel - dequantized ~ (L @ R)^T`,
-        columns sorted by singular value, which both sides share as square roots.
+        L `[out, rank]`, R `[rank, in]`, float32 or a kernel's float64, with
+        `kernel - dequantized ~ (L @ R)^T`, columns sorted by singular value, which both sides share
+        as square roots.
     """
-    error = (kernel.astype(jnp.float32) - dequantized.astype(jnp.float32)).T
+    error = (at_least_float32(kernel) - at_least_float32(dequantized)).T
     small = min(error.shape) <= max(_DENSE_SVD_SIDE, rank)
     return dense_svd(error, rank) if small else randomized_svd(error, rank)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.reference import dequantize, signed_offset
+from kernels.reference import at_least_float32, dequantize, signed_offset
 
 _SMALLEST_SCALE = 1e-9
 _SHRINK = np.asarray([1 - i / 100 for i in range(80)], np.float32)
@@ -47,7 +47,7 @@ def search_range(
     """The initial scale and zero point of every output channel.
 
     Shrinks the channel's (min, max) by 1.00, 0.99, ... 0.21 and keeps the first factor with the
-    least error. Computed in float32, one factor at a time: memory of one kernel.
+    least error. Computed one factor at a time: memory of one kernel.
 
     Args:
         kernel: `[in, out]`.
@@ -55,9 +55,11 @@ def search_range(
         symmetric: search ranges around zero.
 
     Returns:
-        scale and zero_point (real, unsigned convention; None if symmetric), float32 `[out]`.
+        scale and zero_point (real, unsigned convention; None if symmetric), `[out]` in float32 or a
+        kernel's float64.
     """
-    kernel, levels = kernel.astype(jnp.float32), levels.astype(jnp.float32)
+    kernel = at_least_float32(kernel)
+    levels = levels.astype(kernel.dtype)
     low, high = jnp.min(kernel, axis=0), jnp.max(kernel, axis=0)
 
     def at(factor):
@@ -72,8 +74,8 @@ def search_range(
         better = error < best_error
         return (jnp.where(better, error, best_error), jnp.where(better, factor, best_factor)), None
 
-    start = (jnp.full(low.shape, jnp.inf, jnp.float32), jnp.ones(low.shape, jnp.float32))
-    (_, factor), _ = jax.lax.scan(try_factor, start, jnp.asarray(_SHRINK))
+    start = (jnp.full_like(low, jnp.inf), jnp.ones_like(low))
+    (_, factor), _ = jax.lax.scan(try_factor, start, jnp.asarray(_SHRINK, kernel.dtype))
     scale, zero_point = at(factor)
     return scale, None if symmetric else zero_point
 

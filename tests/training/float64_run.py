@@ -26,7 +26,7 @@ class Clips64(Clips):
 
 @contextlib.contextmanager
 def masters_in_float64():
-    """What a run creates its state from, of which scales and branch come in float32."""
+    """What a run creates its state from, of which clips come in float32."""
     create = loop.create_state
     loop.create_state = lambda params, *others, **options: create(
         jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params), *others, **options
