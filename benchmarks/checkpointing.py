@@ -23,7 +23,7 @@ from kernels.bench import device_name, versions
 from qvgen_jax.plan.shapes import read_run, video_and_text
 from qvgen_jax.training.checkpoint import Checkpoints
 from qvgen_jax.training.feed import feed
-from qvgen_jax.training.loop import compile_step, initial_state, make_recipe
+from qvgen_jax.training.loop import compile_step, make_recipe, undrawn_state
 from qvgen_jax.training.run import load_model
 from qvgen_jax.training.teacher import held_in_training
 
@@ -41,7 +41,7 @@ def main() -> None:
     every = config["train"]["checkpoint_every"]
     pipe = load_model(config)
     model, teacher = pipe.transformer.config, pipe.transformer.states[0]
-    state = initial_state(config, model, teacher)
+    state = undrawn_state(config, model, teacher)
     teacher = held_in_training(config, model, teacher)
     clips = DrawnClips(*video_and_text(read_run(config)))
     empty_text, seed = jnp.asarray(clips.empty_text_embeds), jnp.int32(config["seed"])

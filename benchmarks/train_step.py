@@ -4,8 +4,9 @@
     python benchmarks/train_step.py configs/wan1_3b_w4a4.py --layers 8 --size 5 480 832 --steps 1
 
 Everything is the run's own: initial scales and SVDs of every layer, student with its branch,
-teacher, gradients, optimizer, one device. Only weights, latents and prompts are drawn. Prints what
-starting takes, each step's seconds, loss and gradient norm, the memory at its peak, and MFU.
+teacher, gradients, optimizer, one device. Only weights, latents and prompts are drawn, and what
+smoothing measures is taken as 1. Prints what starting takes, each step's seconds, loss and gradient
+norm, the memory at its peak, and MFU.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from qvgen_jax.data.clips import Size
 from qvgen_jax.models.published import PUBLISHED
 from qvgen_jax.plan.shapes import Run, scheduler_of, video_and_text
 from qvgen_jax.training.feed import feed
-from qvgen_jax.training.loop import compile_step, initial_state, make_recipe
+from qvgen_jax.training.loop import compile_step, make_recipe, undrawn_state
 from qvgen_jax.training.pace import work_of
 from qvgen_jax.training.teacher import held_in_training
 
@@ -63,12 +64,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--remat", help="another policy than the config's")
+    parser.add_argument("--bare", action="store_true", help="without rotation and smoothing")
     parser.add_argument("--out", type=Path, help="write JSON there too")
     asked = parser.parse_args()
 
     config = read_config(asked.config).to_dict()
     config["train"] |= {"batch_size": asked.batch, "accumulate": 1}
     config["train"]["remat"] = asked.remat or config["train"]["remat"]
+    if asked.bare:
+        config["quant"] |= {"rotation": "none", "smoothing": 0.0}
     if asked.size:
         config["data"] |= dict(zip(("num_frames", "height", "width"), asked.size, strict=True))
     model = PUBLISHED[config["model"]]
@@ -86,7 +90,7 @@ def main() -> None:
     teacher = jax.block_until_ready(jax.tree.map(lambda x: x.astype(jnp.float32), drawn))
     del drawn
     began = time.perf_counter()
-    state = jax.block_until_ready(initial_state(config, model, teacher))
+    state = jax.block_until_ready(undrawn_state(config, model, teacher))
     created = time.perf_counter() - began
     print(f"scales, branch and optimizer state: {created:.1f} s", flush=True)
     teacher = held_in_training(config, model, teacher)

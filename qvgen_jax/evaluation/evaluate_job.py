@@ -81,7 +81,7 @@ def run_evaluate(config: Mapping, workdir: Path, exports: Sequence[str], part: s
     reference = partial(_load, config, config["model"])
     variants = {REFERENCE: Variant(reference)}
     for name in nearest:
-        variants[name] = Variant(lambda: untrained(config, workdir, reference()))
+        variants[name] = Variant(lambda: untrained(config, reference()))
     for name, folder in folders.items():
         variants[name] = Variant(partial(_load, config, folder), packed=True)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """What a finished run ends with: the comparison, the pairs of videos, the sizes, the report."""
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from safetensors import safe_open
 
-from qvgen_jax.data.prepare import read_dataset
 from qvgen_jax.evaluation import drift
 from qvgen_jax.evaluation.evaluate import REFERENCE, Variant, evaluate_variants
 from qvgen_jax.evaluation.report import write_report
@@ -22,21 +20,17 @@ from qvgen_jax.quant.blocks import bits_label
 from qvgen_jax.quant.initialize import round_to_nearest
 from qvgen_jax.quant.named import layer_at
 from qvgen_jax.quant.packed import STEP_LEAVES, read_quantization_config
-from qvgen_jax.training.calibrate import activation_maxima
 from qvgen_jax.training.student import quant_config, student_definition
 
 _PACKED = ("codes", "scale", "zero_point", "clips", "smooth", "L", "R", *STEP_LEAVES)
 
 
-def untrained(config: Mapping, workdir: Path, pipe: Pipeline) -> Pipeline:
-    """Round-to-nearest at the config's bit-widths: min-max ranges, nothing learned."""
+def untrained(config: Mapping, pipe: Pipeline) -> Pipeline:
+    """Round-to-nearest at the config's bits: min-max ranges, no rotation, nothing learned."""
     model: TransformerConfig = pipe.transformer.config
-    quant = dataclasses.replace(quant_config(config["quant"], model), act_range="token")
-    teacher, activations = pipe.transformer.states[0], None
-    if quant.smoothing:
-        dataset = read_dataset(config, workdir, pipe)
-        activations = activation_maxima(config, model, pipe.scheduler, teacher, dataset)
-    params, levels = round_to_nearest(teacher, quantizable(model), quant, activations)
+    plain = {**config["quant"], "act_range": "token", "rotation": "none", "smoothing": 0.0}
+    quant = quant_config(plain, model)
+    params, levels = round_to_nearest(pipe.transformer.states[0], quantizable(model), quant)
     dtype = jnp.dtype(config["compute_dtype"])
     definition = student_definition(model, quant, dtype, branch=False)
     return pipe.with_transformer(definition, params, levels)
@@ -128,7 +122,7 @@ def _evaluate(
 ) -> dict | None:
     variants = {REFERENCE: Variant(lambda: teacher)}
     if config["evaluate"]["round_to_nearest"]:
-        nearest = untrained(config, workdir, teacher)
+        nearest = untrained(config, teacher)
         variants[untrained_name(config)] = Variant(lambda: nearest)
     name = config.get("method", "QVGen")  # Runs from before there were other methods.
     variants[f"{name} {_bits(config)}"] = Variant(lambda: student, packed=True)

@@ -46,6 +46,6 @@ def write_export(full: Path, folder: Path, bits: int) -> Path:
     """The same rounded to nearest and packed."""
     model = read_transformer(full / "transformer", np.dtype("float32"))
     quant = QuantConfig(weight_bits=bits, act_bits=bits, rank=0)
-    params, levels = round_to_nearest(model.states[0], quantizable(model.config), quant, None)
+    params, levels = round_to_nearest(model.states[0], quantizable(model.config), quant)
     export_pipeline(full, folder, model.config, params, quant, levels=levels)
     return folder

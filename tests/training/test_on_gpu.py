@@ -18,8 +18,10 @@ from qvgen_jax.pipeline import load
 from qvgen_jax.plan.shapes import scheduler_of
 from qvgen_jax.quant.low_rank import refactor_tree
 from qvgen_jax.training import loop
+from qvgen_jax.training.calibrate import activation_maxima
 from qvgen_jax.training.state import enter_step
 from qvgen_jax.training.step import distillation_loss, noisy_inputs, sample_keys
+from tests.training.test_time_table_run import Clips
 
 DEVICE = jax.devices()[0]
 pytestmark = pytest.mark.skipif(DEVICE.platform != "gpu", reason="JAX has no GPU here")
@@ -44,7 +46,9 @@ def start(pipe, request):
     config, model = config_of(request.param), pipe.transformer.config
     with jax.default_device(cpu()):
         teacher = jax.device_put(pipe.transformer.states[0], cpu())
-        state = loop.initial_state(config, model, teacher)
+        clips = Clips(model.in_channels, model.text_dim)
+        loud = activation_maxima(config, model, pipe.scheduler, teacher, clips)
+        state = loop.initial_state(config, model, teacher, loud)
     return config, model, to_host(teacher), to_host(state)
 
 

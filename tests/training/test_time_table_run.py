@@ -70,7 +70,9 @@ def run(tmp_path_factory):
     clips = Clips(model.in_channels, model.text_dim)
     state, _ = loop.run_steps(values, folder, model, teacher.scheduler, params, clips)
     quant = quant_config(values["quant"], model)
-    export_pipeline(values["model"], folder / "export", model, state["params"], quant)
+    export_pipeline(
+        values["model"], folder / "export", model, state["params"], quant, levels=state["levels"]
+    )
     return teacher, state, folder / "export"
 
 

@@ -113,7 +113,8 @@ def _rows_are_whole(workdir, pipe, state) -> None:
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     model = pipe.transformer.config
     quant = quant_config(config()["quant"], model)
-    tensors = to_packed(table_for(model), state["params"], quantizable(model), quant)
+    names, params = quantizable(model), state["params"]
+    tensors = to_packed(table_for(model), params, names, quant, levels=state["levels"])
     exported = {name.removesuffix(".codes") for name in tensors if name.endswith(".codes")}
     logged = lines(workdir)
     for row, line in zip(rows, logged, strict=True):
