@@ -16,9 +16,13 @@ from ml_collections import ConfigDict
 # rate of clips, which are in front of a sigmoid, would move a step by its own size.
 _STEPS_RATE = {"train.learning_rate.clips": 5e-4}
 
+# What our default has, and neither QVGen nor its baselines have.
+_BARE = {"quant.rotation": "none", "quant.smoothing": 0.0}
+
 # The authors' quantizers, branch, moments and schedule (ModelTC/QVGen, training/quant), mistakes
 # included.
 _RELEASED = {
+    **_BARE,
     "method": "QVGen as released",
     "quant.behaviour": "released",
     "quant.branch_moments": "keep",
@@ -27,11 +31,12 @@ _RELEASED = {
 }
 
 # Training with quantizers as QVGen's, and nothing beside them (its ablation without Phi).
-_PLAIN_QAT = {"method": "Plain QAT", "quant.rank": 0}
+_PLAIN_QAT = {**_BARE, "method": "Plain QAT", "quant.rank": 0}
 
 # Steps of weights and activations learned, both symmetric, on the task's own loss (LSQ, arXiv
 # 1902.08153).
 _LSQ = {
+    **_BARE,
     "method": "LSQ",
     "quant.rank": 0,
     "quant.symmetric_weights": True,
@@ -44,6 +49,7 @@ _LSQ = {
 # LSQ with quantizers of activations that know the timestep, and the teacher's estimate to mimic
 # (Q-DM, NeurIPS 2023).
 _Q_DM = {
+    **_BARE,
     "method": "Q-DM",
     "quant.rank": 0,
     "quant.symmetric_weights": True,
@@ -55,6 +61,7 @@ _Q_DM = {
 # the layer's scale, and steps for each part of the timesteps (EfficientDM, arXiv 2310.03270; rank
 # and rates from its quant_scripts/quant_layer.py and train_efficientdm.py).
 _EFFICIENT_DM = {
+    **_BARE,
     "method": "EfficientDM",
     "quant.rank": 32,
     "quant.branch_space": "merged",

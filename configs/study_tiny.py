@@ -29,7 +29,7 @@ if version("jax").startswith("0.10."):
 
 _WEIGHTS_RATE = tiny_w4a4.get_config("full").train.learning_rate.weights
 _SCREENING = {
-    # As it is in configs/tiny_w4a4.py.
+    # The defaults as they were, see `common`.
     "default": {"train.log_spectrum": True},
     "released": overrides("released", _WEIGHTS_RATE),
     # No low-rank branch at all (QVGen, arXiv 2505.11497, the ablation without Phi).
@@ -168,11 +168,14 @@ def get_config(arg: str = "screening") -> ConfigDict:
     config.finalists.names = ()
     config.finalists.without = tuple(_FINALS_ONLY)
 
-    # What is to be the default: the finals' tables compare every other variant with it too.
+    # The default since: the finals' tables compare every other variant with it too.
     config.recipe = "" if smoke else "hadamard_smoothing"
 
     steps = {"screening": 300, "finals": 400, "smoke": 6}[stage]
     config.common = {
+        # What the defaults were when the study began: its variant "default".
+        "quant.rotation": "none",
+        "quant.smoothing": 0.0,
         "train.steps": steps,
         "train.warmup_steps": steps // 20,
         "train.batch_size": 2 if smoke else 8,

@@ -1,4 +1,4 @@
-"""QVGen W4A4 on Wan 2.1 text-to-video 1.3B: the paper's recipe.
+"""QVGen W4A4 on Wan 2.1 text-to-video 1.3B: the paper's recipe, and rotation and smoothing.
 
     python main.py --config configs/wan1_3b_w4a4.py --config.data.source=FOLDER
     python main.py --config configs/wan1_3b_w4a4.py:released --config.data.source=FOLDER
@@ -68,8 +68,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.quant.branch_space = "tokens"
     config.quant.symmetric_weights = False
     config.quant.include_zero = ""
-    config.quant.rotation = "none"
-    config.quant.smoothing = 0.0
+    # Not of QVGen: our study chose these two (docs/study.md).
+    config.quant.rotation = "hadamard"
+    config.quant.smoothing = 0.5
     config.quant.time_table = False
     config.quant.table_steps = ()
     config.quant.product_dtype = "bfloat16"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from configs import read_config
 from kernels.chips import CHIPS, Chip, chip_of, named
 from kernels.choose import BACKENDS, Choice, choose
-from kernels.floor import least_seconds, unit_of
+from kernels.floor import least_seconds, preparing_seconds, unit_of
 from kernels.operands import Product
 
 
@@ -81,15 +81,24 @@ def _ms(seconds: float | None) -> str:
     return "unknown" if seconds is None else f"{1e3 * seconds:.3f}"
 
 
-def ceiling(rows: Sequence[Row], attention_seconds: float | None) -> str:
-    """What linears at their floor give the whole transformer, beside attention in bf16."""
+def ceiling(rows: Sequence[Row], attention_seconds: float | None, preparing: float = 0.0) -> str:
+    """What linears at their floor give the whole transformer, beside attention in bf16.
+
+    Args:
+        rows: of `explain`.
+        attention_seconds: in bf16; None where the chip's peaks are not known.
+        preparing: seconds to smooth and rotate tokens before they are quantized.
+    """
     if attention_seconds is None or any(row.seconds is None for row in rows):
         return "The peaks of this chip are not known: no floor. `python -m kernels.bench` measures."
     low, full = (sum(getattr(row, key) for row in rows) for key in ("seconds", "bf16"))
+    low += preparing
     share = attention_seconds / (full + attention_seconds)
     whole = (full + attention_seconds) / (low + attention_seconds)
+    of_them = f" ({1e3 * preparing:.1f} of them smoothing and rotation)" if preparing else ""
     return (
-        f"Linears at best {1e3 * low:.1f} ms, in bf16 {1e3 * full:.1f} ms: {full / low:.2f}x. "
+        f"Linears at best {1e3 * low:.1f} ms{of_them}, in bf16 {1e3 * full:.1f} ms: "
+        f"{full / low:.2f}x. "
         f"Attention in bf16 {1e3 * attention_seconds:.1f} ms, {100 * share:.0f} % of the two: with "
         f"linears alone in low bits the transformer is at best {whole:.2f}x. All of it is computed "
         "from data-sheet peaks, nothing was timed."
@@ -137,6 +146,11 @@ def describe(config: Mapping[str, Any], chip: Chip, asked: str | None = None) ->
     tokens = video_tokens(model, data["num_frames"], data["height"], data["width"])
     layers = quantized_products(model, tokens, data["max_length"], quant)
     rows = explain(layers, chip, asked or config.get("kernels", "auto"))
+    preparing = 0.0
+    for name, count, product in layers:
+        block = quant.own_block_of(name, product.inner)
+        if block > 1 or quant.smooths(name):
+            preparing += count * (preparing_seconds(product, chip, block) or 0.0)
     pairs = attended(model, tokens, data["max_length"])
     operations = 4 * model.dim * model.num_layers * sum(q * k for q, k in pairs)
     seconds = operations / (chip.bf16 * 1e12) if chip.bf16 else None
@@ -149,7 +163,7 @@ def describe(config: Mapping[str, Any], chip: Chip, asked: str | None = None) ->
         except NotImplementedError as refusal:  # Only where the environment asks for it.
             raise ValueError(f"QVGEN_ATTENTION: {refusal}") from refusal
         lines.append(f"attention of {queries} tokens to {keys}: {name} ({reason})")
-    return "\n".join([*lines, ceiling(rows, seconds)])
+    return "\n".join([*lines, ceiling(rows, seconds, preparing)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

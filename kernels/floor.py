@@ -31,3 +31,22 @@ def least_seconds(product: Product, chip: Chip, unit: str, weight_bytes: float) 
     # Tokens in and out in bf16: quantization is fused or reads them once.
     moved = 2 * rows * (inner + columns) + weight_bytes * inner * columns
     return max(arithmetic, moved / (chip.bandwidth * 1e12))
+
+
+def preparing_seconds(product: Product, chip: Chip, block: int) -> float | None:
+    """Seconds at the chip's peaks to smooth and rotate a product's tokens in bf16.
+
+    Nothing is fused with a rotation: it reads the tokens and writes them once more than a product.
+
+    Args:
+        product: with known rows.
+        block: of the channels that a rotation mixes; 1 for smoothing alone.
+
+    Returns:
+        None where the chip's peaks are not known.
+    """
+    if not chip.bf16 or not chip.bandwidth:
+        return None
+    values = product.rows * product.inner
+    arithmetic = 2 * values * block / (chip.bf16 * 1e12)
+    return max(arithmetic, 4 * values / (chip.bandwidth * 1e12))

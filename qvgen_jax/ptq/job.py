@@ -34,15 +34,13 @@ from qvgen_jax.training.lock import alone_in
 from qvgen_jax.training.student import quant_config
 
 _WHOLE_RANGE = "without training tokens keep their whole range, which contains 0"
-_METHODS_OWN = "--method chooses it"
-# Keys of `quant` that have no meaning here: what they have to be, and why.
+# Keys of `quant` that have no meaning here: what they have to be, and why. Rank, rotation and
+# smoothing of training are not read: the method has its own.
 _UNTRAINED = {
     "behaviour": (("default",), _WHOLE_RANGE),
     "act_range": (("token",), _WHOLE_RANGE),
     "include_zero": (("", "yes"), _WHOLE_RANGE),
-    "branch_space": (("tokens",), _METHODS_OWN),
-    "rotation": (("none",), _METHODS_OWN),
-    "smoothing": ((0,), _METHODS_OWN),
+    "branch_space": (("tokens",), "--method chooses it"),
 }
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from kernels.chips import Chip
+from kernels.chips import CHIPS, Chip
 from kernels.explain import ceiling, describe, explain, main, read_quantized, table
+from kernels.floor import preparing_seconds
 from kernels.operands import Product
 
 WAN = "configs/wan1_3b_w4a4.py"
@@ -31,6 +32,25 @@ def test_the_ceiling_adds_attention_in_bf16_to_both_sides():
     assert "Linears at best 6.0 ms, in bf16 12.0 ms: 2.00x" in text
     assert "Attention in bf16 12.0 ms, 50 % of the two" in text
     assert "the transformer is at best 1.33x" in text  # (12 + 12) / (6 + 12)
+
+
+def test_smoothing_and_rotation_are_added_to_the_low_bits_alone():
+    product = Product(1000, 1000, 2000)
+    # 2 x 10^6 bytes in and out are 40 us; 2 x 10^6 x 256 operations 512 us.
+    assert preparing_seconds(product, ROUND, 1) == pytest.approx(40e-6)
+    assert preparing_seconds(product, ROUND, 256) == pytest.approx(512e-6)
+    assert preparing_seconds(product, ROUND._replace(bf16=0), 256) is None
+    text = ceiling(explain([("many", 3, product)], ROUND), 12e-3, 2e-3)
+    expected = "Linears at best 8.0 ms (2.0 of them smoothing and rotation), in bf16 12.0 ms: 1.50x"
+    assert expected in text
+    assert "at best 1.20x" in text  # (12 + 12) / (8 + 12)
+
+
+def test_a_config_that_prepares_its_tokens_is_told_what_it_costs():
+    config = read_quantized(WAN)
+    bare = {**config, "quant": {**config["quant"], "rotation": "none", "smoothing": 0.0}}
+    assert "of them smoothing and rotation" in describe(config, CHIPS["h200"])
+    assert "of them smoothing and rotation" not in describe(bare, CHIPS["h200"])
 
 
 def test_rows_of_one_linear_say_their_bits_where_blocks_differ():

@@ -56,6 +56,15 @@ def test_a_teacher_of_bytes_takes_and_moves_less(name, share):
     assert moved[0] - moved[1] == pytest.approx((whole - held) * 15 / 16, rel=0.02)
 
 
+def test_a_block_that_smooths_or_rotates_holds_more_of_its_tokens():
+    bare = {"rotation": "none", "smoothing": 0.0}
+    held = [
+        of({}, quant=changed).temporaries
+        for changed in (bare, {**bare, "smoothing": 0.5}, {**bare, "rotation": "hadamard"}, {})
+    ]
+    assert held[0] < held[1] == held[2] == held[3]
+
+
 def test_of_several_buckets_the_largest_counts():
     sizes = ("17x480x832", "49x480x832", "49x832x320")
     several = of({}, data={"buckets": sizes, "num_frames": 5, "height": 32, "width": 32})

@@ -125,8 +125,7 @@ def test_what_is_wrong_is_told_before_anything_is_computed(
     ("key", "value", "why"),
     [
         ("include_zero", "no", "tokens keep their whole range, which contains 0"),
-        ("rotation", "hadamard", "--method chooses it"),
-        ("smoothing", 0.5, "--method chooses it"),
+        ("branch_space", "merged", "--method chooses it"),
     ],
 )
 def test_what_the_method_does_not_read_is_refused(full, tmp_path, key, value, why):
