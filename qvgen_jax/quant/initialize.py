@@ -226,14 +226,15 @@ def round_to_nearest(
     params: dict,
     names: Iterable[str],
     config: QuantConfig,
+    activations: Mapping[str, jax.Array] | None = None,
 ) -> tuple[dict, dict]:
     """What low bits cost when nothing is learned: min-max ranges that contain 0, no branch.
 
     The floor of every comparison, of methods with learned steps too. Arguments and result as of
-    `quantize_params`, at rank 0 and with every token's own range; without smoothing.
+    `quantize_params`, at rank 0 and with every token's own range.
     """
-    config = dataclasses.replace(config, rank=0, act_range="token", smoothing=0.0)
-    params, levels = quantize_params(params, names, config)
+    config = dataclasses.replace(config, rank=0, act_range="token")
+    params, levels = quantize_params(params, names, config, activations)
     for name in config.quantized(names):
         node = layer_at(params, name)
         most = layer_at(levels, name)["weight_levels"]
