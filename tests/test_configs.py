@@ -45,11 +45,9 @@ def test_every_model_takes_every_recipe_and_keeps_its_own_data_steps_and_bits(na
     assert quant.merged == (recipe == "efficient_dm")
     assert quant.rank == (32 if recipe in ("efficient_dm", "released") else 0)
     assert quant.learned_steps == (recipe not in ("plain_qat", "released"))
-    before = [(own if which is own else values)["quant"] for which in (own, values)]
-    assert [(each["smoothing"], each["rotation"]) for each in before] == [
-        (0.5, "hadamard"),
-        (0.0, "none"),
-    ]
+    ours, theirs = (each["quant"] for each in (own, values))
+    assert (ours["smoothing"], ours["rotation"]) == (0.5, "hadamard")
+    assert (theirs["smoothing"], theirs["rotation"]) == (0.0, "none")
 
 
 def test_an_adapters_rate_is_the_published_one_where_weights_train_at_the_usual_rate():
